@@ -1,0 +1,1 @@
+"""Where numbers are computed: the only package, with `onnx_mlx`, that imports hardware libraries."""

@@ -1,0 +1,103 @@
+"""Micro-batching: whatever queued up while the device was busy becomes the next batch.
+
+There is no timer. An idle device starts at once with a batch of one; a busy device finds a larger
+batch waiting when it is done. Knows nothing about models or threads: `device.Device` pulls batches.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from immich_ml_metal.errors import InferenceError, ServiceError
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[ItemT, ResultT]):
+    """One waiting item. `alone` marks an item whose batch failed: it is tried again by itself."""
+
+    item: ItemT
+    future: asyncio.Future[ResultT]
+    alone: bool = False
+
+
+class Runner(Protocol):
+    """Runs a blocking function on a device thread."""
+
+    def __call__(self, func: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+class Batcher(Generic[ItemT, ResultT]):
+    """The queue of one model: forms batches, and gives every caller exactly one answer.
+
+    Event loop only.
+    """
+
+    def __init__(
+        self,
+        infer: Callable[[Sequence[ItemT]], Sequence[ResultT]],
+        *,
+        name: str,
+        max_batch: int,
+    ) -> None:
+        self.name = name
+        self._infer = infer
+        self._max_batch = max_batch
+        self._queue: deque[Entry[ItemT, ResultT]] = deque()
+
+    def __repr__(self) -> str:
+        return f"<Batcher {self.name}: {len(self._queue)} queued>"
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, item: ItemT) -> asyncio.Future[ResultT]:
+        """Queue one item; the future gets its result or its InferenceError."""
+        future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
+        entry: Entry[ItemT, ResultT] = Entry(item, future)
+        self._queue.append(entry)
+        return future
+
+    def next_batch(self) -> list[Entry[ItemT, ResultT]]:
+        """Pop up to `max_batch` entries whose callers are still waiting; empty when there are none."""
+        batch: list[Entry[ItemT, ResultT]] = []
+        while self._queue and len(batch) < self._max_batch:
+            if batch and (self._queue[0].alone or batch[0].alone):
+                break
+            entry = self._queue.popleft()
+            if not entry.future.done():  # cancelled callers are not computed
+                batch.append(entry)
+        return batch
+
+    async def answer(self, batch: list[Entry[ItemT, ResultT]], run: Runner) -> None:
+        """Infer `batch` through `run` and settle its futures; a failed batch is queued again singly."""
+        items = [entry.item for entry in batch]
+        try:
+            results = await run(lambda: self._infer(items))
+            if len(results) != len(batch):
+                message = f"{self.name} gave {len(results)} results for {len(batch)} items"
+                raise InferenceError(message)
+        except Exception as exc:  # noqa: BLE001 - every waiter must be answered
+            self._fail(batch, exc)
+            return
+        for entry, result in zip(batch, results, strict=True):
+            if not entry.future.done():
+                entry.future.set_result(result)
+
+    def _fail(self, batch: list[Entry[ItemT, ResultT]], exc: Exception) -> None:
+        if len(batch) > 1:  # one bad item must not fail its neighbours
+            self._queue.extendleft(
+                Entry(entry.item, entry.future, alone=True) for entry in reversed(batch)
+            )
+            return
+        error: Exception = exc
+        if not isinstance(exc, ServiceError):
+            error = InferenceError(f"{self.name}: {type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+        if not batch[0].future.done():
+            batch[0].future.set_exception(error)

@@ -1,0 +1,302 @@
+"""Settings, read once and never changed afterwards; the only reader of the environment.
+
+Order: command line, `ML_*`, the official names, the TOML file, the default.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from immich_ml_metal.errors import ConfigError
+
+MIB = 2**20
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]?)i?b?\s*$", re.IGNORECASE)
+_LOG_LEVELS = {
+    "critical": "error",
+    "warn": "warning",
+    "log": "info",
+    "verbose": "debug",
+}
+
+
+def _parse_size(value: Any) -> Any:
+    """`64MB`, `1.5 GiB` or plain bytes → bytes; both spellings of the prefix mean powers of 1024."""
+    if isinstance(value, str) and (match := _SIZE.match(value)):
+        return int(float(match[1]) * 1024 ** ("kmg".find(match[2].lower()) + 1 if match[2] else 0))
+    return value
+
+
+def _split(value: Any) -> Any:
+    """`a, b` → (a, b)."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _log_level(value: Any) -> Any:
+    """Accept the official service's spellings."""
+    return _LOG_LEVELS.get(value.lower(), value.lower()) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+LogLevel = Annotated[Literal["error", "warning", "info", "debug"], BeforeValidator(_log_level)]
+
+
+def _setting(default: Any, env: str, *official: str, help: str, **limits: Any) -> Any:
+    """One setting: its default, its `ML_*` name, the official names for it, a line of help."""
+    names: dict[str, Any] = {"env": [env, *official]}
+    return Field(default, description=help, json_schema_extra=names, **limits)
+
+
+class Settings(BaseModel):
+    """Every knob. Units are in the names; each is documented by `immich-ml-metal config`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    host: str = _setting("0.0.0.0", "ML_HOST", "IMMICH_HOST", help="Address to listen on.")
+    port: int = _setting(
+        3003, "ML_PORT", "IMMICH_PORT", ge=0, le=65535, help="TCP port to listen on; 0 picks one."
+    )
+    log_level: LogLevel = _setting(
+        "info", "ML_LOG_LEVEL", "IMMICH_LOG_LEVEL", help="error, warning, info or debug."
+    )
+
+    models_dir: Path = _setting(
+        Path("~/.cache/immich_ml"),
+        "ML_MODELS_DIR",
+        "MACHINE_LEARNING_CACHE_FOLDER",
+        help="Model folder, in the layout of Immich's own cache.",
+    )
+    model_revision: str = _setting(
+        "main",
+        "ML_MODEL_REVISION",
+        "MACHINE_LEARNING_MODEL_REVISION",
+        pattern=r"^[\w.-]+$",
+        help="Revision of Immich's model repositories: main, or v2 for the optimised exports.",
+    )
+    model_organization: str = _setting(
+        "immich-app",
+        "ML_MODEL_ORGANIZATION",
+        "MACHINE_LEARNING_MODEL_ORGANIZATION",
+        pattern=r"^[\w.-]+$",
+        help="Hugging Face organisation that holds Immich's models.",
+    )
+    offline: bool = _setting(
+        False, "ML_OFFLINE", "HF_HUB_OFFLINE", help="Never download; serve what is on disk."
+    )
+    clip_model: str = _setting(
+        "ViT-B-32__openai", "ML_CLIP_MODEL", help="CLIP model that demo, bench and pull use."
+    )
+    face_model: str = _setting(
+        "buffalo_l", "ML_FACE_MODEL", help="Face model that demo, bench and pull use."
+    )
+    ocr_model: str = _setting(
+        "PP-OCRv6_small", "ML_OCR_MODEL", help="Text model that demo, bench and pull use."
+    )
+
+    face_min_score: float = _setting(
+        0.7,
+        "ML_FACE_MIN_SCORE",
+        ge=0,
+        le=1,
+        help="Lowest face score when a request names none (0..1).",
+    )
+    immich_compat: Literal["3.3", "3.2"] = _setting(
+        "3.3",
+        "ML_IMMICH_COMPAT",
+        help="Resize rule of the server that built the index; 3.2 crops where 3.3 squashes.",
+    )
+
+    max_concurrent_requests: int = _setting(
+        32,
+        "ML_MAX_CONCURRENT_REQUESTS",
+        ge=1,
+        help="Requests worked on at once; more wait their turn.",
+    )
+    request_timeout_s: float = _setting(
+        120.0,
+        "ML_REQUEST_TIMEOUT",
+        "MACHINE_LEARNING_WORKER_TIMEOUT",
+        gt=0,
+        help="Seconds a request may take once its models are loaded.",
+    )
+    max_image_size_bytes: Size = _setting(
+        100 * MIB, "ML_MAX_IMAGE_SIZE", help="Largest upload, in bytes or as 64MB."
+    )
+    max_image_pixels: int = _setting(
+        178_956_970,
+        "ML_MAX_IMAGE_PIXELS",
+        ge=1,
+        help="Most pixels of a picture (the official service stops at the same number).",
+    )
+    max_image_side_px: int = _setting(
+        65_535, "ML_MAX_IMAGE_SIDE", ge=1, help="Longest side of a picture, in pixels."
+    )
+    image_cache_bytes: int = _setting(
+        64 * MIB,
+        "ML_IMAGE_CACHE",
+        ge=0,
+        help="Memory for decoded pictures that come again for another task; 0 keeps none.",
+    )
+
+    request_threads: int = _setting(
+        0,
+        "ML_REQUEST_THREADS",
+        "MACHINE_LEARNING_REQUEST_THREADS",
+        help="Threads that decode and prepare pictures; 0 is one per core.",
+    )
+    intra_op_threads: int = _setting(
+        0,
+        "ML_INTRA_OP_THREADS",
+        "MACHINE_LEARNING_MODEL_INTRA_OP_THREADS",
+        ge=0,
+        help="Threads of one ONNX Runtime inference; 0 is one per core.",
+    )
+    model_ttl_s: float = _setting(
+        300.0,
+        "ML_MODEL_TTL",
+        "MACHINE_LEARNING_MODEL_TTL",
+        help="Seconds after which an unused model is unloaded; 0 keeps models.",
+    )
+    keepalive_s: float = _setting(
+        75.0,
+        "ML_HTTP_KEEPALIVE_TIMEOUT",
+        "MACHINE_LEARNING_HTTP_KEEPALIVE_TIMEOUT_S",
+        gt=0,
+        help="Seconds an idle connection stays open; longer than Node's own pool.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One source of settings: what it is called, and its values by name as written there."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+def env_names(field: FieldInfo) -> list[str]:
+    """The environment names of a setting, the project's own first."""
+    extra = field.json_schema_extra
+    return [str(name) for name in extra["env"]] if isinstance(extra, dict) else []  # type: ignore[union-attr]
+
+
+def load_settings(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+    env_file: Path | None = None,
+) -> Settings:
+    """Read every source once and build the settings.
+
+    Args:
+        overrides: command-line values by setting name; None values count as not given.
+        environ: the environment; the process's own when None.
+        file: a TOML file with settings by name; `ML_CONFIG_FILE` names one too.
+        env_file: an Immich `.env` file; the real environment wins over it.
+
+    Raises:
+        ConfigError: a name is unknown or a value is malformed; the message names it.
+    """
+    return resolve(overrides, environ=environ, file=file, env_file=env_file)[0]
+
+
+def resolve(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+    env_file: Path | None = None,
+) -> tuple[Settings, dict[str, str]]:
+    """Like `load_settings`, and also say where each value came from, by setting name."""
+    env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
+    if file is None and "ML_CONFIG_FILE" in env:
+        file = Path(env["ML_CONFIG_FILE"])
+    _refuse_unknown(env)
+    toml = _read_toml(file)
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, field in Settings.model_fields.items():
+        for value, source in _candidates(name, field, given, env, toml, file):
+            values[name], origin[name] = value, source
+            break
+    try:
+        settings = Settings(**values)
+    except ValidationError as exc:
+        raise ConfigError(_explain(exc, origin)) from exc
+    return settings, {name: origin.get(name, "default") for name in Settings.model_fields}
+
+
+def _candidates(
+    name: str,
+    field: FieldInfo,
+    given: Mapping[str, Any],
+    env: Mapping[str, str],
+    toml: Mapping[str, Any],
+    file: Path | None,
+) -> Iterator[tuple[Any, str]]:
+    if name in given:
+        yield given[name], "command line"
+    upper = {key.upper(): value for key, value in env.items()}
+    for variable in env_names(field):
+        if upper.get(variable, ""):
+            yield upper[variable], variable
+    if name in toml:
+        yield toml[name], str(file)
+
+
+def _read_env_file(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise ConfigError(f"env file {path} does not exist")
+    return {key: value for key, value in dotenv_values(path).items() if value is not None}
+
+
+def _read_toml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"cannot read the settings file {path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not TOML: {exc}") from exc
+    for name in values:
+        if name not in Settings.model_fields:
+            raise ConfigError(f"unknown setting {name!r} in {path}{_hint(name, Settings.model_fields)}")
+    return values
+
+
+def _refuse_unknown(env: Mapping[str, str]) -> None:
+    known = {names[0] for field in Settings.model_fields.values() if (names := env_names(field))}
+    known.add("ML_CONFIG_FILE")
+    for name in env:
+        if name.upper().startswith("ML_") and name.upper() not in known:
+            raise ConfigError(f"unknown setting {name}{_hint(name.upper(), known)}")
+
+
+def _hint(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(exc: ValidationError, origin: Mapping[str, str]) -> str:
+    lines = []
+    for error in exc.errors():
+        name = str(error["loc"][0])
+        reason = error["msg"][:1].lower() + error["msg"][1:]
+        lines.append(f"{origin.get(name, name)} = {error['input']!r}: {reason} (setting {name})")
+    return "; ".join(lines)

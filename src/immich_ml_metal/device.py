@@ -1,0 +1,106 @@
+"""The threads that own an accelerator, and what they do next.
+
+MLX streams are thread-local since 0.31.2: an array made lazily on one thread cannot be evaluated on
+another. So a model is loaded, run and freed on its device's threads, and only NumPy arrays cross.
+An accelerator has one thread; the CPU has one per core, because several inferences side by side
+outrun one inference spread over all cores.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from immich_ml_metal.batcher import Batcher
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+T = TypeVar("T")
+
+
+class Device:
+    """Runs batches and other jobs on its own threads, `width` at a time, models taking turns.
+
+    The queues belong to the event loop; only the blocking functions run on the threads.
+    """
+
+    def __init__(
+        self, name: str, *, width: int = 1, on_exit: Callable[[], None] | None = None
+    ) -> None:
+        self.name = name
+        self.width = width
+        self._on_exit = on_exit
+        self._threads = ThreadPoolExecutor(max_workers=width, thread_name_prefix=name)
+        # Any: batchers of models of every kind take turns here
+        self._ready: deque[Batcher[Any, Any]] = deque()
+        self._workers: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Device {self.name}: {len(self._workers)}/{self.width} busy, {self.queued} queued>"
+
+    @property
+    def queued(self) -> int:
+        """Items waiting for a thread."""
+        return sum(len(batcher) for batcher in self._ready)
+
+    async def submit(self, batcher: Batcher[ItemT, ResultT], item: ItemT) -> ResultT:
+        """Queue one item for the next batch of its model and wait for the result.
+
+        Raises:
+            InferenceError: the model failed on this item.
+        """
+        future = batcher.add(item)
+        self._enqueue(batcher)
+        return await future
+
+    async def call(self, func: Callable[[], T]) -> T:
+        """Run `func` on a device thread in its turn: loading and freeing models.
+
+        Raises what `func` raises.
+        """
+        outcome: list[T] = []
+
+        def once(items: object) -> list[None]:
+            outcome.append(func())
+            return [None]
+
+        job: Batcher[None, None] = _Job(once, name="call", max_batch=1)
+        await self.submit(job, None)
+        return outcome[0]
+
+    def _enqueue(self, batcher: Batcher[Any, Any]) -> None:
+        if batcher not in self._ready:
+            self._ready.append(batcher)
+        if len(self._workers) < self.width:
+            worker = asyncio.create_task(self._work())
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+
+    async def _work(self) -> None:
+        while self._ready:
+            batcher = self._ready.popleft()
+            batch = batcher.next_batch()
+            if len(batcher):  # the rest waits behind the other models
+                self._ready.append(batcher)
+            if batch:
+                await batcher.answer(batch, self._run)
+            if len(batcher) and batcher not in self._ready:  # a failed batch came back
+                self._ready.append(batcher)
+
+    async def _run(self, func: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, func)
+
+    def close(self) -> None:
+        """Let what runs finish, give each thread its `on_exit`, and end the threads."""
+        if self._on_exit is not None and self.width == 1:
+            self._threads.submit(self._on_exit)
+        self._threads.shutdown(wait=True)
+
+
+class _Job(Batcher[None, None]):
+    """A single call in the queue; its exception reaches the caller unchanged."""
+
+    def _fail(self, batch: list[Any], exc: Exception) -> None:
+        if not batch[0].future.done():
+            batch[0].future.set_exception(exc)
