@@ -276,7 +276,9 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {exc}") from exc
     for name in values:
         if name not in Settings.model_fields:
-            raise ConfigError(f"unknown setting {name!r} in {path}{_hint(name, Settings.model_fields)}")
+            raise ConfigError(
+                f"unknown setting {name!r} in {path}{_hint(name, Settings.model_fields)}"
+            )
     return values
 
 
