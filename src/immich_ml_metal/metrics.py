@@ -28,7 +28,7 @@ BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """The instruments of one process; callers use the attributes, labels in the order given here."""
+    """The instruments of one process; callers use the attributes and give labels in order."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
