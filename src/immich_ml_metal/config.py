@@ -283,6 +283,19 @@ def resolve(
     return settings, {name: origin.get(name, "default") for name in Settings.model_fields}
 
 
+def ignored_names(
+    *, environ: Mapping[str, str] | None = None, env_file: Path | None = None
+) -> list[str]:
+    """Official `MACHINE_LEARNING_*` names that are set but that no setting here reads."""
+    env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
+    known = {name for field in Settings.model_fields.values() for name in env_names(field)}
+    return sorted(
+        name
+        for name in env
+        if name.upper().startswith("MACHINE_LEARNING_") and name.upper() not in known
+    )
+
+
 def _candidates(
     name: str,
     field: FieldInfo,
