@@ -24,7 +24,7 @@ from immich_ml_metal.types import Bytes
 # Pillow keeps RGB as 4 bytes a pixel, and `Picture.pixels` is a second copy of 3.
 _BYTES_PER_PIXEL = 7
 
-# What Pillow's decoders raise on files that break off or lie about themselves: each has its own way.
+# What Pillow's decoders raise on files that break off or lie about themselves; found by fuzzing.
 _BROKEN = (
     OSError,  # most, and UnidentifiedImageError
     SyntaxError,
@@ -33,6 +33,7 @@ _BROKEN = (
     LookupError,
     TypeError,
     OverflowError,
+    AttributeError,
     RuntimeError,  # AVIF, and NotImplementedError
     struct.error,
     zlib.error,

@@ -11,7 +11,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from immich_ml_metal.catalog import model_key
-from immich_ml_metal.errors import InvalidEntries
+from immich_ml_metal.errors import InvalidEntries, InvalidOutput
 from immich_ml_metal.types import (
     Answer,
     ClipTextual,
@@ -33,6 +33,7 @@ from immich_ml_metal.types import (
 # -- entries → TaskRequest --------------------------------------------------------------------------
 
 _Score = Annotated[float, Field(ge=0, le=1)]
+_MAX_PROBLEMS = 5  # named in one error message
 
 
 class _Options(BaseModel):
@@ -129,7 +130,7 @@ def _explain(exc: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(str(part) for part in error['loc']) or 'top level'}: "
         f"{error['msg'][:1].lower()}{error['msg'][1:]} (got {_shorten(error['input'])})"
-        for error in exc.errors()
+        for error in exc.errors()[:_MAX_PROBLEMS]
     )
 
 
@@ -176,7 +177,11 @@ def _to_request(entries: _Entries, face_min_score: float) -> TaskRequest:
 
 
 def render(answer: Answer) -> bytes:
-    """The response body: compact JSON, float32 in its shortest exact form."""
+    """The response body: compact JSON, float32 in its shortest exact form.
+
+    Raises:
+        InvalidOutput: a number is not finite; JSON could only say `null`.
+    """
     body: dict[str, Any] = {}
     if answer.clip is not None:
         body[Task.CLIP.value] = _vector(answer.clip)
@@ -185,40 +190,52 @@ def render(answer: Answer) -> bytes:
     if answer.text is not None:
         body[Task.OCR.value] = _render_text(answer.text)
     if answer.size is not None:
-        body["imageWidth"], body["imageHeight"] = answer.size
+        width, height = answer.size
+        body |= {"imageHeight": height, "imageWidth": width}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _vector(values: Floats) -> str:
     """A vector as Immich stores it: a string that is a JSON array, put into SQL as it is."""
+    return orjson.dumps(_floats(values), option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+
+def _floats(values: Floats) -> Floats:
+    """`values` as orjson takes them, or an error: it would write NaN and infinity as `null`."""
     contiguous = np.ascontiguousarray(values, dtype=np.float32)
-    return orjson.dumps(contiguous, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    if not np.isfinite(contiguous).all():
+        raise InvalidOutput("a number of the answer is not finite")
+    return contiguous
 
 
 def _render_faces(faces: Faces | RecognisedFaces) -> Any:
     if isinstance(faces, Faces):
         return {
-            "boxes": faces.boxes.tolist(),
-            "scores": np.ascontiguousarray(faces.scores),
-            "landmarks": np.ascontiguousarray(faces.landmarks),
+            "boxes": _floats(faces.boxes),
+            "scores": _floats(faces.scores),
+            "landmarks": _floats(faces.landmarks),
         }
     found = faces.faces
     return [
         {
-            "boundingBox": dict(zip(("x1", "y1", "x2", "y2"), box.tolist(), strict=True)),
+            "boundingBox": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
             "embedding": _vector(embedding),
             "score": score,
         }
-        for box, score, embedding in zip(found.boxes, found.scores, faces.embeddings, strict=True)
+        for box, score, embedding in zip(
+            _floats(found.boxes), _floats(found.scores), faces.embeddings, strict=True
+        )
     ]
 
 
 def _render_text(text: TextRegions | TextLines) -> Any:
     if isinstance(text, TextRegions):
-        return {"boxes": np.ascontiguousarray(text.quads), "scores": text.scores}
+        return {"boxes": _floats(text.quads), "scores": _floats(text.scores)}
+    lengths = {len(text.quads), len(text.texts), len(text.box_scores), len(text.text_scores)}
+    assert len(lengths) == 1, "Immich reads the four lists side by side"
     return {
-        "box": np.ascontiguousarray(text.quads).reshape(-1),
-        "text": list(text.texts),
-        "boxScore": text.box_scores,
-        "textScore": text.text_scores,
+        "box": _floats(text.quads).reshape(-1),
+        "text": text.texts,
+        "boxScore": _floats(text.box_scores),
+        "textScore": _floats(text.text_scores),
     }

@@ -30,6 +30,10 @@ _FILTERS = {
 }
 _PUNCTUATION = str.maketrans("", "", string.punctuation)  # the 32 ASCII marks SigLIP drops
 
+# What the text towers call their inputs (contract §3.2): OpenCLIP's, and M-CLIP's two.
+_TOKEN_INPUTS = ("text", "input_ids")
+_MASK_INPUT = "attention_mask"
+
 # FLORES-200 codes by the language tags of Immich's web client (contract §2.5). `jpn_Hira` is not a
 # real code, but it is what the official service sends.
 NLLB_CODES: Mapping[str, str] = dict(
@@ -85,10 +89,13 @@ class VisualConfig:
             filter_name = config.get("interpolation") or "bicubic"
             if compat == "3.2":
                 mode, filter_name = "shortest", "bicubic"
+            side_px = int(size[0] if isinstance(size, list) else size)
             if mode not in ("shortest", "squash"):
                 raise LoadFailed(f"preprocess_cfg.json: unknown resize_mode {mode!r}")
+            if side_px < 1 or min(std) <= 0:
+                raise LoadFailed(f"preprocess_cfg.json: size {size} or std {std} is not positive")
             return cls(
-                side_px=int(size[0] if isinstance(size, list) else size),
+                side_px=side_px,
                 mean=(mean[0], mean[1], mean[2]),
                 std=(std[0], std[1], std[2]),
                 resample=_FILTERS[filter_name],
@@ -180,14 +187,21 @@ class TextConfig:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], *, name: str) -> "TextConfig":
-        """Read the model's `config.json`; `name` is the cleaned model name."""
-        text = config.get("text_cfg") or {}
-        cleaning = (text.get("tokenizer_kwargs") or {}).get("clean")
-        return cls(
-            context_length=int(text.get("context_length") or DEFAULT_CONTEXT_LENGTH),
-            canonicalize=cleaning == "canonicalize",
-            language_prefix=name.startswith("nllb"),
-        )
+        """Read the model's `config.json`; `name` is the cleaned model name.
+
+        Raises:
+            LoadFailed: a value is malformed.
+        """
+        try:
+            text = config.get("text_cfg") or {}
+            cleaning = (text.get("tokenizer_kwargs") or {}).get("clean")
+            return cls(
+                context_length=int(text.get("context_length") or DEFAULT_CONTEXT_LENGTH),
+                canonicalize=cleaning == "canonicalize",
+                language_prefix=name.startswith("nllb"),
+            )
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise LoadFailed(f"config.json: malformed text_cfg: {exc}") from exc
 
 
 def clean_text(query: TextQuery, config: TextConfig) -> str:
@@ -230,6 +244,10 @@ class ClipTextualModel:
     def __init__(
         self, graph: Graph, config: TextConfig, tokenizer: Tokenizer, *, name: str, dim: int | None
     ) -> None:
+        """Raises LoadFailed when the graph wants more than tokens and their mask."""
+        unknown = {spec.name for spec in graph.inputs} - {*_TOKEN_INPUTS, _MASK_INPUT}
+        if unknown:
+            raise LoadFailed(f"{name}: nothing is known for the inputs {sorted(unknown)}")
         self._graph = graph
         self._config = config
         self._tokenizer = tokenizer
@@ -241,9 +259,11 @@ class ClipTextualModel:
     def preprocess(self, item: TextQuery) -> dict[str, Tensor]:
         """Text → what each of the graph's inputs takes, (context length,) integers each."""
         encoding = self._tokenizer.encode(clean_text(item, self._config))
-        values = {"attention_mask": encoding.attention_mask}
         return {
-            spec.name: np.array(values.get(spec.name, encoding.ids), dtype=spec.dtype)
+            spec.name: np.array(
+                encoding.attention_mask if spec.name == _MASK_INPUT else encoding.ids,
+                dtype=spec.dtype,
+            )
             for spec in self._graph.inputs
         }
 

@@ -18,6 +18,7 @@ from immich_ml_metal.types import Bytes, Faces, Floats, Graph, Tensor
 CANVAS_PX = 640  # SCRFD's square input
 STRIDES = (8, 16, 32)  # pixels of the canvas per cell, one head each
 ANCHORS_PER_CELL = 2
+HEAD_ROWS = [(CANVAS_PX // stride) ** 2 * ANCHORS_PER_CELL for stride in STRIDES]
 NMS_IOU = 0.4
 
 CROP_PX = 112  # ArcFace's square input
@@ -32,6 +33,9 @@ ARCFACE_TEMPLATE: Floats = np.array(
     ],
     dtype=np.float32,
 )
+
+# Below it, the landmarks lie on one point but for rounding; a face one pixel wide has about 100.
+MIN_OVERLAP_PX2 = 1e-3
 
 
 # -- detection -------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ def _by_stride(heads: Sequence[Tensor]) -> list[tuple[Floats, Floats, Floats]]:
         sorted((head for head in flat if head.shape[1] == width), key=len, reverse=True)
         for width in (1, 4, 10)
     ]
-    if [len(kind) for kind in kinds] != [3, 3, 3]:
+    if any([len(head) for head in kind] != HEAD_ROWS for kind in kinds):
         shapes = [head.shape for head in heads]
         raise InferenceError(f"the face detector's outputs are not SCRFD's: {shapes}")
     return list(zip(*kinds, strict=True))
@@ -187,12 +191,17 @@ def similarity_transform(points: Floats, template: Floats = ARCFACE_TEMPLATE) ->
 
     Returns:
         (2, 3), to be applied to column vectors (x, y, 1).
+
+    Raises:
+        InferenceError: the points lie on one another, so that no scale fits them.
     """
     source = points.astype(np.float64) @ np.array([1, 1j])
     target = template.astype(np.float64) @ np.array([1, 1j])
     centred = source - source.mean()
-    spread = np.vdot(centred, centred).real
-    turn = np.vdot(centred, target - target.mean()) / spread if spread > 0 else 0j
+    overlap = np.vdot(centred, target - target.mean())
+    if abs(overlap) < MIN_OVERLAP_PX2:
+        raise InferenceError(f"the landmarks of a face lie on one another: {points.tolist()}")
+    turn = overlap / np.vdot(centred, centred).real
     shift = target.mean() - turn * source.mean()
     return np.array(
         [[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]], dtype=np.float32

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from immich_ml_metal.errors import InferenceError
 from immich_ml_metal.images import Picture
 from immich_ml_metal.tasks.vectors import bgr_planes, check_finite
 from immich_ml_metal.types import Floats, Graph, Tensor, TextRegions
@@ -17,8 +18,8 @@ from immich_ml_metal.types import Floats, Graph, Tensor, TextRegions
 MIN_SIDE_PX = 32  # smaller pictures hold no text, and the network halves its input five times
 MULTIPLE_PX = 32
 # The official service bounds the short side only. This bounds the area, so that a panorama cannot
-# take gigabytes; an ordinary 736 px detection has at most 1.1 million pixels at 2:1.
-MAX_DETECTION_PIXELS = 4_000_000
+# take gigabytes: the largest of the official canvases (contract §6.1).
+MAX_DETECTION_PIXELS = 2880 * 1440
 # Canvases of engines that compile a graph per shape: long side by short side (contract §6.1).
 CANVAS_RATIOS = (1, 4 / 3, 3 / 2, 16 / 9, 2)
 
@@ -41,7 +42,10 @@ class TextQuery:
 
 
 def detection_size(size: tuple[int, int], max_resolution: int) -> tuple[int, int]:
-    """(width, height) a picture is resized to: never larger, both sides multiples of 32."""
+    """(width, height) a picture is resized to: both sides the nearest multiples of 32.
+
+    The short side is reduced to `max_resolution` px, never enlarged; the area is bounded.
+    """
     width, height = size
     ratio = min(1.0, max_resolution / min(width, height))
     ratio = min(ratio, (MAX_DETECTION_PIXELS / (width * height)) ** 0.5)
@@ -107,6 +111,8 @@ class TextDetector:
         if blob is None:
             return np.zeros((0, 0), dtype=np.float32)
         output = self._graph.run({self._input.name: blob.tensor[None]})[0]
+        if output.size != blob.tensor.size // 3:
+            raise InferenceError(f"{self._name} maps {blob.tensor.shape} to {output.shape}")
         width, height = blob.content
         probability = check_finite(output, name=self._name).reshape(output.shape[-2:])
         return probability[:height, :width]
@@ -170,7 +176,7 @@ def grow(rect: Rect) -> Rect:
 
 def order_corners(quad: Floats) -> Floats:
     """(4, 2) corners → clockwise from top-left: the two left-most by x, each pair by y."""
-    by_x = quad[np.argsort(quad[:, 0], kind="stable")]
+    by_x = quad[np.lexsort((quad[:, 1], quad[:, 0]))]  # ties by y: any order in, one order out
     left = by_x[:2][np.argsort(by_x[:2, 1], kind="stable")]
     right = by_x[2:][np.argsort(by_x[2:, 1], kind="stable")]
     return np.array([left[0], right[0], right[1], left[1]], dtype=np.float32)

@@ -138,16 +138,24 @@ class TextRecogniser:
         """The graph's outputs → best class and its probability, (N, T) each."""
         if self._output == "ctc_indices":
             classes, confidences = outputs[0].astype(np.intp), outputs[1].astype(np.float32)
+            self._check_indices(classes)
         else:
             scores = outputs[0].astype(np.float32, copy=False)  # (N, T, C)
-            self._check_classes(scores.shape[-1])
+            self._check_class_count(scores.shape[-1])
             classes = scores.argmax(axis=-1)
             confidences = np.take_along_axis(scores, classes[..., None], axis=-1)[..., 0]
             if self._output == "ctc_logits":  # softmax of the best class
                 confidences = 1 / np.exp(scores - confidences[..., None]).sum(axis=-1)
         return classes, check_finite(confidences, name=self._name)
 
-    def _check_classes(self, count: int) -> None:
+    def _check_indices(self, classes: Tensor) -> None:
+        if classes.min(initial=0) < 0 or classes.max(initial=0) >= len(self._charset):
+            raise InferenceError(
+                f"{self._name} gave the classes {classes.min()} to {classes.max()}, "
+                f"its character list has {len(self._charset)}"
+            )
+
+    def _check_class_count(self, count: int) -> None:
         if count != len(self._charset):
             raise InferenceError(
                 f"{self._name} knows {count} classes, its character list has {len(self._charset)}"
