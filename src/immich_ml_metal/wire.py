@@ -30,7 +30,7 @@ from immich_ml_metal.types import (
     TextRegions,
 )
 
-# -- entries → TaskRequest --------------------------------------------------------------------------
+# -- entries → TaskRequest -------------------------------------------------------------------------
 
 _Score = Annotated[float, Field(ge=0, le=1)]
 _MAX_PROBLEMS = 5  # named in one error message
@@ -172,7 +172,7 @@ def _to_request(entries: _Entries, face_min_score: float) -> TaskRequest:
     )
 
 
-# -- Answer → response body -------------------------------------------------------------------------
+# -- Answer → response body ------------------------------------------------------------------------
 
 
 def render(answer: Answer) -> bytes:

@@ -1,7 +1,7 @@
 """Faces: SCRFD detection, five-point alignment, ArcFace vectors.
 
-The rules are Immich's (contract §5): they must not drift by a pixel, because people are clustered by
-vectors that were cut out with them.
+The rules are Immich's (contract §5): they must not drift by a pixel, because people are clustered
+by vectors that were cut out with them.
 """
 
 from collections.abc import Sequence

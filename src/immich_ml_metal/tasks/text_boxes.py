@@ -128,7 +128,7 @@ class TextDetector:
         self._graph.close()
 
 
-# -- probability map → boxes ------------------------------------------------------------------------
+# -- probability map → boxes -----------------------------------------------------------------------
 
 
 def find_regions(probability: Floats, *, size: tuple[int, int], min_score: float) -> TextRegions:
@@ -168,7 +168,7 @@ Rect = tuple[Sequence[float], Sequence[float], float]  # OpenCV's: centre xy, si
 
 
 def grow(rect: Rect) -> Rect:
-    """Grow a rectangle by area · 1.6 / perimeter on every side: the network is taught shrunk text."""
+    """Grow a rectangle by area · 1.6 / perimeter on every side: the network sees text shrunk."""
     centre, (width, height), angle = rect
     growth = width * height * UNCLIP_RATIO / (width + height)  # both sides of one axis together
     return centre, (width + growth, height + growth), angle

@@ -16,7 +16,7 @@ def bgr_planes(pixels: Bytes) -> Floats:
 
 
 def check_finite(raw: Tensor, *, name: str) -> Floats:
-    """`raw` as float32, or an error: every comparison with NaN is false, which looks like *nothing*.
+    """`raw` as float32, or an error: comparing with NaN is false, which looks like *nothing found*.
 
     Raises:
         InferenceError: a value is not finite.
