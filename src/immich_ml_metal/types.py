@@ -98,10 +98,10 @@ class FaceRecognition:
 
 @dataclass(frozen=True, slots=True)
 class TextDetection:
-    """Find text boxes scoring at least `min_score` (0..1), the short side reduced to `max_resolution`.
+    """Find text boxes scoring at least `min_score` (0..1).
 
     Attributes:
-        max_resolution: pixels.
+        max_resolution: what the picture's short side is reduced to, pixels.
     """
 
     model: ModelKey
@@ -247,7 +247,7 @@ class Graph(Protocol):
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether every new input shape costs a compilation: callers pad to a short list of them."""
+        """Whether each new input shape costs a compilation: callers pad to a short list of them."""
         ...
 
     @property

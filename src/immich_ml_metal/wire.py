@@ -20,6 +20,7 @@ from immich_ml_metal.types import (
     FaceRecognition,
     Faces,
     Floats,
+    ModelKey,
     Part,
     RecognisedFaces,
     Task,
@@ -63,33 +64,65 @@ class _Strict(BaseModel):
 
 class _Entry(_Strict):
     modelName: StrictStr  # noqa: N815
+
+    def key(self, task: Task, part: Part) -> ModelKey:
+        return model_key(self.modelName, task, part)
+
+
+class _VisualEntry(_Entry):
     options: _Options = _Options()
+
+    def request(self) -> ClipVisual:
+        return ClipVisual(self.key(Task.CLIP, Part.VISUAL))
 
 
 class _TextualEntry(_Entry):
     options: _LanguageOptions = _LanguageOptions()
 
+    def request(self) -> ClipTextual:
+        return ClipTextual(self.key(Task.CLIP, Part.TEXTUAL), self.options.language)
+
 
 class _FaceEntry(_Entry):
     options: _FaceOptions = _FaceOptions()
+
+    def request(self, default_min_score: float) -> FaceDetection:
+        asked = self.options.minScore
+        min_score = default_min_score if asked is None else asked
+        return FaceDetection(self.key(Task.FACES, Part.DETECTION), min_score)
+
+
+class _FaceVectorEntry(_Entry):
+    options: _Options = _Options()
+
+    def request(self) -> FaceRecognition:
+        return FaceRecognition(self.key(Task.FACES, Part.RECOGNITION))
 
 
 class _BoxEntry(_Entry):
     options: _BoxOptions = _BoxOptions()
 
+    def request(self) -> TextDetection:
+        options = self.options
+        key = self.key(Task.OCR, Part.DETECTION)
+        return TextDetection(key, options.minScore, options.maxResolution)
+
 
 class _LineEntry(_Entry):
     options: _LineOptions = _LineOptions()
 
+    def request(self) -> TextRecognition:
+        return TextRecognition(self.key(Task.OCR, Part.RECOGNITION), self.options.minScore)
+
 
 class _Clip(_Strict):
-    visual: _Entry | None = None
+    visual: _VisualEntry | None = None
     textual: _TextualEntry | None = None
 
 
 class _Faces(_Strict):
     detection: _FaceEntry | None = None
-    recognition: _Entry | None = None
+    recognition: _FaceVectorEntry | None = None
 
 
 class _Ocr(_Strict):
@@ -140,35 +173,14 @@ def _shorten(value: object, limit: int = 60) -> str:
 
 
 def _to_request(entries: _Entries, face_min_score: float) -> TaskRequest:
-    visual, textual = entries.clip.visual, entries.clip.textual
-    face, crop = entries.faces.detection, entries.faces.recognition
-    box, line = entries.ocr.detection, entries.ocr.recognition
-
-    def score(options: _FaceOptions) -> float:
-        return face_min_score if options.minScore is None else options.minScore
-
+    clip, faces, ocr = entries.clip, entries.faces, entries.ocr
     return TaskRequest(
-        clip_visual=visual and ClipVisual(model_key(visual.modelName, Task.CLIP, Part.VISUAL)),
-        clip_textual=textual
-        and ClipTextual(
-            model_key(textual.modelName, Task.CLIP, Part.TEXTUAL), textual.options.language
-        ),
-        face_detection=face
-        and FaceDetection(
-            model_key(face.modelName, Task.FACES, Part.DETECTION), score(face.options)
-        ),
-        face_recognition=crop
-        and FaceRecognition(model_key(crop.modelName, Task.FACES, Part.RECOGNITION)),
-        text_detection=box
-        and TextDetection(
-            model_key(box.modelName, Task.OCR, Part.DETECTION),
-            box.options.minScore,
-            box.options.maxResolution,
-        ),
-        text_recognition=line
-        and TextRecognition(
-            model_key(line.modelName, Task.OCR, Part.RECOGNITION), line.options.minScore
-        ),
+        clip_visual=clip.visual.request() if clip.visual else None,
+        clip_textual=clip.textual.request() if clip.textual else None,
+        face_detection=faces.detection.request(face_min_score) if faces.detection else None,
+        face_recognition=faces.recognition.request() if faces.recognition else None,
+        text_detection=ocr.detection.request() if ocr.detection else None,
+        text_recognition=ocr.recognition.request() if ocr.recognition else None,
     )
 
 

@@ -36,66 +36,22 @@ _MASK_INPUT = "attention_mask"
 
 # FLORES-200 codes by the language tags of Immich's web client (contract §2.5). `jpn_Hira` is not a
 # real code, but it is what the official service sends.
+# fmt: off
 NLLB_CODES: Mapping[str, str] = {
-    # fmt: off
-    "af": "afr_Latn",
-    "ar": "arb_Arab",
-    "az": "azj_Latn",
-    "be": "bel_Cyrl",
-    "bg": "bul_Cyrl",
-    "ca": "cat_Latn",
-    "cs": "ces_Latn",
-    "da": "dan_Latn",
-    "de": "deu_Latn",
-    "el": "ell_Grek",
-    "en": "eng_Latn",
-    "es": "spa_Latn",
-    "et": "est_Latn",
-    "fa": "pes_Arab",
-    "fi": "fin_Latn",
-    "fr": "fra_Latn",
-    "he": "heb_Hebr",
-    "hi": "hin_Deva",
-    "hr": "hrv_Latn",
-    "hu": "hun_Latn",
-    "hy": "hye_Armn",
-    "id": "ind_Latn",
-    "it": "ita_Latn",
-    "ja": "jpn_Hira",
-    "kmr": "kmr_Latn",
-    "ko": "kor_Hang",
-    "lb": "ltz_Latn",
-    "lt": "lit_Latn",
-    "lv": "lav_Latn",
-    "mfa": "zsm_Latn",
-    "mk": "mkd_Cyrl",
-    "mn": "khk_Cyrl",
-    "mr": "mar_Deva",
-    "ms": "zsm_Latn",
-    "nb-NO": "nob_Latn",
-    "nn": "nno_Latn",
-    "nl": "nld_Latn",
-    "pl": "pol_Latn",
-    "pt-BR": "por_Latn",
-    "pt": "por_Latn",
-    "ro": "ron_Latn",
-    "ru": "rus_Cyrl",
-    "sk": "slk_Latn",
-    "sl": "slv_Latn",
-    "sr-Cyrl": "srp_Cyrl",
-    "sv": "swe_Latn",
-    "ta": "tam_Taml",
-    "te": "tel_Telu",
-    "th": "tha_Thai",
-    "tr": "tur_Latn",
-    "uk": "ukr_Cyrl",
-    "ur": "urd_Arab",
-    "vi": "vie_Latn",
-    "zh-CN": "zho_Hans",
-    "zh-Hans": "zho_Hans",
-    "zh-TW": "zho_Hant",
-    # fmt: on
+    "af": "afr_Latn", "ar": "arb_Arab", "az": "azj_Latn", "be": "bel_Cyrl", "bg": "bul_Cyrl",
+    "ca": "cat_Latn", "cs": "ces_Latn", "da": "dan_Latn", "de": "deu_Latn", "el": "ell_Grek",
+    "en": "eng_Latn", "es": "spa_Latn", "et": "est_Latn", "fa": "pes_Arab", "fi": "fin_Latn",
+    "fr": "fra_Latn", "he": "heb_Hebr", "hi": "hin_Deva", "hr": "hrv_Latn", "hu": "hun_Latn",
+    "hy": "hye_Armn", "id": "ind_Latn", "it": "ita_Latn", "ja": "jpn_Hira", "kmr": "kmr_Latn",
+    "ko": "kor_Hang", "lb": "ltz_Latn", "lt": "lit_Latn", "lv": "lav_Latn", "mfa": "zsm_Latn",
+    "mk": "mkd_Cyrl", "mn": "khk_Cyrl", "mr": "mar_Deva", "ms": "zsm_Latn", "nb-NO": "nob_Latn",
+    "nn": "nno_Latn", "nl": "nld_Latn", "pl": "pol_Latn", "pt-BR": "por_Latn", "pt": "por_Latn",
+    "ro": "ron_Latn", "ru": "rus_Cyrl", "sk": "slk_Latn", "sl": "slv_Latn", "sr-Cyrl": "srp_Cyrl",
+    "sv": "swe_Latn", "ta": "tam_Taml", "te": "tel_Telu", "th": "tha_Thai", "tr": "tur_Latn",
+    "uk": "ukr_Cyrl", "ur": "urd_Arab", "vi": "vie_Latn", "zh-CN": "zho_Hans",
+    "zh-Hans": "zho_Hans", "zh-TW": "zho_Hant",
 }
+# fmt: on
 _NLLB_FALLBACK = "eng_Latn"
 
 
@@ -130,7 +86,7 @@ class VisualConfig:
         try:
             size = config["size"]
             mean, std = (tuple(float(x) for x in config[key]) for key in ("mean", "std"))
-            mode = config.get("resize_mode") or "shortest"
+            mode: ResizeMode = config.get("resize_mode") or "shortest"
             filter_name = config.get("interpolation") or "bicubic"
             if compat == "3.2":
                 mode, filter_name = "shortest", "bicubic"
@@ -196,7 +152,8 @@ class ClipVisualModel:
         square = np.asarray(resize_square(item.image, self._config))  # (S, S, 3)
         if self._input.dtype == np.uint8:
             return square
-        return square.transpose(2, 0, 1) * self._scale + self._offset  # (3, S, S)
+        blob: Floats = square.transpose(2, 0, 1) * self._scale + self._offset  # (3, S, S)
+        return blob
 
     def infer(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
         """N squares → N vectors (D,)."""

@@ -79,7 +79,9 @@ def decode_heads(heads: Sequence[Tensor], *, min_score: float, scale: float) -> 
         min_score: 0..1, inclusive.
         scale: canvas pixels per picture pixel.
     """
-    scores, boxes, landmarks = [], [], []
+    scores: list[Floats] = []
+    boxes: list[Floats] = []
+    landmarks: list[Floats] = []
     for stride, (score, distance, offset) in zip(STRIDES, _by_stride(heads), strict=True):
         (kept,) = np.nonzero(score[:, 0] >= min_score)
         centres = _anchor_centres(kept, stride)  # (n, 2)
@@ -88,9 +90,9 @@ def decode_heads(heads: Sequence[Tensor], *, min_score: float, scale: float) -> 
         boxes.append(np.hstack([centres - reach[:, :2], centres + reach[:, 2:]]))
         landmarks.append(centres[:, None, :] + (offset[kept] * stride).reshape(-1, 5, 2))
     found = Faces(
-        boxes=np.concatenate(boxes) / np.float32(scale),
+        boxes=np.concatenate(boxes) / scale,
         scores=np.concatenate(scores),
-        landmarks=np.concatenate(landmarks) / np.float32(scale),
+        landmarks=np.concatenate(landmarks) / scale,
     )
     best = _suppress(found)
     return Faces(np.round(found.boxes[best]), found.scores[best], found.landmarks[best])

@@ -3,6 +3,7 @@
 The rules are those of Immich 3.3 (contract §6.1 to §6.3).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ def detection_size(size: tuple[int, int], max_resolution: int) -> tuple[int, int
     """
     width, height = size
     ratio = min(1.0, max_resolution / min(width, height))
-    ratio = min(ratio, (MAX_DETECTION_PIXELS / (width * height)) ** 0.5)
+    ratio = min(ratio, math.sqrt(MAX_DETECTION_PIXELS / (width * height)))
 
     def snap(side: int) -> int:
         return max(MULTIPLE_PX, round(side * ratio / MULTIPLE_PX) * MULTIPLE_PX)
@@ -140,19 +141,19 @@ def find_regions(probability: Floats, *, size: tuple[int, int], min_score: float
         min_score: lowest mean probability inside a box, inclusive.
     """
     binary = (probability > BINARY_THRESHOLD).astype(np.uint8)
-    binary = cv2.dilate(binary, np.ones((2, 2), dtype=np.uint8))
-    contours, _ = cv2.findContours(binary, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    closed = cv2.dilate(binary, np.ones((2, 2), dtype=np.uint8))
+    contours, _ = cv2.findContours(closed, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     to_picture = np.array(size, np.float32) / np.array(probability.shape[::-1], np.float32)
     quads, scores = [], []
     for contour in contours[:MAX_CONTOURS]:
         rect = cv2.minAreaRect(contour)
         if min(rect[1]) < MIN_RECT_PX:
             continue
-        score = _mean_inside(probability, cv2.boxPoints(rect))
+        score = _mean_inside(probability, _corners(rect))
         grown = grow(rect)
         if score < min_score or min(grown[1]) < MIN_GROWN_PX:
             continue
-        quad = order_corners(np.round(cv2.boxPoints(grown) * to_picture).clip(0, size))
+        quad = order_corners(np.round(_corners(grown) * to_picture).clip(0, size))
         quad = quad.clip(0, np.array(size, np.float32) - 1)
         if _is_large_enough(quad):
             quads.append(quad)
@@ -172,6 +173,11 @@ def grow(rect: Rect) -> Rect:
     centre, (width, height), angle = rect
     growth = width * height * UNCLIP_RATIO / (width + height)  # both sides of one axis together
     return centre, (width + growth, height + growth), angle
+
+
+def _corners(rect: Rect) -> Floats:
+    """(4, 2) corners, in OpenCV's order."""
+    return np.asarray(cv2.boxPoints(rect), dtype=np.float32)
 
 
 def order_corners(quad: Floats) -> Floats:

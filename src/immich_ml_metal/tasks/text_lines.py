@@ -90,7 +90,8 @@ def decode_ctc(classes: Tensor, confidences: Floats, charset: Sequence[str]) -> 
     is_kept = (classes != BLANK) & np.concatenate([[True], classes[1:] != classes[:-1]])
     if not is_kept.any():
         return Reading("", 0.0)
-    text = "".join(charset[index] for index in classes[is_kept])
+    kept: list[int] = classes[is_kept].tolist()
+    text = "".join(charset[index] for index in kept)
     return Reading(text, float(confidences[is_kept].mean(dtype=np.float32)))
 
 
@@ -113,7 +114,8 @@ class TextRecogniser:
         ratio = crop.shape[1] / crop.shape[0]
         width = tensor_width(ratio, fixed=self._graph.fixed_shapes)
         line_width = max(1, min(math.ceil(LINE_HEIGHT_PX * ratio), width))
-        line = cv2.resize(crop, (line_width, LINE_HEIGHT_PX), interpolation=cv2.INTER_LINEAR)
+        size = (line_width, LINE_HEIGHT_PX)
+        line = np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
         if self._input.dtype == np.uint8:
             canvas = np.full((LINE_HEIGHT_PX, width, 3), PAD_BYTE, dtype=np.uint8)
             canvas[:, :line_width] = line
