@@ -46,7 +46,7 @@ class _LanguageOptions(_Options):
 
 
 class _FaceOptions(_Options):
-    minScore: _Score | None = None  # noqa: N815 - Immich's spelling
+    minScore: _Score = 0.7  # noqa: N815 - Immich's spelling
 
 
 class _BoxOptions(_Options):
@@ -87,8 +87,8 @@ class _FaceEntry(_Entry):
     options: _FaceOptions = _FaceOptions()
 
     def request(self, default_min_score: float) -> FaceDetection:
-        asked = self.options.minScore
-        min_score = default_min_score if asked is None else asked
+        is_asked = "minScore" in self.options.model_fields_set
+        min_score = self.options.minScore if is_asked else default_min_score
         return FaceDetection(self.key(Task.FACES, Part.DETECTION), min_score)
 
 
@@ -162,9 +162,15 @@ def parse_entries(text: str, *, face_min_score: float) -> TaskRequest:
 def _explain(exc: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(str(part) for part in error['loc']) or 'top level'}: "
-        f"{error['msg'][:1].lower()}{error['msg'][1:]} (got {_shorten(error['input'])})"
+        f"{_reason(error['type'], error['msg'])} (got {_shorten(error['input'])})"
         for error in exc.errors()[:_MAX_PROBLEMS]
     )
+
+
+def _reason(kind: str, message: str) -> str:
+    if kind == "model_type":  # pydantic would name our own class
+        return "must be an object"
+    return message[:1].lower() + message[1:]
 
 
 def _shorten(value: object, limit: int = 60) -> str:
