@@ -54,6 +54,8 @@ def test_a_request_error_is_a_4xx_and_no_other_error_is() -> None:
 def test_every_class_says_what_happened() -> None:
     for member in tree():
         assert (inspect.getdoc(member) or "").endswith("."), member
-        assert not member.__name__.endswith("Error") or member.__subclasses__() or (
-            member in (errors.InferenceError, errors.ConfigError)
+        assert (
+            not member.__name__.endswith("Error")
+            or member.__subclasses__()
+            or (member in (errors.InferenceError, errors.ConfigError))
         )

@@ -53,13 +53,21 @@ def own(path: Path) -> set[str]:
 
 
 def test_only_backends_and_onnx_mlx_import_hardware_libraries() -> None:
-    for path in ROOT.rglob("*.py"):
-        if path.relative_to(ROOT).parts[0] not in {"backends", "onnx_mlx"}:
-            assert not packages(path) & HARDWARE, path
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if path.relative_to(ROOT).parts[0] not in {"backends", "onnx_mlx"}
+        and packages(path) & HARDWARE
+    }
+    # the yardstick measures the bare library, in a process of its own
+    assert users <= {"cli/bench_raw.py"}
 
 
 def test_only_server_imports_fastapi() -> None:
-    assert {path.name for path in ROOT.rglob("*.py") if "fastapi" in packages(path)} == {"server.py"}
+    users = {path.name for path in ROOT.rglob("*.py") if "fastapi" in packages(path)}
+    # the composition root names the type of what `server` builds
+    assert "server.py" in users
+    assert users <= {"server.py", "compose.py"}
 
 
 def test_only_wire_and_server_speak_of_immichs_fields() -> None:
@@ -87,8 +95,7 @@ def test_the_tasks_touch_no_files_no_network_and_no_clock() -> None:
 
 def test_no_module_outgrows_500_lines() -> None:
     sizes = {
-        path.name: len(path.read_text(encoding="utf-8").splitlines())
-        for path in ROOT.rglob("*.py")
+        path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")
     }
     assert not {name: lines for name, lines in sizes.items() if lines > 500}
 
@@ -117,6 +124,7 @@ for name in modules:
     after = (threading.active_count(), dict(os.environ), len(logging.root.handlers),
              len(warnings.filters), os.getcwd())
     report[name] = "" if before == after and not opened else f"{before} {after} {opened}"
+    opened.clear()
 json.dump([report, sorted({module.split(".")[0] for module in sys.modules})], sys.stdout)
 """
 
@@ -137,9 +145,8 @@ def probe(modules: list[str]) -> tuple[dict[str, str], set[str]]:
 
 
 def test_imports_have_no_effects() -> None:
-    third_party = sorted(HEAVY - HARDWARE) + ["onnxruntime", "uvicorn", "rich", "httpx"]
-    probe(third_party)  # they are allowed theirs: only ours are judged below
-    report, _ = probe(third_party + MODULES)
+    others = [*sorted(HEAVY - HARDWARE), "onnxruntime", "mlx.core", "uvicorn", "rich", "httpx"]
+    report, _ = probe([*others, *MODULES])  # other people's imports have theirs first
     assert {name: did for name, did in report.items() if did and name in MODULES} == {}
 
 
