@@ -97,10 +97,10 @@ class Batcher(Generic[ItemT, ResultT]):
         except Exception as exc:  # noqa: BLE001 - every waiter must be answered
             self._fail(batch, exc)
             return
-        self._report(batch, started)
         for entry, result in zip(batch, results, strict=True):
             if not entry.future.done():
                 entry.future.set_result(result)
+        self._report(batch, started)
 
     def _report(self, batch: list[Entry[ItemT, ResultT]], started: float) -> None:
         if self._watch is None:
@@ -111,9 +111,7 @@ class Batcher(Generic[ItemT, ResultT]):
 
     def _fail(self, batch: list[Entry[ItemT, ResultT]], exc: Exception) -> None:
         if len(batch) > 1:  # one bad item must not fail its neighbours
-            self._queue.extendleft(
-                replace(entry, alone=True) for entry in reversed(batch)
-            )
+            self._queue.extendleft(replace(entry, alone=True) for entry in reversed(batch))
             return
         error: Exception = exc
         if not isinstance(exc, ServiceError):
