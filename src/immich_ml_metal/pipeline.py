@@ -79,10 +79,13 @@ class Pipeline:
         await _all(self._pool.get(key) for key in model_keys(request) if self._pool.serves(key))
 
     async def _timed(self, work: Coroutine[None, None, Answer]) -> Answer:
+        limit = asyncio.timeout(self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with limit:
                 return await work
         except TimeoutError as exc:
+            if not limit.expired():  # not ours: a library's own
+                raise
             raise TimedOut(f"no answer within {self._timeout_s:g} s") from exc
 
     async def _read_query(self, request: TaskRequest, text: str) -> Answer:
