@@ -110,6 +110,7 @@ def check_part(
     """
     records = load_manifest(root).files
     paths = {*_required(spec, part), *(p for p in records if p.startswith(f"{part}/"))}
+    paths |= {p for p in records if "/" not in p and (root / p).exists()}  # both halves' files
     sides = _side_files(root / part / GRAPH)
     paths |= {f"{part}/{name}" for name in sides}
     return {
