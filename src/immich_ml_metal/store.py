@@ -137,7 +137,8 @@ class ModelStore:
     def _fetch(self, key: ModelKey, listener: Listener | None, *, digests: bool = False) -> None:
         spec = find_model(key.name, key.task, key.part)
         if self._settings.offline:
-            raise ModelUnavailable(self._how_to_place(spec, key))
+            state = self.shelf.status(spec, key.part, digests=digests).state
+            raise ModelUnavailable(self._how_to_place(spec, key, state))
         with self._downloads.track(key, listener) as tracker, self._alone(key, tracker):
             if self.shelf.status(spec, key.part, digests=digests).is_usable:
                 return  # whoever held the lock has brought it
@@ -184,10 +185,10 @@ class ModelStore:
         finally:
             lock.release()
 
-    def _how_to_place(self, spec: ModelSpec, key: ModelKey) -> str:
+    def _how_to_place(self, spec: ModelSpec, key: ModelKey, state: State) -> str:
         """What a person can do about a model that is not here."""
         return (
-            f"model {key} is not on disk and downloads are switched off; fetch "
+            f"model {key} is {state} on disk and downloads are switched off; fetch "
             f"{self._settings.model_organization}/{spec.name} with "
             f"`immich-ml-metal models pull {spec.name}` on a connected machine and copy "
             f"{self.shelf.root(key)}, so that {self.shelf.files(key).graph} exists"
