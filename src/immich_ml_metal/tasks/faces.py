@@ -164,7 +164,10 @@ class FaceDetector:
         """Heads → faces in the picture's pixels."""
         height = item.picture.size[1]
         scale = fit_canvas(item.picture.size)[1] / height  # of both axes, as the official service
-        return decode_heads(raw, min_score=item.min_score, scale=scale)
+        faces = decode_heads(raw, min_score=item.min_score, scale=scale)
+        check_finite(faces.boxes, name=self._name)  # finite heads may overflow on the way here
+        check_finite(faces.landmarks, name=self._name)
+        return faces
 
     def close(self) -> None:
         """Free the graph."""
