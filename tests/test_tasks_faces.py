@@ -166,7 +166,7 @@ def test_other_heads_are_an_error(change: Any) -> None:
 # -- overlaps --------------------------------------------------------------------------------------
 
 
-def naive_nms(boxes: Floats, scores: Floats, limit: float) -> list[int]:
+def naive_nms(boxes: Tensor, scores: Tensor, limit: float) -> list[int]:
     """Greedy: the best box stays, and what overlaps it by more than `limit` goes."""
     kept: list[int] = []
     for row in np.argsort(-scores, kind="stable"):
@@ -175,7 +175,7 @@ def naive_nms(boxes: Floats, scores: Floats, limit: float) -> list[int]:
     return kept
 
 
-def iou(a: Floats, b: Floats) -> float:
+def iou(a: Tensor, b: Tensor) -> float:
     width = min(float(a[2]), float(b[2])) - max(float(a[0]), float(b[0]))
     height = min(float(a[3]), float(b[3])) - max(float(a[1]), float(b[1]))
     shared = max(width, 0.0) * max(height, 0.0)
@@ -237,11 +237,11 @@ def test_a_fused_detector_gets_the_bytes_of_the_canvas() -> None:
 
 
 def test_the_scale_of_both_axes_is_that_of_the_height() -> None:
-    graph = FakeGraph(lambda _: heads((32, 2 * 21, 0.9, [0, 0, 3, 3], TEN)), outputs=NINE)
+    graph = FakeGraph(lambda _: heads((32, 2 * 21, 0.9, [0, 0, 15, 15], TEN)), outputs=NINE)
     detector = FaceDetector(graph, name="m")
     query = FaceQuery(Picture(Image.new("RGB", (1000, 667))), 0.5)  # 426.88 → 426
     (faces,) = [detector.postprocess(raw, query) for raw in detector.infer([np.zeros(1)])]
-    expected = [round(side * 667 / 426) for side in (32, 32, 128, 128)]
+    expected = [round(side * 667 / 426) for side in (32, 32, 512, 512)]
     assert faces.boxes.tolist() == [expected]
 
 

@@ -83,7 +83,7 @@ def test_a_canvas_holds_the_picture_and_is_listed(short: int, long: int) -> None
     canvas = canvas_size(size)
     assert canvas[0] >= size[0]
     assert canvas[1] == size[1]  # the short side is kept
-    assert canvas_size(size[::-1]) == canvas[::-1]
+    assert canvas_size((size[1], size[0])) == (canvas[1], canvas[0])
     listed = {32 * math.ceil(round(size[1] * ratio) / 32) for ratio in CANVAS_RATIOS}
     smaller = [side for side in listed if size[0] <= side < canvas[0]]
     assert not smaller

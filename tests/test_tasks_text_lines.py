@@ -64,6 +64,13 @@ def test_what_lies_outside_the_picture_is_black() -> None:
     assert (crop[:, 22:] == 0).all()
 
 
+def test_pixels_between_pixels_are_bicubic() -> None:
+    step = np.full((20, 40, 3), 100, np.uint8)
+    step[:, 20:] = 200
+    crop = cut_line(Picture(Image.fromarray(step)), rectangle(10.5, 2, 20, 10))
+    assert crop[5, 7:12, 0].tolist() == [100, 87, 150, 212, 200]  # -1, 5, 5, -1 eighths
+
+
 def test_a_tilted_line_is_straightened() -> None:
     flat = np.zeros((60, 200, 3), np.uint8)
     flat[20:40, 40:60] = 255  # one white mark
