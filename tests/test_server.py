@@ -84,7 +84,7 @@ def test_a_picture_becomes_a_unit_vector_as_a_string(service: str) -> None:
     answer = predict(service, VISUAL, image=PHOTO)
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
-    assert list(body) == ["clip", "imageWidth", "imageHeight"]
+    assert list(body) == ["clip", "imageHeight", "imageWidth"]
     assert (body["imageWidth"], body["imageHeight"]) == (640, 480)
     vector = numbers(body["clip"])
     assert len(vector) == DIM
@@ -252,7 +252,10 @@ def test_entries_must_be_there_and_must_be_a_text(service: str) -> None:
         (b"x", "multipart/form-data"),
         (b"not a part", "multipart/form-data; boundary=b"),
         (b"--b\r\nno header\r\n\r\nx\r\n--b--\r\n", "multipart/form-data; boundary=b"),
-        (b"--b\r\nContent-Disposition: form-data\r\n\r\n1\r\n--b--\r\n", "multipart/form-data; boundary=b"),
+        (
+            b"--b\r\nContent-Disposition: form-data\r\n\r\n1\r\n--b--\r\n",
+            "multipart/form-data; boundary=b",
+        ),
     ],
 )
 def test_a_form_that_breaks_its_format_is_422(service: str, content: bytes, kind: str) -> None:
