@@ -22,7 +22,10 @@ def test_the_portable_engine_serves_every_half(models: Path) -> None:
 def test_building_the_app_loads_nothing_and_needs_no_model(tmp_path: Path) -> None:
     with TestClient(build_app(Settings(models_dir=tmp_path / "none", offline=True))) as client:
         assert client.get("/health").json()["models"] == []
-        answer = client.post("/predict", data={"entries": '{"clip":{"textual":{"modelName":"ViT-B-32__openai"}}}', "text": "a"})
+        answer = client.post(
+            "/predict",
+            data={"entries": '{"clip":{"textual":{"modelName":"ViT-B-32__openai"}}}', "text": "a"},
+        )
         assert answer.status_code == 503
         assert "immich-ml-metal models pull ViT-B-32__openai" in answer.json()["detail"]
 

@@ -84,7 +84,7 @@ def test_the_service_conforms_to_the_recorded_answers(shared: Path, url: str) ->
     assert ", 0 failed" in done.stdout
 
 
-# -- the real client --------------------------------------------------------------------------------
+# -- the real client -------------------------------------------------------------------------------
 
 
 def exchange(sock: socket.socket, raw: bytes) -> tuple[int, bytes]:
@@ -138,7 +138,7 @@ def test_a_live_node_client_gets_its_four_answers(shared: Path, url: str) -> Non
     ]
 
 
-# -- side by side -----------------------------------------------------------------------------------
+# -- side by side ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def test_sixteen_clients_at_once_get_exactly_what_they_get_alone(shared: Path, u
     asyncio.run(rush())
 
 
-# -- hostile pictures -------------------------------------------------------------------------------
+# -- hostile pictures ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

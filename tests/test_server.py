@@ -24,7 +24,7 @@ PHOTO = draw_faces((160, 160), (400, 240))
 PAGE = draw_text("abc", "cb")
 
 
-# -- the small routes -------------------------------------------------------------------------------
+# -- the small routes ------------------------------------------------------------------------------
 
 
 def test_ping_is_bare_text_and_the_root_names_the_service(service: str) -> None:
@@ -77,7 +77,7 @@ def test_metrics_count_requests_and_name_engines(service: str) -> None:
         assert line in answer.text
 
 
-# -- answers ----------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 
 def test_a_picture_becomes_a_unit_vector_as_a_string(service: str) -> None:
@@ -185,7 +185,7 @@ def test_the_fused_exports_of_revision_v2_answer_the_same(service: str, models: 
                 assert numbers(a["embedding"]) == pytest.approx(numbers(b["embedding"]), abs=1e-4)
 
 
-# -- refusals ---------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,13 +327,14 @@ def test_a_chunked_upload_within_the_limit_is_read(service: str) -> None:
 def test_a_length_over_the_limit_is_refused_before_the_body_comes(service: str) -> None:
     with connect(service) as sock:
         sock.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n"
             b"Content-Length: 999999999\r\n\r\n"
         )
         assert sock.recv(64).startswith(b"HTTP/1.1 413 ")
 
 
-# -- the app around a fake engine -------------------------------------------------------------------
+# -- the app around a fake engine ------------------------------------------------------------------
 
 
 class Rig:
@@ -572,7 +573,7 @@ def test_a_stop_breaks_off_a_download_and_ends_within_seconds() -> None:
     assert rig.store.is_closed
 
 
-# -- the table of statuses --------------------------------------------------------------------------
+# -- the table of statuses -------------------------------------------------------------------------
 
 
 def leaves(root: type[Exception]) -> set[type[Exception]]:

@@ -138,8 +138,9 @@ def test_the_older_resize_rule_is_a_setting(folder: Path) -> None:
         resize_mode="squash",
     )
     modes = [
-        build(folder, CLIP, Task.CLIP, Part.VISUAL, settings=Settings(immich_compat=version))
-        ._config.resize_mode
+        build(
+            folder, CLIP, Task.CLIP, Part.VISUAL, settings=Settings(immich_compat=version)
+        )._config.resize_mode
         for version in ("3.3", "3.2")
     ]
     assert modes == ["squash", "shortest"]

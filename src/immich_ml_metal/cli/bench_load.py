@@ -8,13 +8,9 @@ from dataclasses import dataclass
 
 import httpx
 
-from immich_ml_metal.errors import ServiceError
+from immich_ml_metal.cli.calls import checked
 
 _ANSWER_TIMEOUT_S = 300.0  # Node's own limit
-
-
-class BadAnswer(ServiceError):
-    """The measured service answered with an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +67,11 @@ async def _one_client(
 ) -> None:
     for request in requests:
         started = time.perf_counter()
-        answer = await client.post(
-            f"{url}/predict",
-            content=request.content,
-            headers={"content-type": request.headers["content-type"]},
-        )
-        if not answer.is_success:
-            raise BadAnswer(f"{url} answered {answer.status_code}: {answer.text[:200]}")
+        with checked(url):
+            answer = await client.post(
+                f"{url}/predict",
+                content=request.content,
+                headers={"content-type": request.headers["content-type"]},
+            )
+            answer.raise_for_status()
         latencies_s.append(time.perf_counter() - started)
