@@ -105,7 +105,7 @@ def test_the_bytes_of_a_real_client_are_understood_on_one_connection(
 ) -> None:
     address = urlparse(url)
     place = (str(address.hostname), int(address.port or 0))
-    answers = {}
+    answers: dict[str, bytes] = {}
     with socket.create_connection(place, timeout=60) as sock:
         for _, file in itertools.product(range(2), sorted((shared / "wire").glob("*.http"))):
             status, body = exchange(sock, file.read_bytes())

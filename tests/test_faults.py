@@ -160,10 +160,12 @@ def test_a_verb_that_raises_is_a_500_with_its_reason(
 
 @pytest.mark.parametrize(
     ("half", "error"),
-    zip(
-        HALVES,
-        itertools.cycle([LoadFailed("forced"), OSError("forced"), Panic("forced")]),
-        strict=False,
+    list(
+        zip(
+            HALVES,
+            itertools.cycle([LoadFailed("forced"), OSError("forced"), Panic("forced")]),
+            strict=False,
+        )
     ),
 )
 def test_a_load_that_raises_is_told_and_tried_again(

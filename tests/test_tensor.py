@@ -24,7 +24,7 @@ class StubGraph:
     max_batch, fixed_shapes, size_bytes = 3, False, 99
 
     def __init__(self, *, outputs: int = 1, metadata: Mapping[str, str] | None = None) -> None:
-        self.inputs = (TensorSpec("input", np.dtype(np.float32), (None, 3, 8, 8)),)
+        self.inputs = (TensorSpec("text", np.dtype(np.float32), (None, 3, 8, 8)),)
         self.outputs = tuple(
             TensorSpec(f"o{row}", np.dtype(np.float32), (None,)) for row in range(outputs)
         )
@@ -70,7 +70,7 @@ def write(path: Path, **values: Any) -> None:
     ],
 )
 def test_every_half_becomes_the_model_of_its_task(
-    folder: Path, name: str, task: Task, part: Part, outputs: int, kind: type
+    folder: Path, name: str, task: Task, part: Part, outputs: int, kind: Any
 ) -> None:
     model = build(folder, name, task, part, outputs=outputs)
     assert type(model) is kind
