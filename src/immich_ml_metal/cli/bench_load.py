@@ -32,7 +32,8 @@ async def run_load(
     endless = itertools.takewhile(
         lambda _: time.perf_counter() < deadline, itertools.cycle(requests)
     )
-    return await _drive(url, endless, clients)
+    at_least_one = itertools.chain(requests[:1], endless)
+    return await _drive(url, at_least_one, clients)
 
 
 async def run_once(url: str, requests: Sequence[httpx.Request], *, clients: int) -> Load:
