@@ -101,7 +101,7 @@ def test_sessions_neither_spin_nor_keep_their_peak() -> None:
     options = session_options(3)
     assert options.intra_op_num_threads == 3
     assert not options.enable_cpu_mem_arena
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
     assert set(disabled_optimizers()) <= {"ConvAddActivationFusion"}
 
@@ -117,8 +117,7 @@ def test_the_setting_chooses_the_threads_of_one_inference(
     engine = OrtEngine(Settings(intra_op_threads=threads))
     files = ModelFiles(tmp_path / "visual/model.onnx", tmp_path / "visual", tmp_path)
     model = engine.load(model_key(CLIP, Task.CLIP, Part.VISUAL), files)
-    session = model._graph.session  # type: ignore[attr-defined]
-    assert session.get_session_options().intra_op_num_threads == expected
+    assert model._graph.threads == expected  # type: ignore[attr-defined]
     model.close()
     engine.device.close()
 
