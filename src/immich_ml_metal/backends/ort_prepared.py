@@ -2,8 +2,8 @@
 
 ONNX Runtime packs matrix weights for its kernels at every load and keeps both forms. Prepared, they
 are a file beside the model that is mapped: a load takes a fifth of the time, memory falls by a
-third and can be given back under pressure. The file depends on the weights, the runtime's version and the
-processor, so its folder is named after the three; it is safe to delete.
+third and can be given back under pressure. The file depends on the weights, the runtime's version
+and the processor, so its folder is named after the three; it is safe to delete.
 
 Preparing runs in a process of its own, so that its peak of memory ends with it.
 """
