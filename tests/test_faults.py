@@ -323,4 +323,4 @@ def test_a_torn_file_is_never_loaded(tmp_path: Path) -> None:
     with serve(build_app(Settings(models_dir=tmp_path, offline=True))) as url:
         answer = call(url, (Task.OCR, Part.DETECTION))
     assert answer.status_code == 503
-    assert "not on disk" in json.dumps(answer.json())
+    assert "is damaged" in json.dumps(answer.json())

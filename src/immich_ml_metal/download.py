@@ -149,6 +149,9 @@ class Download:
             except BaseException:  # also Ctrl-C: the first failure ends the half's other files
                 self.tracker.stop()
                 threads.shutdown(wait=True, cancel_futures=True)
+                if transfer.met_full_disk:  # that hurts more than starting again
+                    for file in wanted:
+                        partial_path(file, staging / file.path).unlink(missing_ok=True)
                 raise
 
     def _install(self, listing: Listing, wanted: tuple[RemoteFile, ...], staging: Path) -> None:
