@@ -119,7 +119,7 @@ class Transfer:
                     raise DownloadFailed(f"{file.path} from {file.url}: {exc}") from exc
                 pause(exc, failures, self._retry, self._tracker)
             except OSError as exc:
-                self.met_full_disk = exc.errno in _FULL
+                self.met_full_disk |= exc.errno in _FULL
                 raise DownloadFailed(explain_os_error(exc, staged)) from exc
             else:
                 return
