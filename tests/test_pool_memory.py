@@ -102,6 +102,7 @@ class World:
         self.store = Files(folder)
         self.metrics = Metrics()
         self.threads = CpuThreads(2)
+        self.backoff = Backoff(first_s=0.02, max_s=0.05)
         table = {
             (key.task, key.part): self.engine for key in (VISUAL, TEXTUAL, DETECTOR, RECOGNISER)
         }
@@ -112,7 +113,7 @@ class World:
             self.metrics,
             clock=lambda: self.now,
             memory=MemoryRules(limit_bytes, frozenset({TEXT_TOWER})),
-            backoff=Backoff(first_s=0.02, max_s=0.05),
+            backoff=self.backoff,
         )
 
     async def use(self, *keys: ModelKey) -> None:
@@ -207,14 +208,16 @@ async def test_a_failure_is_tried_again_after_a_pause_and_never_permanent(
     for _ in range(3):
         with pytest.raises(type(error)):
             await world.pool.get(VISUAL)
+        assert world.backoff.wait_s(VISUAL, world.now) > 0
         world.now += 0.03  # part of the pause; the rest is waited for
     assert (await world.pool.get(VISUAL)).key == VISUAL
+    assert world.backoff.wait_s(VISUAL, world.now) == 0
     await world.close()
 
 
 async def test_a_model_that_is_not_to_be_had_fails_at_once_each_time(tmp_path: Path) -> None:
     world = World(tmp_path, limit_bytes=0)
-    world.pool._backoff.failed(DETECTOR, world.now)  # another model's pause is not waited for
+    world.backoff.failed(DETECTOR, world.now)  # another model's pause is not waited for
     world.store.failures = [ModelUnavailable("offline")] * 2
     async with asyncio.timeout(1):
         for _ in range(2):

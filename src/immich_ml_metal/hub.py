@@ -27,7 +27,8 @@ from immich_ml_metal.types import Part
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-# Builds for other hardware beside the ONNX files, and the repository's own paperwork.
+# Builds for other hardware beside the ONNX files, the repository's own paperwork, and every name
+# that begins with a dot: so no path from a hub can climb out of the model's folder.
 _NOT_OURS = re.compile(r"(\.armnn|\.rknn)$|(^|/)(rknpu|fp16)/|(^|/)\.|^README\.md$")
 
 
@@ -126,4 +127,4 @@ class Hub:
 def is_for_us(path: str, part: Part) -> bool:
     """Whether a file is needed for one half; external data lies in the half's folder."""
     wanted = path == "config.json" or path.startswith(f"{part}/")
-    return wanted and not _NOT_OURS.search(path) and ".." not in path.split("/")
+    return wanted and not _NOT_OURS.search(path)
