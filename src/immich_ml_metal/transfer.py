@@ -72,6 +72,15 @@ class RemoteFile:
         return (sha256_of(path) if self.sha256 else git_sha1_of(path)) == self.digest
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of one half at one revision."""
+
+    source: str
+    revision: str
+    files: tuple[RemoteFile, ...]
+
+
 class Transient(Exception):
     """This try failed, another may succeed."""
 
