@@ -1,0 +1,106 @@
+"""Runs a gateway with the fake engine: real sockets, a real child process, this event loop."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from immich_ml_metal.config import Settings
+from immich_ml_metal.gateway import Gateway
+from immich_ml_metal.listen import listen
+from immich_ml_metal.serving import GatewayServer
+from immich_ml_metal.supervisor import Order
+
+PATIENCE_S = 30.0
+
+
+def fake_engine(folder: Path) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name("fake_engine.py")), str(folder)]
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(**{"host": "127.0.0.1", "port": 0, **changes})
+
+
+def right_answer(body: bytes) -> dict[str, str]:
+    return {"digest": hashlib.sha256(body).hexdigest()}
+
+
+async def until(condition: Callable[[], Any], what: str = "condition") -> None:
+    """Wait for something that another process or task does."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end_s, f"{what} did not come about in {PATIENCE_S:g} s"
+        await asyncio.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@dataclass
+class Service:
+    gateway: Gateway
+    server: GatewayServer
+    port: int
+    folder: Path
+    client: httpx.AsyncClient
+
+    @property
+    def state(self) -> str:
+        return self.gateway.dispatcher.supervisor.state
+
+    @property
+    def engine_pid(self) -> int:
+        engine = self.gateway.dispatcher.supervisor.engine
+        assert engine is not None
+        return engine.pid
+
+    def journal(self, word: str) -> list[str]:
+        """What engines wrote down: the arguments of every line that begins with `word`."""
+        path = self.folder / "journal"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line.removeprefix(word + " ") for line in lines if line.startswith(word + " ")]
+
+    async def predict(self, body: bytes, **options: Any) -> httpx.Response:
+        return await self.client.post("/predict", content=body, **options)
+
+    async def ready(self) -> None:
+        await until(lambda: self.state == "ready", "a ready engine")
+
+    def stop_when_idle(self) -> bool:
+        return self.gateway.dispatcher.stop_if_idle(Order("idle", again=False))
+
+    def kill_engine(self, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.engine_pid, number)
+
+
+@asynccontextmanager
+async def running_gateway(folder: Path, **changes: Any) -> AsyncIterator[Service]:
+    chosen = settings(**changes)
+    gateway = Gateway(chosen, command=fake_engine(folder))
+    server = GatewayServer(gateway)
+    sockets = listen(chosen.host, chosen.port)
+    port = sockets[0].getsockname()[1]
+    serving = asyncio.create_task(server.serve(sockets))
+    await until(lambda: server.started or serving.done(), "a started server")
+    limits = httpx.Limits(max_connections=None)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits) as client:
+            yield Service(gateway, server, port, folder, client)
+    finally:
+        server.should_exit = True
+        await serving
