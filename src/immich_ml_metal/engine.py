@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from immich_ml_metal.config import Settings
+from immich_ml_metal.logs import configure_logging
 
 STDIN = 0
 _KEEPALIVE_S = 5  # the gateway opens one connection per request; only a debugger keeps one
@@ -47,11 +48,11 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
 
 def run(settings: Settings) -> None:
     """Serve the engine app alone on the public port, without a gateway (`serve --no-gateway`)."""
+    from immich_ml_metal.compose import build_app
     from immich_ml_metal.listen import listen
-    from immich_ml_metal.server import create_app
 
     config = uvicorn.Config(
-        create_app(settings),
+        build_app(settings),
         log_config=None,
         access_log=False,
         ws="none",
@@ -64,10 +65,11 @@ def run(settings: Settings) -> None:
 
 def main() -> None:
     """`python -m immich_ml_metal.engine SOCKET`: started by the gateway only."""
-    settings = read_settings()
-    from immich_ml_metal.server import create_app
+    from immich_ml_metal.compose import build_app
 
-    serve(create_app(settings), Path(sys.argv[1]))
+    settings = read_settings()
+    configure_logging(settings, "engine")
+    serve(build_app(settings), Path(sys.argv[1]))
 
 
 def _end_with_parent(fd: int, socket: Path) -> None:
