@@ -2,7 +2,7 @@
 
 It answers a `/predict` with the SHA-256 of the body it got. The body's own words make it misbehave:
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`. A file in the
-folder that is its first argument makes it misbehave at start: `refuse`, or `slow` with seconds.
+folder that is its first argument makes it misbehave at start: `refuse`, `bad-settings`, `slow` (seconds).
 It writes what it does into `journal` there. Run as `python fake_engine.py FOLDER SOCKET`.
 """
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.engine import read_settings, serve
+from immich_ml_metal.engine import EXIT_BAD_SETTINGS, read_settings, serve
 
 _WORD = re.compile(rb"\[(abort|hang|block|sleep|leak|status|bye) ?([\d.]*)\]")
 
@@ -108,6 +108,8 @@ def main() -> None:
     settings = read_settings()
     engine = FakeEngine(folder, list(settings.preload_clip_textual))
     engine.note(f"born {os.getpid()}")
+    if (folder / "bad-settings").exists():
+        sys.exit(EXIT_BAD_SETTINGS)
     if (folder / "refuse").exists():
         sys.exit(7)
     if (folder / "slow").exists():

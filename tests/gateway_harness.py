@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from immich_ml_metal.config import Settings
+from immich_ml_metal.engine_process import EngineProcess
 from immich_ml_metal.gateway import Gateway
 from immich_ml_metal.listen import listen
 from immich_ml_metal.serving import GatewayServer
@@ -63,10 +65,14 @@ class Service:
         return self.gateway.dispatcher.supervisor.state
 
     @property
-    def engine_pid(self) -> int:
+    def engine(self) -> EngineProcess:
         engine = self.gateway.dispatcher.supervisor.engine
         assert engine is not None
-        return engine.pid
+        return engine
+
+    @property
+    def engine_pid(self) -> int:
+        return self.engine.pid
 
     def journal(self, word: str) -> list[str]:
         """What engines wrote down: the arguments of every line that begins with `word`."""
@@ -76,6 +82,9 @@ class Service:
 
     async def predict(self, body: bytes, **options: Any) -> httpx.Response:
         return await self.client.post("/predict", content=body, **options)
+
+    async def started(self, count: int) -> None:
+        await until(lambda: len(self.journal("start")) >= count, f"{count} requests at the engine")
 
     async def ready(self) -> None:
         await until(lambda: self.state == "ready", "a ready engine")

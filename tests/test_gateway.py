@@ -5,14 +5,18 @@ import json
 import signal
 import socket
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from immich_ml_metal.footprint import memory_bytes
 from gateway_harness import is_alive, right_answer, running_gateway, until
 
+from immich_ml_metal.footprint import memory_bytes
 
-async def test_an_answer_of_the_engine_reaches_the_client(tmp_path):
+
+async def test_an_answer_of_the_engine_reaches_the_client(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         response = await service.predict(b"a picture")
     assert response.status_code == 200
@@ -20,13 +24,15 @@ async def test_an_answer_of_the_engine_reaches_the_client(tmp_path):
     assert response.headers["content-type"] == "application/json"
 
 
-async def test_a_request_id_is_kept_and_sent_back(tmp_path):
+async def test_a_request_id_is_kept_and_sent_back(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         response = await service.predict(b"a picture", headers={"x-request-id": "abc123"})
     assert response.headers["x-request-id"] == "abc123"
 
 
-async def test_a_failure_that_the_engine_reports_is_passed_on_and_not_repeated(tmp_path):
+async def test_a_failure_that_the_engine_reports_is_passed_on_and_not_repeated(
+    tmp_path: Path,
+) -> None:
     async with running_gateway(tmp_path) as service:
         response = await service.predict(b"[status 500]")
         assert response.status_code == 500
@@ -36,7 +42,7 @@ async def test_a_failure_that_the_engine_reports_is_passed_on_and_not_repeated(t
 
 
 @pytest.mark.parametrize("fault", [b"abort", b"bye"])
-async def test_a_picture_that_ends_engines_fails_alone(tmp_path, fault):
+async def test_a_picture_that_ends_engines_fails_alone(tmp_path: Path, fault: bytes) -> None:
     bad = b"[sleep 0.2][%s]" % fault
     good = [b"good %d [sleep 0.2]" % i for i in range(5)]
     async with running_gateway(tmp_path) as service:
@@ -49,7 +55,7 @@ async def test_a_picture_that_ends_engines_fails_alone(tmp_path, fault):
     assert "ended each time" in answers[5].json()["detail"]
 
 
-async def test_a_condemned_form_is_known_again_under_another_boundary(tmp_path):
+async def test_a_condemned_form_is_known_again_under_another_boundary(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         for status, engines in [(500, 3), (500, 3)]:  # the second time costs no engine
             form = {"image": b"[abort]"}  # httpx draws a boundary for each
@@ -62,14 +68,16 @@ async def test_a_condemned_form_is_known_again_under_another_boundary(tmp_path):
     assert response.status_code == 200
 
 
-async def test_requests_of_a_killed_engine_are_sent_again_in_order_one_at_a_time(tmp_path):
+async def test_requests_of_a_killed_engine_are_sent_again_in_order_one_at_a_time(
+    tmp_path: Path,
+) -> None:
     bodies = [b"picture %d [sleep 0.3]" % i for i in range(4)]
     async with running_gateway(tmp_path) as service:
         await service.ready()
         tasks = []
         for number, body in enumerate(bodies):
             tasks.append(asyncio.create_task(service.predict(body)))
-            await until(lambda n=number: len(service.journal("start")) == n + 1)
+            await service.started(number + 1)
         service.kill_engine()
         answers = [await task for task in tasks]
         sent_again = [line.split()[1] for line in service.journal("start")[4:]]
@@ -80,21 +88,23 @@ async def test_requests_of_a_killed_engine_are_sent_again_in_order_one_at_a_time
     assert health["failures"]["by_cause"] == {"engine ended: SIGKILL": 1}
 
 
-async def test_two_kills_from_outside_do_not_condemn_a_request(tmp_path):
+async def test_two_kills_from_outside_do_not_condemn_a_request(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
         task = asyncio.create_task(service.predict(b"[sleep 0.5]"))
         for starts in (1, 2):
-            await until(lambda n=starts: len(service.journal("start")) == n)
+            await service.started(starts)
             service.kill_engine()
         assert (await task).status_code == 200
 
 
-async def test_an_engine_without_progress_is_replaced_and_its_request_fails_at_the_second(tmp_path):
+async def test_an_engine_without_progress_is_replaced_and_its_request_fails_at_the_second(
+    tmp_path: Path,
+) -> None:
     async with running_gateway(tmp_path, request_timeout_s=0.2) as service:
         await service.ready()
         hanging = asyncio.create_task(service.predict(b"[hang]"))
-        await until(lambda: service.journal("start"))
+        await service.started(1)
         good = asyncio.create_task(service.predict(b"good"))
         assert (await good).status_code == 200
         response = await hanging
@@ -103,13 +113,13 @@ async def test_an_engine_without_progress_is_replaced_and_its_request_fails_at_t
     assert health["failures"]["by_cause"]["engine ended: no progress for 0.2 s"] == 2
 
 
-async def test_an_engine_with_a_blocked_loop_is_replaced_too(tmp_path):
+async def test_an_engine_with_a_blocked_loop_is_replaced_too(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, request_timeout_s=0.2) as service:
         assert (await service.predict(b"[block 60]")).status_code == 500
         assert (await service.predict(b"good")).status_code == 200
 
 
-async def test_requests_wait_while_the_engine_starts_and_ping_stays_prompt(tmp_path):
+async def test_requests_wait_while_the_engine_starts_and_ping_stays_prompt(tmp_path: Path) -> None:
     (tmp_path / "slow").write_text("1.5")
     async with running_gateway(tmp_path) as service:
         waiting = [asyncio.create_task(service.predict(b"early %d" % i)) for i in range(8)]
@@ -123,7 +133,9 @@ async def test_requests_wait_while_the_engine_starts_and_ping_stays_prompt(tmp_p
     assert sorted(took_s)[int(len(took_s) * 0.99) - 1] < 0.1
 
 
-async def test_an_engine_that_never_comes_costs_each_request_its_hold_and_no_less(tmp_path):
+async def test_an_engine_that_never_comes_costs_each_request_its_hold_and_no_less(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "refuse").touch()
     async with running_gateway(tmp_path, hold_limit_s=1.0, engine_max_crashes=2) as service:
         start_s = time.monotonic()
@@ -139,7 +151,7 @@ async def test_an_engine_that_never_comes_costs_each_request_its_hold_and_no_les
     assert health["failures"]["by_cause"]["engine ended: exit status 7"] >= 2
 
 
-async def test_a_crash_loop_that_ends_serves_what_waited(tmp_path):
+async def test_a_crash_loop_that_ends_serves_what_waited(tmp_path: Path) -> None:
     (tmp_path / "refuse").touch()
     async with running_gateway(tmp_path, engine_max_crashes=2) as service:
         waiting = [asyncio.create_task(service.predict(b"%d" % i)) for i in range(79)]
@@ -149,10 +161,10 @@ async def test_a_crash_loop_that_ends_serves_what_waited(tmp_path):
         assert (await service.client.get("/ping")).status_code == 200
 
 
-async def test_a_client_that_hangs_up_is_hung_up_on_at_the_engine(tmp_path):
+async def test_a_client_that_hangs_up_is_hung_up_on_at_the_engine(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         task = asyncio.create_task(service.predict(b"[hang]"))
-        await until(lambda: service.journal("start"))
+        await service.started(1)
         task.cancel()
         await until(lambda: service.journal("hung-up"))
         queue = service.gateway.dispatcher.queue
@@ -161,10 +173,10 @@ async def test_a_client_that_hangs_up_is_hung_up_on_at_the_engine(tmp_path):
         assert service.gateway.holding.reception.room.held("memory") == 0
 
 
-async def test_at_most_the_configured_number_of_requests_is_with_the_engine(tmp_path):
+async def test_at_most_the_configured_number_of_requests_is_with_the_engine(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, max_concurrent_requests=2) as service:
         tasks = [asyncio.create_task(service.predict(b"%d [hang]" % i)) for i in range(4)]
-        await until(lambda: len(service.journal("start")) == 2)
+        await service.started(2)
         await until(lambda: service.gateway.dispatcher.queue.waiting == 2)
         assert service.gateway.dispatcher.queue.running == 2
         for task in tasks:
@@ -172,23 +184,25 @@ async def test_at_most_the_configured_number_of_requests_is_with_the_engine(tmp_
         await until(lambda: service.gateway.open_requests == 0)
 
 
-async def test_uploads_beyond_the_memory_lie_on_disk_and_are_replayed_from_there(tmp_path):
+async def test_uploads_beyond_the_memory_lie_on_disk_and_are_replayed_from_there(
+    tmp_path: Path,
+) -> None:
     bodies = [b"%d [sleep 0.3]" % i + bytes(3_000_000) for i in range(3)]
     async with running_gateway(tmp_path, hold_memory_bytes=1_000_000) as service:
         await service.ready()
         tasks = [asyncio.create_task(service.predict(body)) for body in bodies]
-        await until(lambda: len(service.journal("start")) == 3)
+        await service.started(3)
         assert service.gateway.holding.reception.room.held("spool") == sum(map(len, bodies))
         service.kill_engine()
         answers = [await task for task in tasks]
     assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
 
 
-async def test_without_room_a_client_is_not_read_from_until_there_is_some(tmp_path):
-    limits = {"max_image_size_bytes": 1_000_000, "hold_memory_bytes": 1}
+async def test_without_room_a_client_is_not_read_from_until_there_is_some(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"max_image_size_bytes": 1_000_000, "hold_memory_bytes": 1}
     async with running_gateway(tmp_path, hold_spool_bytes=1_100_000, **limits) as service:
         first = asyncio.create_task(service.predict(b"[sleep 0.3]" + bytes(900_000)))
-        await until(lambda: service.journal("start"))
+        await service.started(1)
         second = asyncio.create_task(service.predict(bytes(900_000)))
         room = service.gateway.holding.reception.room
         await until(lambda: room.waiting == 1)
@@ -196,8 +210,8 @@ async def test_without_room_a_client_is_not_read_from_until_there_is_some(tmp_pa
         assert [(await first).status_code, (await second).status_code] == [200, 200]
 
 
-async def test_an_upload_over_the_limit_is_refused_while_it_is_read(tmp_path):
-    async def pieces():
+async def test_an_upload_over_the_limit_is_refused_while_it_is_read(tmp_path: Path) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
         for _ in range(64):
             yield bytes(65_536)
 
@@ -207,7 +221,9 @@ async def test_an_upload_over_the_limit_is_refused_while_it_is_read(tmp_path):
     assert response.headers["connection"] == "close"
 
 
-async def test_an_upload_announced_over_the_limit_is_refused_before_it_is_sent(tmp_path):
+async def test_an_upload_announced_over_the_limit_is_refused_before_it_is_sent(
+    tmp_path: Path,
+) -> None:
     async with running_gateway(tmp_path, max_image_size_bytes=1_000_000) as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 2000000\r\n\r\n")
@@ -215,7 +231,7 @@ async def test_an_upload_announced_over_the_limit_is_refused_before_it_is_sent(t
         writer.close()
 
 
-async def test_a_client_that_stops_sending_is_let_go(tmp_path):
+async def test_a_client_that_stops_sending_is_let_go(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, client_timeout_s=0.2) as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 2000\r\n\r\nabc")
@@ -234,21 +250,23 @@ async def test_a_client_that_stops_sending_is_let_go(tmp_path):
         ("GET", "/predict", 405, {"detail": "Method Not Allowed"}),
     ],
 )
-async def test_other_requests_get_the_official_answers(tmp_path, method, path, status, body):
+async def test_other_requests_get_the_official_answers(
+    tmp_path: Path, method: str, path: str, status: int, body: object
+) -> None:
     async with running_gateway(tmp_path) as service:
         response = await service.client.request(method, path)
     assert response.status_code == status
     assert body is None or response.json() == body
 
 
-async def test_ping_is_pong_as_plain_text(tmp_path):
+async def test_ping_is_pong_as_plain_text(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         response = await service.client.get("/ping")
     assert (response.status_code, response.content) == (200, b"pong")
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-async def test_health_tells_about_both_processes(tmp_path):
+async def test_health_tells_about_both_processes(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
         await service.predict(b"a picture")
@@ -263,7 +281,7 @@ async def test_health_tells_about_both_processes(tmp_path):
     assert "a picture" not in json.dumps(health)
 
 
-async def test_metrics_of_both_processes_stand_side_by_side(tmp_path):
+async def test_metrics_of_both_processes_stand_side_by_side(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
         await service.predict(b"a picture")
@@ -273,7 +291,7 @@ async def test_metrics_of_both_processes_stand_side_by_side(tmp_path):
     assert line in text
 
 
-async def test_an_idle_engine_ends_and_the_next_request_starts_one(tmp_path):
+async def test_an_idle_engine_ends_and_the_next_request_starts_one(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, model_ttl_s=0.1) as service:
         await service.ready()
         pid = service.engine_pid
@@ -284,7 +302,7 @@ async def test_an_idle_engine_ends_and_the_next_request_starts_one(tmp_path):
         assert (await service.predict(b"again")).status_code == 200
 
 
-async def test_requests_that_race_with_the_idle_stop_never_fail(tmp_path):
+async def test_requests_that_race_with_the_idle_stop_never_fail(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.predict(b"first")
         for number in range(10):
@@ -296,7 +314,7 @@ async def test_requests_that_race_with_the_idle_stop_never_fail(tmp_path):
             assert (await task).json() == right_answer(b"%d" % number)
 
 
-async def test_preloaded_models_stay_through_an_idle_stop(tmp_path):
+async def test_preloaded_models_stay_through_an_idle_stop(tmp_path: Path) -> None:
     async with running_gateway(
         tmp_path, model_ttl_s=0.1, preload_clip_textual=("ViT-B-32__openai",)
     ) as service:
@@ -311,16 +329,16 @@ async def test_preloaded_models_stay_through_an_idle_stop(tmp_path):
         assert len(service.journal("born")) == 2  # nothing was used since: nothing to give back
 
 
-async def test_preloaded_models_go_too_if_asked(tmp_path):
-    chosen = {"preload_clip_textual": ("ViT-B-32__openai",), "preload_stays": False}
+async def test_preloaded_models_go_too_if_asked(tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"preload_clip_textual": ("ViT-B-32__openai",), "preload_stays": False}
     async with running_gateway(tmp_path, model_ttl_s=0.1, **chosen) as service:
         await until(lambda: service.state == "idle" and service.journal("born"))
 
 
-async def test_an_engine_over_its_memory_is_replaced_without_a_failure(tmp_path):
+async def test_an_engine_over_its_memory_is_replaced_without_a_failure(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, memory_limit_bytes=150 * 2**20) as service:
         await service.ready()
-        service.gateway.dispatcher.supervisor.engine.started_s -= 3600  # old enough
+        service.engine.started_s -= 3600  # old enough
         tasks = [asyncio.create_task(service.predict(b"[leak 200][sleep 0.5]"))]
         await until(lambda: (memory_bytes(service.engine_pid) or 0) > 200 * 2**20)
         await service.gateway.watch.look()
@@ -332,11 +350,11 @@ async def test_an_engine_over_its_memory_is_replaced_without_a_failure(tmp_path)
     assert health["engine"]["memory_bytes"] < 150 * 2**20 < health["engine"]["memory_peak_bytes"]
 
 
-async def test_a_recycled_engine_finishes_its_requests_first(tmp_path):
+async def test_a_recycled_engine_finishes_its_requests_first(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
         running = asyncio.create_task(service.predict(b"[sleep 0.3]"))
-        await until(lambda: service.journal("start"))
+        await service.started(1)
         signal.raise_signal(signal.SIGHUP)
         later = asyncio.create_task(service.predict(b"later"))
         assert [(await running).status_code, (await later).status_code] == [200, 200]
@@ -346,7 +364,7 @@ async def test_a_recycled_engine_finishes_its_requests_first(tmp_path):
     assert health["requests"]["replayed"] == 0
 
 
-async def test_both_families_of_addresses_are_served(tmp_path):
+async def test_both_families_of_addresses_are_served(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, host="0.0.0.0") as service:
         for host in ["127.0.0.1", *(["[::1]"] if socket.has_dualstack_ipv6() else [])]:
             async with httpx.AsyncClient() as client:

@@ -15,9 +15,11 @@ from typing import Any
 import uvicorn
 
 from immich_ml_metal.config import Settings
+from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.logs import configure_logging
 
 STDIN = 0
+EXIT_BAD_SETTINGS = 2
 _KEEPALIVE_S = 5  # the gateway opens one connection per request; only a debugger keeps one
 
 
@@ -69,7 +71,12 @@ def main() -> None:
 
     settings = read_settings()
     configure_logging(settings, "engine")
-    serve(build_app(settings), Path(sys.argv[1]))
+    try:
+        app = build_app(settings)
+    except ConfigError as exc:  # the last line of this process; the gateway ends at this status
+        print(f"immich-ml-metal: {exc}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_BAD_SETTINGS)
+    serve(app, Path(sys.argv[1]))
 
 
 def _end_with_parent(fd: int, socket: Path) -> None:

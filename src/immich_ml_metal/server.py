@@ -20,6 +20,7 @@ from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.pipeline import Pipeline, model_keys
 from immich_ml_metal.pool import EngineTable, Pool, Store
+from immich_ml_metal.preload import preload, preload_keys
 from immich_ml_metal.types import Part, Task, TaskRequest
 from immich_ml_metal.wire import parse_entries, render
 
@@ -88,24 +89,30 @@ class Service:
         self._in_flight = 0
         self._answered = 0
         self._unloader: asyncio.Task[None] | None = None
+        self._preload_keys = preload_keys(settings)
+        self._preloader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Service":
+        # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
+        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
         if self.settings.model_ttl_s > 0:
             self._unloader = asyncio.create_task(self._unload_idle_models())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._unloader is not None:
-            self._unloader.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._unloader
+        for task in (self._unloader, self._preloader):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         await self.pool.close()
         self._threads.close()
 
     async def _unload_idle_models(self) -> None:
         while True:
             await asyncio.sleep(min(_UNLOAD_EVERY_S, self.settings.model_ttl_s))
-            await self.pool.unload_idle(self.settings.model_ttl_s)
+            keep = self._preload_keys if self.settings.preload_stays else ()
+            await self.pool.unload_idle(self.settings.model_ttl_s, keep=keep)
 
     # -- routes ------------------------------------------------------------------------------------
 
@@ -143,9 +150,7 @@ class Service:
         """Read the form, parse the entries, run the pipeline, render the answer."""
         with request_scope(request.headers.get(REQUEST_ID_HEADER)):
             form = await self._read_form(request)
-            tasks = parse_entries(
-                _entries_field(form), face_min_score=self.settings.face_min_score
-            )
+            tasks = parse_entries(_entries_field(form), face_min_score=self.settings.face_min_score)
             image, text = await _payload(form)
             return await _unless_gone(request, self._answer(tasks, image, text))
 
@@ -255,9 +260,7 @@ async def _on_service_error(_: Request, exc: Exception) -> JSONResponse:
 
 async def _on_unexpected_error(_: Request, exc: Exception) -> JSONResponse:
     log.error("request failed status=500", exc_info=exc)
-    return JSONResponse(
-        {"detail": f"internal error: {type(exc).__name__}: {exc}"}, status_code=500
-    )
+    return JSONResponse({"detail": f"internal error: {type(exc).__name__}: {exc}"}, status_code=500)
 
 
 def every_part(engine: Any) -> EngineTable:

@@ -27,7 +27,7 @@ _POLL_S = 0.05
 class GatewayServer(uvicorn.Server):
     """uvicorn with the gateway's signals.
 
-    SIGTERM and SIGINT drain, a second one ends at once; SIGHUP restarts the engine when it is clear.
+    SIGTERM and SIGINT drain, a second one ends at once; SIGHUP restarts the engine when clear.
     """
 
     def __init__(self, gateway: Gateway) -> None:

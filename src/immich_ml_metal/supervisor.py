@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.crashes import CrashRecord
+from immich_ml_metal.engine import EXIT_BAD_SETTINGS
 from immich_ml_metal.engine_process import EngineProcess, describe
+from immich_ml_metal.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ _LAST_STOP_LIMIT_S = 2.0
 # A connection breaks a moment before its process is gone; its exit status tells why.
 _LAST_WORDS_S = 1.0
 
-# What a person or the kernel sends; a library that fails raises SIGABRT, SIGSEGV, SIGBUS, SIGTRAP.
+# What a person or the kernel sends; a failing library raises SIGABRT, SIGSEGV, SIGBUS, SIGTRAP.
 _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 _TMP_PATH_MAX = 60
@@ -86,6 +88,7 @@ class Supervisor:
         self._crashes = crashes
         self._on_ready = on_ready
         self._on_end = on_end
+        self._was_ready = False
         self._wanted = asyncio.Event()
         self._order: asyncio.Future[Order] | None = None
 
@@ -105,7 +108,11 @@ class Supervisor:
         self._order.set_result(order)
 
     async def run(self) -> None:
-        """Start, watch, restart, until cancelled; then stop the engine."""
+        """Start, watch, restart, until cancelled; then stop the engine.
+
+        Raises:
+            ConfigError: the first engine refuses its settings, as every other one would.
+        """
         with tempfile.TemporaryDirectory(
             prefix="immich-ml-", dir=_short_folder(), ignore_cleanup_errors=True
         ) as folder:  # private to this user
@@ -148,6 +155,7 @@ class Supervisor:
             ready.cancel()
         if not (engine.gone.done() or order.done()):
             self.state = State.READY
+            self._was_ready = True
             logger.info("engine ready pid=%d after_s=%.1f", engine.pid, _age_s(engine))
             self._on_ready()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +167,8 @@ class Supervisor:
             await asyncio.wait({engine.gone}, timeout=_LAST_WORDS_S)
         if engine.gone.done():
             status = await engine.kill()
+            if status == EXIT_BAD_SETTINGS and not self._was_ready:
+                raise ConfigError("the engine refuses its settings; its own message says why")
             cause = describe(status)
             return End(cause, fault=True, from_outside=status in _FROM_OUTSIDE)
         asked = order.result()

@@ -113,8 +113,13 @@ class Watch:
         supervisor, health = self._dispatcher.supervisor, self.health or {}
         stuck = self._progress.observe(
             busy=self._dispatcher.queue.running > 0,
-            loading=bool(health.get("loading") or health.get("downloads")),
-            mark=(supervisor.starts, self._dispatcher.served_by_engine, health.get("progress")),
+            loading=bool(health.get("loading")),
+            mark=(
+                supervisor.starts,
+                self._dispatcher.served_by_engine,
+                health.get("progress"),
+                json.dumps(health.get("downloads")),
+            ),
             now_s=now_s,
         )
         if stuck:

@@ -33,6 +33,7 @@ _DTYPES: Mapping[str, Any] = {
     "tensor(bool)": np.bool_,
 }
 
+
 def session_options(threads: int) -> ort.SessionOptions:
     """How every session is set up.
 
