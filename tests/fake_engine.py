@@ -1,9 +1,10 @@
 """A test double of the engine: a real process on a real unix socket, without any model.
 
-It answers a `/predict` with the SHA-256 of the body it got. The body's own words make it misbehave:
-`[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`. A file in the
-folder that is its first argument makes it misbehave at start: `refuse`, `bad-settings`, `slow` (seconds).
-It writes what it does into `journal` there. Run as `python fake_engine.py FOLDER SOCKET`.
+It answers a `/predict` with the SHA-256 of the body it got. Words in the body make it misbehave:
+`[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`.
+Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
+`slow` (holding seconds). It writes what it does into `journal` there.
+Run as `python fake_engine.py FOLDER SOCKET`.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import Any
 
 from immich_ml_metal.engine import EXIT_BAD_SETTINGS, read_settings, serve
 
-_WORD = re.compile(rb"\[(abort|hang|block|sleep|leak|status|bye) ?([\d.]*)\]")
+_WORD = re.compile(rb"\[(abort|hang|block|burn|sleep|leak|status|bye) ?([\d.]*)\]")
 
 
 class FakeEngine:
@@ -72,27 +73,37 @@ class FakeEngine:
         """The status to answer with, None when the caller hung up."""
         status = 200
         for word, value in _WORD.findall(body):
-            if word == b"abort":
-                os.abort()
-            elif word == b"bye":
-                os._exit(3)
-            elif word == b"block":
-                time.sleep(float(value))
-            elif word == b"hang":
+            if word == b"hang":
                 while (await receive())["type"] != "http.disconnect":
                     pass
                 return None
-            elif word == b"sleep":
+            if word == b"sleep":
                 await asyncio.sleep(float(value))
             elif word == b"leak":
                 self.leaked.append(b"x" * int(value) * 2**20)
             elif word == b"status":
                 status = int(value)
+            else:
+                fail(word, value)
         return status
 
     def note(self, line: str) -> None:
         with (self.folder / "journal").open("a") as journal:
             journal.write(line + "\n")
+
+
+def fail(word: bytes, value: bytes) -> None:
+    """Fail as native code does, without a word to the event loop."""
+    if word == b"abort":
+        os.abort()
+    elif word == b"bye":
+        os._exit(3)
+    elif word == b"block":
+        time.sleep(float(value))
+    elif word == b"burn":
+        end_s = time.monotonic() + float(value)
+        while time.monotonic() < end_s:
+            pass
 
 
 async def reply(send: Any, status: int, text: str) -> None:
@@ -105,9 +116,10 @@ async def reply(send: Any, status: int, text: str) -> None:
 
 def main() -> None:
     folder, socket = Path(sys.argv[1]), Path(sys.argv[2])
-    settings = read_settings()
-    engine = FakeEngine(folder, list(settings.preload_clip_textual))
+    settings = json.loads(read_settings())
+    engine = FakeEngine(folder, settings["preload_clip_textual"])
     engine.note(f"born {os.getpid()}")
+    engine.note(f"socket {socket}")
     if (folder / "bad-settings").exists():
         sys.exit(EXIT_BAD_SETTINGS)
     if (folder / "refuse").exists():

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,7 @@ from immich_ml_metal.serving import GatewayServer
 from immich_ml_metal.supervisor import Order
 
 PATIENCE_S = 30.0
+MAIN = Path(__file__).with_name("gateway_main.py")
 
 
 def fake_engine(folder: Path) -> list[str]:
@@ -34,6 +36,13 @@ def settings(**changes: Any) -> Settings:
 
 def right_answer(body: bytes) -> dict[str, str]:
     return {"digest": hashlib.sha256(body).hexdigest()}
+
+
+def read_journal(folder: Path, word: str) -> list[str]:
+    """What engines wrote down: the arguments of every line that begins with `word`."""
+    path = folder / "journal"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.removeprefix(word + " ") for line in lines if line.startswith(word + " ")]
 
 
 async def until(condition: Callable[[], Any], what: str = "condition") -> None:
@@ -75,10 +84,7 @@ class Service:
         return self.engine.pid
 
     def journal(self, word: str) -> list[str]:
-        """What engines wrote down: the arguments of every line that begins with `word`."""
-        path = self.folder / "journal"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line.removeprefix(word + " ") for line in lines if line.startswith(word + " ")]
+        return read_journal(self.folder, word)
 
     async def predict(self, body: bytes, **options: Any) -> httpx.Response:
         return await self.client.post("/predict", content=body, **options)
@@ -88,6 +94,21 @@ class Service:
 
     async def ready(self) -> None:
         await until(lambda: self.state == "ready", "a ready engine")
+
+    @asynccontextmanager
+    async def watched_closely(self) -> AsyncIterator[None]:
+        """Look at the engine all the time instead of once a second."""
+
+        async def look() -> None:
+            while True:
+                await self.gateway.watch.look()
+                await asyncio.sleep(0.02)
+
+        looking = asyncio.create_task(look())
+        try:
+            yield
+        finally:
+            looking.cancel()
 
     def stop_when_idle(self) -> bool:
         return self.gateway.dispatcher.stop_if_idle(Order("idle", again=False))
@@ -113,3 +134,48 @@ async def running_gateway(folder: Path, **changes: Any) -> AsyncIterator[Service
     finally:
         server.should_exit = True
         await serving
+
+
+@dataclass
+class GatewayProcess:
+    process: asyncio.subprocess.Process
+    client: httpx.AsyncClient
+    folder: Path
+
+    def journal(self, word: str) -> list[str]:
+        return read_journal(self.folder, word)
+
+    async def answers_ping(self) -> None:
+        for _ in range(int(PATIENCE_S / 0.01)):
+            try:
+                response = await self.client.get("/ping")
+            except httpx.ConnectError:
+                await asyncio.sleep(0.01)
+            else:
+                assert response.text == "pong"
+                return
+        raise AssertionError("no answer to /ping")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@asynccontextmanager
+async def gateway_process(folder: Path, **changes: Any) -> AsyncIterator[GatewayProcess]:
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(MAIN), str(folder), settings(port=port, **changes).model_dump_json()
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+            gateway = GatewayProcess(process, client, folder)
+            await gateway.answers_ping()
+            yield gateway
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

@@ -2,66 +2,21 @@
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
-from gateway_harness import PATIENCE_S, is_alive, right_answer, settings, until
+from gateway_harness import (
+    MAIN,
+    free_port,
+    gateway_process,
+    is_alive,
+    right_answer,
+    settings,
+    until,
+)
+
 from immich_ml_metal.footprint import memory_bytes
-
-MAIN = Path(__file__).with_name("gateway_main.py")
-
-
-@dataclass
-class GatewayProcess:
-    process: asyncio.subprocess.Process
-    client: httpx.AsyncClient
-    folder: Path
-
-    def journal(self, word: str) -> list[str]:
-        path = self.folder / "journal"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line.removeprefix(word + " ") for line in lines if line.startswith(word + " ")]
-
-    async def answers_ping(self) -> None:
-        for _ in range(int(PATIENCE_S / 0.02)):
-            try:
-                response = await self.client.get("/ping")
-            except httpx.ConnectError:
-                await asyncio.sleep(0.02)
-            else:
-                assert response.text == "pong"
-                return
-        raise AssertionError("no answer to /ping")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
-@asynccontextmanager
-async def gateway_process(folder: Path, **changes: Any) -> AsyncIterator[GatewayProcess]:
-    port = free_port()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(MAIN), str(folder), settings(port=port, **changes).model_dump_json()
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
-            gateway = GatewayProcess(process, client, folder)
-            await gateway.answers_ping()
-            yield gateway
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 async def test_the_engine_ends_when_the_gateway_is_killed(tmp_path: Path) -> None:

@@ -247,24 +247,28 @@ class Settings(BaseModel):
         (),
         "ML_PRELOAD_CLIP_TEXTUAL",
         "MACHINE_LEARNING_PRELOAD__CLIP__TEXTUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",  # until v3.0: both halves
         help="CLIP models whose text half is loaded at start.",
     )
     preload_clip_visual: Names = _setting(
         (),
         "ML_PRELOAD_CLIP_VISUAL",
         "MACHINE_LEARNING_PRELOAD__CLIP__VISUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",
         help="CLIP models whose image half is loaded at start.",
     )
     preload_face_detection: Names = _setting(
         (),
         "ML_PRELOAD_FACE_DETECTION",
         "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__DETECTION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
         help="Face models whose detector is loaded at start.",
     )
     preload_face_recognition: Names = _setting(
         (),
         "ML_PRELOAD_FACE_RECOGNITION",
         "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
         help="Face models whose recogniser is loaded at start.",
     )
     preload_ocr_detection: Names = _setting(

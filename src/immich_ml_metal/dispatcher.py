@@ -19,7 +19,7 @@ from immich_ml_metal.errors import InferenceError, Overloaded
 from immich_ml_metal.logs import REQUEST_ID_HEADER
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.replay import Condemned, Job, JobQueue
-from immich_ml_metal.supervisor import End, Order, State, Supervisor
+from immich_ml_metal.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Dispatcher:
                 engine.socket, "POST /predict", headers, size_bytes, job.body.pieces()
             )
         except EngineLost as exc:  # the request is sent again once that engine is known to be gone
-            self.supervisor.end(Order(str(exc), fault=True))
+            self.supervisor.end(Order(str(exc), fault=True, grace_s=LAST_WORDS_S))
             return
         except OSError as exc:
             job.answer.set_exception(InferenceError(f"cannot read an upload back: {exc.strerror}"))

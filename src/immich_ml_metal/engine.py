@@ -10,27 +10,26 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from immich_ml_metal.config import Settings
-from immich_ml_metal.errors import ConfigError
-from immich_ml_metal.logs import configure_logging
+if TYPE_CHECKING:
+    from immich_ml_metal.config import Settings
 
 STDIN = 0
 EXIT_BAD_SETTINGS = 2
 _KEEPALIVE_S = 5  # the gateway opens one connection per request; only a debugger keeps one
 
 
-def read_settings(fd: int = STDIN) -> Settings:
+def read_settings(fd: int = STDIN) -> bytes:
     """Read the line of JSON that the parent sends first."""
     line = bytearray()
     while not line.endswith(b"\n"):  # unbuffered, so that a thread may wait on the descriptor later
         if not (chunk := os.read(fd, 65_536)):
             sys.exit("immich-ml-metal: the gateway went away before it sent the settings")
         line += chunk
-    return Settings.model_validate_json(bytes(line))
+    return bytes(line)
 
 
 def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
@@ -40,6 +39,7 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
         app,
         uds=str(socket),
         log_config=None,
+        log_level="warning",  # its start and stop lines repeat ours
         access_log=False,
         ws="none",
         server_header=False,
@@ -48,7 +48,7 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
     uvicorn.Server(config).run()
 
 
-def run(settings: Settings) -> None:
+def run(settings: "Settings") -> None:
     """Serve the engine app alone on the public port, without a gateway (`serve --no-gateway`)."""
     from immich_ml_metal.compose import build_app
     from immich_ml_metal.listen import listen
@@ -56,6 +56,7 @@ def run(settings: Settings) -> None:
     config = uvicorn.Config(
         build_app(settings),
         log_config=None,
+        log_level="warning",  # its start and stop lines repeat ours
         access_log=False,
         ws="none",
         server_header=False,
@@ -68,8 +69,11 @@ def run(settings: Settings) -> None:
 def main() -> None:
     """`python -m immich_ml_metal.engine SOCKET`: started by the gateway only."""
     from immich_ml_metal.compose import build_app
+    from immich_ml_metal.config import Settings
+    from immich_ml_metal.errors import ConfigError
+    from immich_ml_metal.logs import configure_logging
 
-    settings = read_settings()
+    settings = Settings.model_validate_json(read_settings())
     configure_logging(settings, "engine")
     try:
         app = build_app(settings)

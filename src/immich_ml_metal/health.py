@@ -58,7 +58,7 @@ def _engine(gateway: "Gateway", now_s: float) -> dict[str, Any]:
         "state": supervisor.state,
         "memory_bytes": watch.memory_now_bytes,
         "memory_peak_bytes": watch.memory_peak_bytes,
-        "next_start_in_s": gateway.crashes.pause_s() if supervisor.state is State.PAUSE else None,
+        "pause_s": gateway.crashes.pause_s() if supervisor.state is State.PAUSE else None,
     }
     if (engine := supervisor.engine) is not None:
         known |= {"pid": engine.pid, "age_s": round(now_s - engine.started_s, 1)}

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import uvicorn
 from immich_ml_metal.config import Settings
 from immich_ml_metal.gateway import ENGINE_COMMAND, App, Gateway
 from immich_ml_metal.listen import listen
+from immich_ml_metal.patient import PatientProtocol
 from immich_ml_metal.supervisor import Order
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ _END_RESERVE_S = 3.0
 # told with the answer that the connection ends.
 _QUIET_S = 0.5
 _POLL_S = 0.05
+# launchd allows 256; every held request has a connection, and a file once memory is full.
+_OPEN_FILES = 8192
 
 
 class GatewayServer(uvicorn.Server):
@@ -35,8 +39,10 @@ class GatewayServer(uvicorn.Server):
             uvicorn.Config(
                 gateway,
                 log_config=None,
+                log_level="warning",  # its start and stop lines repeat ours
                 access_log=False,
                 ws="none",
+                http=PatientProtocol,
                 server_header=False,
                 timeout_keep_alive=max(1, round(gateway.settings.keepalive_s)),
                 timeout_graceful_shutdown=1,
@@ -101,6 +107,7 @@ def run(
     Raises:
         ConfigError: the address cannot be listened on, or two settings contradict each other.
     """
+    _allow_many_files()
     gateway = Gateway(settings, command=command, pages=pages)
     sockets = listen(settings.host, settings.port)
     for listener in sockets:
@@ -109,3 +116,10 @@ def run(
     GatewayServer(gateway).run(sockets=sockets)
     if gateway.broken is not None:  # a service manager starts us again only after a failure
         raise gateway.broken
+
+
+def _allow_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -28,10 +28,10 @@ START_LIMIT_S = 120.0
 STOP_LIMIT_S = 10.0
 # When the gateway itself stops, every answer is out already.
 _LAST_STOP_LIMIT_S = 2.0
-# A connection breaks a moment before its process is gone; its exit status tells why.
-_LAST_WORDS_S = 1.0
+# A connection breaks a moment before its process is gone, whose exit status tells why.
+LAST_WORDS_S = 1.0
 
-# What a person or the kernel sends; a failing library raises SIGABRT, SIGSEGV, SIGBUS, SIGTRAP.
+# What a person or the kernel sends; failing libraries raise SIGABRT, SIGSEGV, SIGBUS, SIGTRAP.
 _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 _TMP_PATH_MAX = 60
@@ -49,11 +49,15 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Ends the engine: politely or at once, because of a fault or not, with or without a next one."""
+    """Ends the engine: for a fault at once (or after `grace_s` to end by itself), else politely.
+
+    `again` wants another engine afterwards, whether a request waits or not.
+    """
 
     reason: str
     fault: bool = False
     again: bool = True
+    grace_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +167,8 @@ class Supervisor:
 
     async def _stop(self, engine: EngineProcess, order: "asyncio.Future[Order]") -> End:
         self.state = State.STOPPING
-        if not engine.gone.done() and order.result().fault:
-            await asyncio.wait({engine.gone}, timeout=_LAST_WORDS_S)
+        if not engine.gone.done():
+            await asyncio.wait({engine.gone}, timeout=order.result().grace_s)
         if engine.gone.done():
             status = await engine.kill()
             if status == EXIT_BAD_SETTINGS and not self._was_ready:
