@@ -3,7 +3,7 @@
 It answers a `/predict` with the SHA-256 of the body it got. Words in the body make it misbehave:
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
-`slow` (holding seconds). It writes what it does into `journal` there.
+`slow` (holding seconds), `stubborn`. It writes what it does into `journal` there.
 Run as `python fake_engine.py FOLDER SOCKET`.
 """
 
@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -124,6 +126,9 @@ def main() -> None:
         sys.exit(EXIT_BAD_SETTINGS)
     if (folder / "refuse").exists():
         sys.exit(7)
+    if (folder / "stubborn").exists():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        engine.note(f"helper {subprocess.Popen(['sleep', '3600']).pid}")
     if (folder / "slow").exists():
         time.sleep(float((folder / "slow").read_text()))
     serve(engine, socket)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -163,10 +164,23 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def gateway_process(folder: Path, **changes: Any) -> AsyncIterator[GatewayProcess]:
+async def gateway_process(
+    folder: Path, *, open_files: int | None = None, **changes: Any
+) -> AsyncIterator[GatewayProcess]:
+    """`open_files` is the soft limit that the process finds when it starts."""
+
+    def limit_files() -> None:
+        if open_files is not None:
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard))
+
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(MAIN), str(folder), settings(port=port, **changes).model_dump_json()
+        sys.executable,
+        str(MAIN),
+        str(folder),
+        settings(port=port, **changes).model_dump_json(),
+        preexec_fn=limit_files,
     )
     url = f"http://127.0.0.1:{port}"
     try:

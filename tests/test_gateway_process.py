@@ -85,6 +85,15 @@ async def test_the_gateway_is_small(tmp_path: Path) -> None:
         assert (memory_bytes(gateway.process.pid) or 0) < 80 * 2**20
 
 
+async def test_more_requests_wait_than_launchd_allows_open_files(tmp_path: Path) -> None:
+    (tmp_path / "slow").write_text("1")
+    async with gateway_process(tmp_path, open_files=64) as gateway:
+        answers = await asyncio.gather(
+            *(gateway.client.post("/predict", content=b"%d" % i) for i in range(100))
+        )
+    assert {answer.status_code for answer in answers} == {200}
+
+
 def test_the_gateway_imports_no_model_library_and_no_web_framework() -> None:
     code = "import sys, immich_ml_metal.serving; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)

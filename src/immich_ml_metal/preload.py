@@ -1,11 +1,11 @@
 """The models that are loaded when an engine starts, before anybody asks for them."""
 
 import logging
+from typing import Protocol
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ConfigError, ServiceError, UnknownModel
-from immich_ml_metal.pool import Pool
 from immich_ml_metal.types import ModelKey, Part, Task
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,23 @@ def preload_keys(settings: Settings) -> tuple[ModelKey, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-async def preload(pool: Pool, keys: tuple[ModelKey, ...]) -> None:
+class Loader(Protocol):
+    """The part of the pool that loads."""
+
+    def serves(self, key: ModelKey) -> bool:
+        """Whether any engine runs this half."""
+        ...
+
+    async def get(self, key: ModelKey) -> object:
+        """Load the model.
+
+        Raises:
+            ModelError: it cannot be fetched or loaded.
+        """
+        ...
+
+
+async def preload(pool: Loader, keys: tuple[ModelKey, ...]) -> None:
     """Load one model after the other; what cannot be loaded now is left to its first request."""
     for key in keys:
         if not pool.serves(key):

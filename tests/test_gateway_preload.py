@@ -1,0 +1,67 @@
+"""Which models are loaded at start, and what happens when one cannot be."""
+
+import pytest
+
+from immich_ml_metal.config import load_settings
+from immich_ml_metal.errors import ConfigError, DownloadFailed
+from immich_ml_metal.preload import preload, preload_keys
+from immich_ml_metal.types import ModelKey, Part, Task
+
+CLIP = "ViT-B-32__openai"
+TEXTUAL = ModelKey(Task.CLIP, Part.TEXTUAL, CLIP)
+VISUAL = ModelKey(Task.CLIP, Part.VISUAL, CLIP)
+FACES = ModelKey(Task.FACES, Part.DETECTION, "buffalo_l")
+
+
+class FakePool:
+    def __init__(self, *, broken: ModelKey | None = None, unserved: ModelKey | None = None) -> None:
+        self.loaded: list[ModelKey] = []
+        self._broken = broken
+        self._unserved = unserved
+
+    def serves(self, key: ModelKey) -> bool:
+        return key != self._unserved
+
+    async def get(self, key: ModelKey) -> None:
+        if key == self._broken:
+            raise DownloadFailed("no network")
+        self.loaded.append(key)
+
+
+@pytest.mark.parametrize(
+    ("environ", "keys"),
+    [
+        ({}, ()),
+        ({"MACHINE_LEARNING_PRELOAD__CLIP__TEXTUAL": CLIP}, (TEXTUAL,)),
+        ({"MACHINE_LEARNING_PRELOAD__CLIP": CLIP}, (TEXTUAL, VISUAL)),
+        (
+            {
+                "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__DETECTION": "buffalo_l,buffalo_l",
+                "ML_PRELOAD_CLIP_TEXTUAL": "immich-app/ViT-B-32::openai",
+            },
+            (TEXTUAL, FACES),
+        ),
+    ],
+)
+def test_the_official_names_say_what_is_loaded(
+    environ: dict[str, str], keys: tuple[ModelKey, ...]
+) -> None:
+    assert preload_keys(load_settings(environ=environ)) == keys
+
+
+def test_a_name_that_is_no_such_model_is_refused() -> None:
+    chosen = load_settings(environ={"ML_PRELOAD_OCR_DETECTION": CLIP})
+    with pytest.raises(ConfigError, match="preload_ocr_detection: 'ViT-B-32__openai' is"):
+        preload_keys(chosen)
+
+
+async def test_a_model_that_cannot_be_loaded_does_not_keep_the_next_one_out() -> None:
+    pool = FakePool(broken=TEXTUAL)
+    await preload(pool, (TEXTUAL, VISUAL))
+    assert pool.loaded == [VISUAL]
+
+
+async def test_a_half_that_no_engine_runs_is_left_out() -> None:
+    pool = FakePool(unserved=TEXTUAL)
+    await preload(pool, (TEXTUAL, VISUAL))
+    assert pool.loaded == [VISUAL]
