@@ -1,15 +1,16 @@
 """Which models are loaded at start, and what happens when one cannot be."""
 
 import pytest
+from fakes import TEXTUAL, VISUAL, FakeEngine, FakeStore, until
+from gateway_harness import settings
 
 from immich_ml_metal.config import load_settings
 from immich_ml_metal.errors import ConfigError, DownloadFailed
 from immich_ml_metal.preload import preload, preload_keys
+from immich_ml_metal.server import Service, every_part
 from immich_ml_metal.types import ModelKey, Part, Task
 
 CLIP = "ViT-B-32__openai"
-TEXTUAL = ModelKey(Task.CLIP, Part.TEXTUAL, CLIP)
-VISUAL = ModelKey(Task.CLIP, Part.VISUAL, CLIP)
 FACES = ModelKey(Task.FACES, Part.DETECTION, "buffalo_l")
 
 
@@ -65,3 +66,13 @@ async def test_a_half_that_no_engine_runs_is_left_out() -> None:
     pool = FakePool(unserved=TEXTUAL)
     await preload(pool, (TEXTUAL, VISUAL))
     assert pool.loaded == [VISUAL]
+
+
+async def test_an_engine_app_loads_them_at_start_and_keeps_them() -> None:
+    chosen = settings(preload_clip_textual=(CLIP,), model_ttl_s=0.01)
+    engine = FakeEngine()
+    async with Service(chosen, every_part(engine), FakeStore()) as service:
+        await until(lambda: bool(service.pool.loaded))
+        await service.pool.get(VISUAL)
+        await until(lambda: any(model.closed for model in engine.models))  # the other one's time
+        assert [loaded.key for loaded in service.pool.loaded] == [TEXTUAL]
