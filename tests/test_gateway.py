@@ -234,8 +234,8 @@ async def test_preloaded_models_stay_through_an_idle_stop(tmp_path: Path) -> Non
         await service.ready()
         health = (await service.client.get("/health")).json()
         assert health["engine"]["health"]["preloaded"] == ["ViT-B-32__openai"]
-        await asyncio.sleep(0.3)  # three times the TTL
-        assert len(service.journal("born")) == 2  # nothing was used since: nothing to give back
+        await asyncio.sleep(0.3)  # three times the TTL, and nothing was used: nothing to give back
+        assert (service.state, service.gateway.dispatcher.supervisor.starts) == ("ready", 2)
 
 
 async def test_preloaded_models_go_too_if_asked(tmp_path: Path) -> None:
@@ -263,10 +263,12 @@ async def test_an_engine_over_its_memory_is_replaced_without_a_failure(tmp_path:
 async def test_a_recycled_engine_finishes_its_requests_first(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
-        running = asyncio.create_task(service.predict(b"[sleep 0.3]"))
+        running = asyncio.create_task(service.predict(b"[sleep 1]"))
         await service.started(1)
         signal.raise_signal(signal.SIGHUP)
         later = asyncio.create_task(service.predict(b"later"))
+        await until(lambda: service.gateway.dispatcher.queue.waiting == 1)
+        assert service.state == "ready"
         assert [(await running).status_code, (await later).status_code] == [200, 200]
         engines = {line.split()[0] for line in service.journal("start")}
         health = (await service.client.get("/health")).json()

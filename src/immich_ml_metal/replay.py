@@ -74,10 +74,9 @@ class JobQueue:
         """Move to the engine what it may have next, `limit` at once; a suspect goes alone."""
         if any(job.deaths for job in self._running):
             return []
-        if self._waiting and self._waiting[0].deaths:
+        count = limit - len(self._running)
+        if self._waiting and self._waiting[0].deaths:  # suspects arrived before all others
             count = 0 if self._running else 1
-        else:
-            count = self._innocent(limit - len(self._running))
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
         self._running.update(taken)
         return taken
@@ -107,11 +106,6 @@ class JobQueue:
         for job in condemned:
             self.remove(job)
         return condemned
-
-    def _innocent(self, count: int) -> int:
-        """How many of the first `count` waiting requests come before the next suspect."""
-        candidates = self._waiting[: max(count, 0)]
-        return next((i for i, job in enumerate(candidates) if job.deaths), len(candidates))
 
 
 class Quarantine:
