@@ -273,7 +273,7 @@ def test_a_damaged_file_is_a_picture_or_a_refusal(
     else:
         outcome = "the image is whole"
         assert picture.pixels.shape == (picture.size[1], picture.size[0], 3)
-    assert outcome.startswith("the image ")
+    assert outcome.startswith("the image")
 
 
 # -- the cache -------------------------------------------------------------------------------------
