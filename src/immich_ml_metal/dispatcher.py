@@ -141,8 +141,8 @@ class Dispatcher:
     def _engine_ready(self) -> None:
         self.served_by_engine = 0
         self.last_active_s = time.monotonic()
-        if self.supervisor.starts > 1:
-            logger.info("sending requests again suspects=%d", self.queue.suspects)
+        if suspects := self.queue.suspects:
+            logger.info("sending requests again one_by_one=%d", suspects)
         self._pump()
 
     def _engine_ended(self, end: End) -> None:
