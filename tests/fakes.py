@@ -10,6 +10,7 @@ from typing import Any
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.device import Device
 from immich_ml_metal.errors import DownloadFailed
+from immich_ml_metal.progress import DownloadProgress
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
@@ -137,6 +138,9 @@ class FakeStore:
         self.asked: list[ModelKey] = []
         self.failures = list(failures)
         self.is_closed = False
+
+    def downloads(self) -> Sequence[DownloadProgress]:
+        return ()
 
     def ensure(self, key: ModelKey) -> ModelFiles:
         self.asked.append(key)

@@ -1,5 +1,8 @@
 """Which models are loaded at start, and what happens when one cannot be."""
 
+import json
+from collections.abc import Sequence
+
 import pytest
 from fakes import TEXTUAL, VISUAL, FakeEngine, FakeStore, until
 from gateway_harness import settings
@@ -7,6 +10,7 @@ from gateway_harness import settings
 from immich_ml_metal.config import load_settings
 from immich_ml_metal.errors import ConfigError, DownloadFailed
 from immich_ml_metal.preload import preload, preload_keys
+from immich_ml_metal.progress import DownloadProgress, Phase
 from immich_ml_metal.server import Service, every_part
 from immich_ml_metal.types import ModelKey, Part, Task
 
@@ -76,3 +80,23 @@ async def test_an_engine_app_loads_them_at_start_and_keeps_them() -> None:
         await service.pool.get(VISUAL)
         await until(lambda: any(model.closed for model in engine.models))  # the other one's time
         assert [loaded.key for loaded in service.pool.loaded] == [TEXTUAL]
+
+
+class FetchingStore(FakeStore):
+    def downloads(self) -> Sequence[DownloadProgress]:
+        return [DownloadProgress(VISUAL, Phase.DOWNLOADING, 25, 100, 1.0, 25.0)]
+
+
+async def test_an_engine_app_tells_how_far_its_downloads_are() -> None:
+    async with Service(settings(), every_part(FakeEngine()), FetchingStore()) as service:
+        health = json.loads(bytes((await service.health()).body))
+    assert health["downloads"] == [
+        {
+            "model": "ViT-B-32__openai/visual",
+            "phase": "downloading",
+            "done_bytes": 25,
+            "total_bytes": 100,
+            "remaining_s": 3.0,
+            "note": None,
+        }
+    ]

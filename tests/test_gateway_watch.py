@@ -3,7 +3,7 @@
 import pytest
 from gateway_harness import settings
 
-from immich_ml_metal.watch import ProgressWatch, has_preload
+from immich_ml_metal.watch import ProgressWatch, has_preload, progress_mark
 
 
 def observe(watch: ProgressWatch, now_s: float, mark: int = 0, **flags: bool) -> bool:
@@ -44,3 +44,11 @@ def test_the_time_that_the_machine_slept_does_not_count() -> None:
 )
 def test_only_named_models_count_as_preload(changes: dict[str, object], expected: bool) -> None:
     assert has_preload(settings(**changes)) is expected
+
+
+def test_bytes_of_a_download_are_progress_and_its_time_is_not() -> None:
+    download = {"model": "x", "done_bytes": 1, "remaining_s": 9.0}
+    before = progress_mark({"progress": 1, "downloads": [download]})
+    assert progress_mark({"progress": 1, "downloads": [{**download, "remaining_s": 8.0}]}) == before
+    assert progress_mark({"progress": 1, "downloads": [{**download, "done_bytes": 2}]}) != before
+    assert progress_mark({"progress": 2, "downloads": [download]}) != before

@@ -6,7 +6,7 @@ A model that is in use is never unloaded. Knows nothing about pictures or HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from immich_ml_metal.backends.base import AnyModel, Engine
 from immich_ml_metal.batcher import Batcher
 from immich_ml_metal.device import CpuThreads
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.progress import DownloadProgress
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ class Store(Protocol):
 
     def ensure(self, key: ModelKey) -> ModelFiles:
         """The files of a model, fetched first when they are not here. Blocks."""
+        ...
+
+    def downloads(self) -> Sequence[DownloadProgress]:
+        """The running downloads."""
         ...
 
     def close(self) -> None:
@@ -86,6 +91,11 @@ class Pool:
     def loading(self) -> list[ModelKey]:
         """Models that are being fetched or loaded."""
         return [key for key, task in self._models.items() if not task.done()]
+
+    @property
+    def downloads(self) -> Sequence[DownloadProgress]:
+        """What is being fetched, and how far it is."""
+        return self._store.downloads()
 
     def serves(self, key: ModelKey) -> bool:
         """Whether an engine is set for this half; Apple Vision reads text while detecting it."""

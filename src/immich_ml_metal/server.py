@@ -24,6 +24,7 @@ from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.pipeline import Pipeline, model_keys
 from immich_ml_metal.pool import EngineTable, Pool, Store
 from immich_ml_metal.preload import preload, preload_keys
+from immich_ml_metal.progress import DownloadProgress
 from immich_ml_metal.types import Part, Task, TaskRequest
 from immich_ml_metal.wire import parse_entries, render
 
@@ -146,6 +147,7 @@ class Service:
                 },
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
+                "downloads": [_render_download(download) for download in self.pool.downloads],
                 "picture_cache_bytes": self._pictures.size_bytes,
             }
         )
@@ -294,6 +296,17 @@ def _render_error(exc: Exception) -> JSONResponse:
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
     return JSONResponse({"detail": reason}, status_code=status)
+
+
+def _render_download(download: DownloadProgress) -> dict[str, Any]:
+    return {
+        "model": str(download.key),
+        "phase": download.phase,
+        "done_bytes": download.done_bytes,
+        "total_bytes": download.total_bytes,
+        "remaining_s": download.remaining_s,
+        "note": download.note,
+    }
 
 
 def every_part(engine: Any) -> EngineTable:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from immich_ml_metal import engine_client
@@ -114,12 +115,7 @@ class Watch:
         stuck = self._progress.observe(
             busy=self._dispatcher.queue.running > 0,
             loading=bool(health.get("loading")),
-            mark=(
-                supervisor.starts,
-                self._dispatcher.served_by_engine,
-                health.get("progress"),
-                json.dumps(health.get("downloads")),
-            ),
+            mark=(supervisor.starts, self._dispatcher.served_by_engine, progress_mark(health)),
             now_s=now_s,
         )
         if stuck:
@@ -141,6 +137,12 @@ class Watch:
         if self._keeps_preloaded and not self._dispatcher.served_by_engine:
             return  # it holds nothing but what is to stay
         self._dispatcher.stop_if_idle(Order("idle", again=self._keeps_preloaded))
+
+
+def progress_mark(health: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of an engine's `/health` changes when anything moves. Any: its own JSON."""
+    downloads = health.get("downloads", [])
+    return (health.get("progress"), *(download.get("done_bytes") for download in downloads))
 
 
 def has_preload(settings: Settings) -> bool:
