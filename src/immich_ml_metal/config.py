@@ -219,6 +219,88 @@ class Settings(BaseModel):
         help="Keep the search text model once it is loaded, so that searching stays fast.",
     )
 
+    # -- gateway: holding, replay, the engine's life
+    hold_limit_s: float = _setting(
+        280.0,
+        "ML_HOLD_LIMIT",
+        gt=0,
+        help="Seconds a request is held before it is refused; under the 300 s of Node's fetch.",
+    )
+    hold_memory_bytes: Size = _setting(
+        64 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
+    )
+    hold_spool_bytes: Size = _setting(
+        1024 * MIB,
+        "ML_HOLD_SPOOL",
+        help="Disk for waiting uploads once the memory is full; beyond it clients are not read.",
+    )
+    client_timeout_s: float = _setting(
+        30.0, "ML_CLIENT_TIMEOUT", gt=0, help="Seconds a client may send nothing in mid-upload."
+    )
+    drain_limit_s: float = _setting(
+        30.0, "ML_DRAIN_LIMIT", gt=0, help="Seconds to answer what was accepted before a stop."
+    )
+    engine_max_crashes: int = _setting(
+        5,
+        "ML_ENGINE_MAX_CRASHES",
+        ge=1,
+        help="Engine deaths without an answer in between, after which /ping says 503.",
+    )
+    engine_crash_window_s: float = _setting(
+        300.0, "ML_ENGINE_CRASH_WINDOW", gt=0, help="Seconds over which engine deaths count."
+    )
+    memory_limit_bytes: Annotated[int, BeforeValidator(_parse_size)] = _setting(
+        0,
+        "ML_MEMORY_LIMIT",
+        ge=0,
+        help="Engine memory above which it is restarted between requests; 0 is no limit.",
+    )
+    preload_clip_textual: Names = _setting(
+        (),
+        "ML_PRELOAD_CLIP_TEXTUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP__TEXTUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",  # until v3.0: both halves
+        help="CLIP models whose text half is loaded at start.",
+    )
+    preload_clip_visual: Names = _setting(
+        (),
+        "ML_PRELOAD_CLIP_VISUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP__VISUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",
+        help="CLIP models whose image half is loaded at start.",
+    )
+    preload_face_detection: Names = _setting(
+        (),
+        "ML_PRELOAD_FACE_DETECTION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__DETECTION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
+        help="Face models whose detector is loaded at start.",
+    )
+    preload_face_recognition: Names = _setting(
+        (),
+        "ML_PRELOAD_FACE_RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
+        help="Face models whose recogniser is loaded at start.",
+    )
+    preload_ocr_detection: Names = _setting(
+        (),
+        "ML_PRELOAD_OCR_DETECTION",
+        "MACHINE_LEARNING_PRELOAD__OCR__DETECTION",
+        help="Text models whose detector is loaded at start.",
+    )
+    preload_ocr_recognition: Names = _setting(
+        (),
+        "ML_PRELOAD_OCR_RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__OCR__RECOGNITION",
+        help="Text models whose reader is loaded at start.",
+    )
+    preload_stays: bool = _setting(
+        True,
+        "ML_PRELOAD_STAYS",
+        help="When idle, keep an engine with the preloaded models only; false stops it.",
+    )
+
     # operating: logs, and what we may do on the Immich server
     log_format: Literal["text", "json"] = _setting(
         "text", "ML_LOG_FORMAT", help="text for people, json for log collectors."
