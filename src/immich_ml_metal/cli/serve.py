@@ -17,7 +17,7 @@ def serve(
         bool,
         typer.Option(
             "--gateway/--no-gateway",
-            help="Hold requests in a small process in front of the engine, or run the engine alone.",
+            help="Hold requests in a small process before the engine, or run it alone.",
         ),
     ] = True,
 ) -> None:
