@@ -7,6 +7,7 @@ outrun one inference spread over all cores.
 """
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,23 @@ class Device:
         if self._on_exit is not None and self.width == 1:
             self._threads.submit(self._on_exit)
         self._threads.shutdown(wait=True)
+
+
+class CpuThreads:
+    """A pool for work that is neither quick nor on a device: decoding, preparing, finishing."""
+
+    def __init__(self, count: int) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=count, thread_name_prefix="cpu")
+
+    async def run(self, func: Callable[[], T]) -> T:
+        """Await `func()` on a thread of the pool, with the caller's context variables."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: context.run(func))
+
+    def close(self) -> None:
+        """Let what runs finish and end the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 class _Job(Batcher[None, None]):

@@ -9,6 +9,7 @@ import sys
 import typer
 
 from immich_ml_metal import __version__
+from immich_ml_metal.cli import config
 from immich_ml_metal.errors import ConfigError
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(config.app, name="config")
 
 
 @app.callback()
