@@ -274,9 +274,7 @@ def main() -> None:
     parser.add_argument("--sources", type=Path, help="folder with the wheels and the .tgz already")
     given = parser.parse_args().sources
     with tempfile.TemporaryDirectory() as temporary:
-        wheels, package = (
-            (given, next(given.glob("*.tgz"))) if given else fetch(Path(temporary))
-        )
+        wheels, package = (given, next(given.glob("*.tgz"))) if given else fetch(Path(temporary))
         selectors, functions = pyobjc_facts(wheels)
         merged = Merged(sdk_facts(package), selectors)
         facts = used_facts(merged, functions, BRIDGE.read_text(encoding="utf-8"))

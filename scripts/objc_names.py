@@ -1,13 +1,15 @@
 """Follows the Objective-C types through `vision_bridge.py` and reports each name it uses.
 
 PyObjC resolves names at run time, so a misspelt selector fails on the user's Mac and nowhere else.
-This reads the source instead: annotations name the Objective-C class of a value, Apple's declarations
-(`Facts`) say what a call on it returns, and whatever cannot be followed is a finding, not a gap.
+This reads the source instead: annotations name the Objective-C class of a value, Apple's
+declarations (`Facts`) say what a call on it returns, and what cannot be followed is a finding.
 """
 
 import ast
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 PYTHON = "python"  # a value that is not Objective-C: its attributes are mypy's business
 UNKNOWN = "unknown"
@@ -50,6 +52,20 @@ class Facts:
                 return name, self.members[name][member]
             name = self.bases.get(name, "")
         return None
+
+
+def read_facts(path: Path) -> Facts:
+    """Read the committed table."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    return Facts(
+        bases=table["bases"],
+        members={
+            owner: {name: Member(**facts) for name, facts in members.items()}
+            for owner, members in table["members"].items()
+        },
+        functions={name: Member(**facts) for name, facts in table["functions"].items()},
+        constants=table["constants"],
+    )
 
 
 @dataclass(frozen=True)
@@ -126,16 +142,12 @@ class Follower:
         match node:
             case ast.Name(id=name):
                 return scope.get(name, PYTHON if name in self._globals else UNKNOWN)
-            case ast.Call(func=ast.Name(id=name)):
-                return self._returns.get(name, PYTHON)
-            case ast.Call(func=ast.Attribute() as attribute):
-                return self._call(attribute, node, scope)
+            case ast.Call(func=func):
+                return self._called(func, node, scope)
             case ast.Attribute():
                 return self._attribute(node, scope)
-            case ast.List(elts=[]):
-                return PYTHON
-            case ast.List(elts=elements) | ast.Tuple(elts=elements):
-                return f"[{self._type(elements[0], scope)}]"
+            case ast.List(elts=[first, *_]) | ast.Tuple(elts=[first, *_]):
+                return f"[{self._type(first, scope)}]"
             case _:
                 return PYTHON
 
@@ -165,6 +177,15 @@ class Follower:
         self._use(node, "")
         return f"class {node.attr}" if node.attr in self.facts.members else PYTHON
 
+    def _called(self, func: ast.expr, call: ast.Call, scope: dict[str, str]) -> str:
+        match func:
+            case ast.Name(id=name):
+                return self._returns.get(name, PYTHON)
+            case ast.Attribute():
+                return self._call(func, call, scope)
+            case _:
+                return PYTHON
+
     def _call(self, func: ast.Attribute, call: ast.Call, scope: dict[str, str]) -> str:
         if isinstance(func.value, ast.Name) and func.value.id == "self":
             return self._returns.get(func.attr, PYTHON)
@@ -182,13 +203,17 @@ class Follower:
         owner, member = found
         self._use(func, owner)
         if member.is_static != (kind != receiver):
-            self._problem(call, f"{func.attr} belongs to the {'class' if member.is_static else 'instance'}")
+            self._problem(
+                call, f"{func.attr} belongs to the {'class' if member.is_static else 'instance'}"
+            )
         result = self._checked(func.attr, member, call)
         return receiver if member.returns == "this" else result
 
     def _pointer_call(self, func: ast.Attribute, receiver: str) -> str:
         if receiver == "pointer" and func.attr != "as_tuple":
-            self._problem(func, f"a C array has no {func.attr}; it must be copied by as_tuple(length)")
+            self._problem(
+                func, f"a C array has no {func.attr}; it must be copied by as_tuple(length)"
+            )
         if receiver == UNKNOWN:
             self._problem(func, f"cannot tell what {ast.unparse(func.value)} is")
         return PYTHON

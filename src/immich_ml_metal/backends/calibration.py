@@ -5,21 +5,22 @@ translated before any threshold is applied; the order of two grades never change
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 Knots = tuple[tuple[float, float], ...]  # (Vision's confidence, the official model's score), 0..1
 
-# Vision's rectangles request graded real faces 0.61 to 0.93 (public measurements of a peer), and at
-# Immich's default minimum of 0.7 a quarter of them would vanish; 0.6 is the floor that peer settled on.
+# Vision's rectangles request graded real faces 0.61 to 0.93 (public measurements of a peer), and
+# at Immich's default minimum of 0.7 a quarter of them would vanish; 0.6 is the floor it settled on.
 FACE_KNOTS: Knots = ((0.0, 0.0), (0.6, 0.7), (1.0, 1.0))
 
-# Vision grades a line 0.3, 0.5 or 1.0 and nothing between (public issue reports). 1.0 is sure; 0.5 is
-# as a rule read correctly; 0.3 mostly is not. Immich keeps lines above 0.8: so 0.5 must land above it
-# and 0.3 below, with room on both sides for a stricter or a more lenient setting.
+# Vision grades a line 0.3, 0.5 or 1.0 and nothing between (public issue reports). 1.0 is sure; 0.5
+# is as a rule read correctly; 0.3 mostly is not. Immich keeps lines above 0.8: so 0.5 must land
+# above it and 0.3 below, with room on both sides for a stricter or a more lenient setting.
 LINE_KNOTS: Knots = ((0.0, 0.0), (0.3, 0.6), (0.5, 0.85), (1.0, 1.0))
 
-# Whether a line is there at all is surer than what it says: Immich's box threshold of 0.5 keeps all three.
+# That a line is there is surer than what it says: Immich's box threshold of 0.5 keeps all three.
 LINE_BOX_KNOTS: Knots = ((0.0, 0.0), (0.3, 0.55), (0.5, 0.8), (1.0, 1.0))
 
 
@@ -35,7 +36,7 @@ class Calibration:
             raise ValueError(f"calibration {self.knots} must run from 0 to 1")
         if not all(0 <= score <= 1 for score in ours):
             raise ValueError(f"calibration {self.knots} must stay in 0..1")
-        if any(b <= a for scale in (theirs, ours) for a, b in zip(scale, scale[1:], strict=False)):
+        if any(b <= a for scale in (theirs, ours) for a, b in pairwise(scale)):
             raise ValueError(f"calibration {self.knots} must rise all the way")
 
     def __call__(self, confidence: float) -> float:

@@ -23,6 +23,8 @@ from immich_ml_metal.backends.vision_text import (
 )
 from immich_ml_metal.device import Device
 from immich_ml_metal.errors import InferenceError, LoadFailed, ModelUnavailable
+from immich_ml_metal.tasks.faces import FaceQuery
+from immich_ml_metal.tasks.text_boxes import MIN_SIDE_PX, TextQuery
 from immich_ml_metal.types import (
     Bytes,
     Faces,
@@ -36,30 +38,10 @@ from immich_ml_metal.types import (
 
 log = logging.getLogger(__name__)
 
-WIDTH = 4  # calls in flight: Immich sends two pictures for faces and one for text, plus one to overlap
-
-
-class Picture(Protocol):
-    """What is needed of a decoded picture: `pixels` is (H, W, 3) uint8 RGB."""
-
-    @property
-    def pixels(self) -> Bytes: ...
-
-
-class FacesItem(Protocol):
-    """One picture to find faces in, those scoring at least `min_score` on Immich's scale."""
-
-    @property
-    def picture(self) -> Picture: ...
-    @property
-    def min_score(self) -> float: ...
-
-
-class TextItem(FacesItem, Protocol):
-    """One picture to read; `max_resolution` is Immich's limit for the short side, in pixels."""
-
-    @property
-    def max_resolution(self) -> int: ...
+NO_LANDMARKS, NO_LANGUAGE = "vision_no_landmarks", "vision_no_language"  # of `on_fallback`
+WIDTH = (
+    4  # calls in flight: Immich sends two pictures for faces and one for text, plus one to overlap
+)
 
 
 class Bridge(Protocol):
@@ -78,31 +60,29 @@ class Bridge(Protocol):
         ...
 
 
-DetectorLoader = Callable[[ModelKey], AnyModel]
+OfficialLoader = Callable[[ModelKey], AnyModel]
 
 
-def no_detector(key: ModelKey) -> AnyModel:
-    """Stand for an official detector where none was wired.
+def no_official(key: ModelKey) -> AnyModel:
+    """Stand for the official models where none were wired.
 
     Raises:
         ModelUnavailable: always.
     """
-    raise ModelUnavailable(
-        f"apple vision found a face without usable landmarks, and {key} is not here to answer instead"
-    )
+    raise ModelUnavailable(f"apple vision cannot answer this one, and {key} is not here to do it")
 
 
 class Standby:
     """The official face detector, loaded when the first picture needs it. Any Vision thread."""
 
-    def __init__(self, key: ModelKey, load: DetectorLoader, on_use: Callable[[], None]) -> None:
+    def __init__(self, key: ModelKey, load: OfficialLoader, on_use: Callable[[], None]) -> None:
         self._key = key
         self._load = load
         self._on_use = on_use
         self._lock = threading.Lock()  # Vision has several threads; the model is loaded by one
         self._model: AnyModel | None = None
 
-    def __call__(self, item: FacesItem) -> Faces:
+    def __call__(self, item: FaceQuery) -> Faces:
         """Answer a picture with the official detector.
 
         Raises:
@@ -149,26 +129,26 @@ class VisionFaces:
         """Memory of the official detector if it was needed; Vision's own belongs to macOS."""
         return self._standby.size_bytes
 
-    def preprocess(self, item: FacesItem) -> FacesItem:
+    def preprocess(self, item: FaceQuery) -> FaceQuery:
         """Pass the item on: Vision takes the decoded pixels as they are."""
         return item
 
-    def infer(self, batch: Sequence[FacesItem]) -> list[Faces]:
+    def infer(self, batch: Sequence[FaceQuery]) -> list[Faces]:
         """Find the faces of each picture."""
         return [self._detect(item) for item in batch]
 
-    def postprocess(self, raw: Faces, item: FacesItem) -> Faces:
-        """Pass the faces on: they were finished where the official detector could still be asked."""
+    def postprocess(self, raw: Faces, item: FaceQuery) -> Faces:
+        """Pass the faces on: they were finished where the official detector can be asked."""
         return raw
 
     def close(self) -> None:
         """Free the official detector if it was loaded."""
         self._standby.close()
 
-    def _detect(self, item: FacesItem) -> Faces:
-        pixels = item.picture.pixels
-        size = (pixels.shape[1], pixels.shape[0])
-        graded = [(self._score(face.confidence), face) for face in self._bridge.find_faces(pixels)]
+    def _detect(self, item: FaceQuery) -> Faces:
+        size = item.picture.size
+        seen = self._bridge.find_faces(item.picture.pixels)
+        graded = [(self._score(face.confidence), face) for face in seen]
         kept = [(score, face) for score, face in graded if score >= item.min_score]
         kept.sort(key=lambda pair: -pair[0])
         points = [five_points(face, size) for _, face in kept]
@@ -202,20 +182,19 @@ class VisionText:
         self._box_score = Calibration(LINE_BOX_KNOTS)
         self._corrects = corrects
 
-    def preprocess(self, item: TextItem) -> TextItem:
-        """Pass the item on: Vision takes the decoded pixels as they are."""
-        return item
+    def preprocess(self, item: TextQuery) -> TextQuery | None:
+        """Pass the item on as it is; None for a picture too small to hold text, as officially."""
+        return item if min(item.picture.size) >= MIN_SIDE_PX else None
 
-    def infer(self, batch: Sequence[TextItem]) -> list[list[SeenLine]]:
+    def infer(self, batch: Sequence[TextQuery | None]) -> list[list[SeenLine]]:
         """Read the lines of each picture."""
-        return [self._read(item) for item in batch]
+        return [[] if item is None else self._read(item) for item in batch]
 
-    def postprocess(self, raw: Sequence[SeenLine], item: TextItem) -> TextRegions:
+    def postprocess(self, raw: Sequence[SeenLine], item: TextQuery) -> TextRegions:
         """Turn Vision's lines into regions scoring at least `item.min_score`."""
-        height, width, _ = item.picture.pixels.shape
         return to_regions(
             raw,
-            (width, height),
+            item.picture.size,
             box_score=self._box_score,
             line_score=self._score,
             min_score=item.min_score,
@@ -224,15 +203,18 @@ class VisionText:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _read(self, item: TextItem) -> list[SeenLine]:
-        pixels = item.picture.pixels
-        height = min_text_height((pixels.shape[1], pixels.shape[0]), item.max_resolution)
+    def _read(self, item: TextQuery) -> list[SeenLine]:
+        height = min_text_height(item.picture.size, item.max_resolution)
         options = text_options(self._languages, height, corrects=self._corrects)
-        return self._bridge.read_text(pixels, options)
+        return self._bridge.read_text(item.picture.pixels, options)
 
 
 class VisionEngine:
-    """Serves face detection and text from what macOS brings."""
+    """Serves face detection and text from what macOS brings.
+
+    `load_official` gives the official model where Vision has no answer: a face without landmarks, a
+    script it cannot read. `on_fallback` is told each time, with the reason.
+    """
 
     name = "vision"
     needs_files = False
@@ -244,42 +226,42 @@ class VisionEngine:
         face_score: Calibration,
         line_score: Calibration,
         corrects: bool,
-        load_detector: DetectorLoader = no_detector,
-        on_fallback: Callable[[], None] = lambda: None,
+        load_official: OfficialLoader = no_official,
+        on_fallback: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.device = Device(self.name, width=WIDTH)
         self._bridge = bridge
         self._face_score = face_score
         self._line_score = line_score
         self._corrects = corrects
-        self._load_detector = load_detector
+        self._load_official = load_official
         self._on_fallback = on_fallback
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
-        """Give the model of `key`; nothing is read from disk.
+        """Give the model of `key`; Vision's own needs nothing from disk.
 
         Raises:
-            LoadFailed: Vision has no such task, or cannot read the script that the model is for.
+            LoadFailed: Vision has no such task, or failed when asked for its languages.
+            ModelUnavailable: Vision cannot read the script, and the official model is not here.
         """
         match key.task, key.part:
             case Task.FACES, Part.DETECTION:
-                standby = Standby(key, self._load_detector, self._on_fallback)
+                standby = Standby(key, self._load_official, lambda: self._on_fallback(NO_LANDMARKS))
                 return VisionFaces(self._bridge, self._face_score, standby)
             case Task.OCR, Part.DETECTION:
                 return self._load_text(key)
             case _:
                 raise LoadFailed(f"apple vision does not do {key.task} {key.part}")
 
-    def _load_text(self, key: ModelKey) -> VisionText:
+    def _load_text(self, key: ModelKey) -> AnyModel:
         try:
             supported = self._bridge.text_languages()
         except InferenceError as exc:
             raise LoadFailed(f"{key}: {exc}") from exc
         languages = wanted_languages(key.name, supported)
         if not languages:
-            raise LoadFailed(
-                f"apple vision on this macOS cannot read what {key.name} is for; it reads "
-                f"{', '.join(supported)}; set ML_OCR_ENGINE to cpu or mlx"
-            )
-        log.info("vision reads %s as languages=%s", key.name, ",".join(languages))
+            log.warning("vision cannot read the script of model=%s, the official model does", key)
+            self._on_fallback(NO_LANGUAGE)
+            return self._load_official(key)
+        log.info("vision reads model=%s languages=%s", key, ",".join(languages))
         return VisionText(self._bridge, languages, self._line_score, corrects=self._corrects)

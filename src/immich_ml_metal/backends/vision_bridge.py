@@ -5,6 +5,7 @@ about models, thresholds or Immich. Each name and call shape used here is compar
 declarations by `tests/test_vision_names.py`, which reads the annotations to follow the types.
 """
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +53,9 @@ def load_frameworks() -> Frameworks:
     Raises:
         ImportError: this is not macOS, or PyObjC is not installed.
     """
-    import Foundation
-    import objc
-    import Quartz
-    import Vision
-
-    return Frameworks(vision=Vision, quartz=Quartz, foundation=Foundation, objc=objc)
+    names = ("Vision", "Quartz", "Foundation", "objc")
+    vision, quartz, foundation, objc = (importlib.import_module(name) for name in names)
+    return Frameworks(vision=vision, quartz=quartz, foundation=foundation, objc=objc)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class SeenFace:
 
 @dataclass(frozen=True, slots=True)
 class SeenLine:
-    """One line of text: `corners` is (4, 2) xy in 0..1, origin bottom-left, in TL TR BR BL order."""
+    """One line: `corners` is (4, 2) xy in 0..1, origin bottom-left, in TL TR BR BL order."""
 
     corners: Points
     box_confidence: float
@@ -280,6 +278,6 @@ def _seen_line(line: VNRecognizedTextObservation) -> SeenLine:
         corners=np.array([(corner.x, corner.y) for corner in corners], np.float64),
         box_confidence=float(line.confidence()),
         # a line that Vision can place but not read has no candidate: no words, no confidence
-        text="".join(str(candidate.string()) for candidate in candidates),
+        text="".join(candidate.string() for candidate in candidates),
         confidence=sum(float(candidate.confidence()) for candidate in candidates),
     )

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from immich_ml_metal.backends.vision_bridge import Points, SeenFace, SeenLandmarks
+from immich_ml_metal.tasks.text_boxes import order_corners
 from immich_ml_metal.types import Floats
 
 Size = tuple[int, int]  # (width, height) of the picture in pixels
 
-# Two eyes or two mouth corners closer than this share of the face box are not two points: a similarity
-# fitted to them would be noise. A full profile still keeps its eyes about 0.1 apart.
+# Two eyes or two mouth corners closer than this share of the face box are not two points: a
+# similarity fitted to them would be noise. A full profile still keeps its eyes about 0.1 apart.
 MIN_SPREAD = 0.02
 
 
@@ -40,18 +41,19 @@ def region_pixels(landmarks: SeenLandmarks, name: str, size: Size) -> Points:
 
 
 def five_points(face: SeenFace, size: Size) -> Floats | None:
-    """Place ArcFace's five points: (5, 2) xy pixels, or None where Vision's landmarks do not suffice.
+    """Place ArcFace's five points: (5, 2) xy pixels; None where Vision's landmarks do not suffice.
 
-    Order: eye, eye, nose, mouth corner, mouth corner, the left one first as a viewer sees an upright
-    face. Left and right come from the face's own axis (mouth → eyes), not from Vision's names, so
-    that a face turned by any angle keeps its sides.
+    Order: eye, eye, nose, mouth corner, mouth corner, the left one first as a viewer sees an
+    upright face. Left and right come from the face's own axis (mouth → eyes), not from Vision's
+    names, so that a face turned by any angle keeps its sides.
     """
     landmarks = face.landmarks
     if landmarks is None:
         return None
-    eyes = [_eye(landmarks, side, size) for side in ("left", "right")]
+    found = [_eye(landmarks, side, size) for side in ("left", "right")]
+    eyes = [eye for eye in found if eye is not None]
     lips = region_pixels(landmarks, "outer_lips", size)
-    if eyes[0] is None or eyes[1] is None or len(lips) == 0:
+    if len(eyes) < len(found) or len(lips) == 0:
         return None
     up = _unit((eyes[0] + eyes[1]) / 2 - lips.mean(axis=0))
     if up is None:
@@ -78,7 +80,7 @@ def _eye(landmarks: SeenLandmarks, side: str, size: Size) -> Points | None:
 
 
 def _nose_tip(landmarks: SeenLandmarks, up: Points, size: Size) -> Points | None:
-    """The end of the nose's ridge farthest from the eyes; without a ridge, the outline's lower half."""
+    """The end of the ridge farthest from the eyes; without a ridge, the outline's lower half."""
     ridge = region_pixels(landmarks, "nose_crest", size)
     if len(ridge):
         tip: Points = ridge[(ridge @ up).argmin()]
@@ -106,15 +108,6 @@ def _is_spread(points: NDArray[np.float64], face: SeenFace, size: Size) -> bool:
     return bool(min(eyes_px, mouth_px) >= MIN_SPREAD * box_px)
 
 
-def clockwise(quad: Points) -> Points:
-    """Order (4, 2) corners TL TR BR BL: the two left-most by x, each pair by y, as Immich does."""
-    by_x = quad[np.argsort(quad[:, 0], kind="stable")]
-    left = by_x[:2][np.argsort(by_x[:2, 1], kind="stable")]
-    right = by_x[2:][np.argsort(by_x[2:, 1], kind="stable")]
-    return np.stack([left[0], right[0], right[1], left[1]])
-
-
 def quad_pixels(corners: Points, size: Size) -> Floats:
-    """Turn Vision's (4, 2) corners into our (4, 2) xy pixels, clipped to the picture."""
-    quad = np.clip(to_pixels(corners, size), 0, size)
-    return clockwise(quad).astype(np.float32)
+    """Turn Vision's (4, 2) corners into our (4, 2) xy pixels, clipped to the picture, clockwise."""
+    return order_corners(np.clip(to_pixels(corners, size), 0, size).astype(np.float32))

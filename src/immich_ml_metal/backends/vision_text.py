@@ -10,10 +10,11 @@ import numpy as np
 from immich_ml_metal.backends.calibration import Calibration
 from immich_ml_metal.backends.vision_bridge import SeenLine, TextOptions
 from immich_ml_metal.backends.vision_geometry import Size, quad_pixels
-from immich_ml_metal.types import Floats, Reading, TextRegions
+from immich_ml_metal.tasks.text_boxes import MIN_GROWN_PX, detection_size, reading_order
+from immich_ml_metal.types import Reading, TextRegions
 
-# Prefix of Immich's model name → what that model reads, as language tags without region, the script's
-# own language first (the order matters to Vision). From Immich's own labels.
+# Prefix of Immich's model name → what that model reads, as language tags without region, the
+# script's own language first (the order matters to Vision). From Immich's own labels.
 LANGUAGES: dict[str, tuple[str, ...]] = {
     "CH": ("zh-Hans", "zh-Hant", "ja", "en"),
     "EL": ("el", "en"),
@@ -28,10 +29,6 @@ LANGUAGES: dict[str, tuple[str, ...]] = {
 }
 UNPREFIXED = "CH"  # PP-OCRv5 without prefix is the Chinese, Japanese and English model
 ALL_SCRIPTS = "PP-OCRv6"  # v6 has no prefixes: each size reads every script
-
-# The official detector drops boxes whose short side is under 5 px of the reduced picture (contract
-# §6.2), so this is the smallest line that a given `max_resolution` can find.
-MIN_LINE_PX = 5
 
 
 def prefix(name: str) -> str:
@@ -61,12 +58,12 @@ def _matches(language: str, supported: Sequence[str]) -> list[str]:
 def min_text_height(size: Size, max_resolution: int) -> float:
     """Smallest line to look for, as a share of the picture's height.
 
-    The official detector sees the picture with its short side reduced to `max_resolution` and the
-    reader sees all of it. Vision does both at once, so the limit that the reduction sets is passed on
-    instead of the reduction: nothing is read from fewer pixels than there are.
+    The official detector sees the picture with its short side reduced to `max_resolution`, and
+    drops boxes under `MIN_GROWN_PX` there; its reader then sees every pixel. Vision does both at
+    once, so the limit that follows from the reduction is passed on, and nothing is read from fewer
+    pixels than there are.
     """
-    scale = min(1.0, max_resolution / min(size))
-    return min(1.0, MIN_LINE_PX / (scale * size[1]))
+    return MIN_GROWN_PX / detection_size(size, max_resolution)[1]
 
 
 def text_options(languages: tuple[str, ...], height: float, *, corrects: bool) -> TextOptions:
@@ -97,15 +94,3 @@ def to_regions(
     ordered = [lines[kept[position]] for position in order]
     readings = tuple(Reading(line.text, line_score(line.confidence)) for line in ordered)
     return TextRegions(quads=quads[order], scores=scores[kept][order], readings=readings)
-
-
-def reading_order(quads: Floats, line_gap_px: float = 10.0) -> list[int]:
-    """Order (N, 4, 2) quads by line and, inside a line, by x of the top-left corner.
-
-    A new line begins where the top-left corners, sorted by y, are `line_gap_px` apart (contract §6.3).
-    """
-    by_y = np.argsort(quads[:, 0, 1], kind="stable")
-    gaps = np.diff(quads[by_y, 0, 1], prepend=quads[by_y[:1], 0, 1])
-    lines = np.cumsum(gaps >= line_gap_px)
-    order = np.lexsort((quads[by_y, 0, 0], lines))
-    return [int(index) for index in by_y[order]]
