@@ -1,7 +1,7 @@
 """A Vision framework made from Apple's declarations, for machines without one.
 
-Strict where PyObjC is: an unknown selector, a wrong number of arguments, a filled out-parameter or
-a missing autorelease pool is an error. It sees a `Scene` and reports it in Vision's conventions: 0..1
+Strict where PyObjC is: an unknown selector, a wrong number of arguments, a filled out-parameter
+or a missing autorelease pool is an error. It sees a `Scene` and reports it as Vision does: 0..1
 from the bottom-left corner, landmarks relative to the face box as a C array without a length,
 confidence 1.0 from the landmark request, nil results after a failure.
 """
