@@ -5,8 +5,8 @@ Vision is part of macOS: no files, no weights of ours. What it says is translate
 """
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +21,14 @@ from immich_ml_metal.backends.vision_text import (
     to_regions,
     wanted_languages,
 )
+from immich_ml_metal.backends.vision_standby import (
+    OfficialLoader,
+    OfficialText,
+    Standby,
+    no_official,
+)
 from immich_ml_metal.device import Device
-from immich_ml_metal.errors import InferenceError, LoadFailed, ModelUnavailable
+from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.tasks.faces import FaceQuery
 from immich_ml_metal.tasks.text_boxes import MIN_SIDE_PX, TextQuery
 from immich_ml_metal.types import (
@@ -58,55 +64,6 @@ class Bridge(Protocol):
     def text_languages(self) -> tuple[str, ...]:
         """Name what can be read."""
         ...
-
-
-OfficialLoader = Callable[[ModelKey], AnyModel]
-
-
-def no_official(key: ModelKey) -> AnyModel:
-    """Stand for the official models where none were wired.
-
-    Raises:
-        ModelUnavailable: always.
-    """
-    raise ModelUnavailable(f"apple vision cannot answer this one, and {key} is not here to do it")
-
-
-class Standby:
-    """The official face detector, loaded when the first picture needs it. Any Vision thread."""
-
-    def __init__(self, key: ModelKey, load: OfficialLoader, on_use: Callable[[], None]) -> None:
-        self._key = key
-        self._load = load
-        self._on_use = on_use
-        self._lock = threading.Lock()  # Vision has several threads; the model is loaded by one
-        self._model: AnyModel | None = None
-
-    def __call__(self, item: FaceQuery) -> Faces:
-        """Answer a picture with the official detector.
-
-        Raises:
-            ModelUnavailable: its files are not here.
-        """
-        with self._lock:
-            if self._model is None:
-                self._model = self._load(self._key)
-        model = self._model
-        self._on_use()
-        blob = model.preprocess(item)
-        faces: Faces = model.postprocess(model.infer([blob])[0], item)
-        return faces
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory of the detector, 0 until it is needed."""
-        return self._model.size_bytes if self._model is not None else 0
-
-    def close(self) -> None:
-        """Free the detector."""
-        if self._model is not None:
-            self._model.close()
-            self._model = None
 
 
 class VisionFaces:
@@ -262,6 +219,7 @@ class VisionEngine:
         if not languages:
             log.warning("vision cannot read the script of model=%s, the official model does", key)
             self._on_fallback(NO_LANGUAGE)
-            return self._load_official(key)
+            reader = replace(key, part=Part.RECOGNITION)
+            return OfficialText(self._load_official(key), self._load_official(reader))
         log.info("vision reads model=%s languages=%s", key, ",".join(languages))
         return VisionText(self._bridge, languages, self._line_score, corrects=self._corrects)
