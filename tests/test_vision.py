@@ -12,13 +12,14 @@ from vision_double import Double, FaceTruth, LineTruth, Scene
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.calibration import FACE_KNOTS, LINE_KNOTS, Calibration
-from immich_ml_metal.backends.vision import NO_LANDMARKS, NO_LANGUAGE, VisionEngine, no_official
+from immich_ml_metal.backends.vision import NO_LANDMARKS, NO_LANGUAGE, VisionEngine
 from immich_ml_metal.backends.vision_bridge import VisionBridge
+from immich_ml_metal.backends.vision_standby import OfficialText, no_official
 from immich_ml_metal.errors import InferenceError, LoadFailed, ModelUnavailable
 from immich_ml_metal.images import Picture
 from immich_ml_metal.tasks.faces import FaceQuery
 from immich_ml_metal.tasks.text_boxes import TextQuery
-from immich_ml_metal.types import Faces, ModelKey, Part, Task, TextRegions
+from immich_ml_metal.types import Faces, ModelKey, Part, Reading, Task, TextRegions
 
 SIZE = (800, 600)
 FACES_KEY = ModelKey(Task.FACES, Part.DETECTION, "buffalo_l")
@@ -234,11 +235,39 @@ def test_a_picture_too_small_for_text_is_not_shown_to_vision() -> None:
     assert "performRequests_error_" not in [call.name for call in double.calls]
 
 
-def test_a_script_that_vision_cannot_read_is_left_to_the_official_model() -> None:
-    official, told = Official(), list[str]()
+class Boxes(Official):
+    """Stands for an official text detector: two boxes."""
+
+    def postprocess(self, raw: str, item: Any) -> Any:
+        quads = np.array([TILTED, TILTED], np.float32)
+        return TextRegions(quads, np.array([0.9, 0.8], np.float32))
+
+
+class Reader(Official):
+    """Stands for an official recogniser: numbers the lines."""
+
+    def postprocess(self, raw: str, item: Any) -> Any:
+        return Reading(f"line {len(self.asked)}", 0.9)
+
+
+def test_a_script_that_vision_cannot_read_is_left_to_the_official_models() -> None:
+    told: list[str] = []
+    official: dict[Part, Official] = {Part.DETECTION: Boxes(), Part.RECOGNITION: Reader()}
     greek = ModelKey(Task.OCR, Part.DETECTION, "EL__PP-OCRv5_mobile")
-    assert engine(Double(Scene()), lambda key: official, told).load(greek, None) is official
+    model = engine(Double(Scene()), lambda key: official[key.part], told).load(greek, None)
+    assert isinstance(model, OfficialText)
+    found: TextRegions = run(model, TextQuery(picture(), 0.5, 736))
+    assert [reading.text for reading in found.readings or ()] == ["line 1", "line 2"]
     assert told == [NO_LANGUAGE]
+    assert model.size_bytes == 34
+    model.close()
+    assert all(half.is_closed for half in official.values())
+
+
+def test_without_the_official_models_an_unreadable_script_is_an_error() -> None:
+    greek = ModelKey(Task.OCR, Part.DETECTION, "EL__PP-OCRv5_mobile")
+    with pytest.raises(ModelUnavailable, match="EL__PP-OCRv5_mobile/detection is not here"):
+        engine(Double(Scene())).load(greek, None)
 
 
 @pytest.mark.parametrize("part", [(Task.FACES, Part.RECOGNITION), (Task.CLIP, Part.VISUAL)])

@@ -1,7 +1,7 @@
 """Which engine answers which task: decided once at start, by rules and real self-tests.
 
-An explicit choice that cannot be honoured stops the start. `auto` goes on to the next engine and says
-so in a warning that stays in the plan, which is printed, answered in `/health`, and never changes.
+An explicit choice that cannot be honoured stops the start. `auto` goes on to the next engine and
+says so in a warning that stays in the plan, which is printed, is in `/health`, and never changes.
 """
 
 import importlib
@@ -57,7 +57,9 @@ class Probe(Protocol):
     """What this machine is and can do."""
 
     @property
-    def platform(self) -> Platform: ...
+    def platform(self) -> Platform:
+        """The machine."""
+        ...
 
     def check(self, engine: str) -> str | None:
         """Import `engine` and let it do a small real piece of work.
@@ -76,6 +78,7 @@ class Choice:
     part: Part
     engine: str
     reason: str
+    is_explicit: bool = False
     warning: str | None = None
 
 
@@ -176,13 +179,13 @@ def _choose(
     if wanted != "auto":
         return _honour(task, part, setting, wanted, check)
     order, why = _order(setting, settings, platform)
-    skipped = []
+    skipped: list[str] = []
     for engine in order:
         problem = check(engine)
         if problem is None:
             reason = f"{why}, {' and '.join(skipped)} unavailable" if skipped else why
             warnings = [f"{name} is not used for {task}: {check(name)}" for name in skipped]
-            return Choice(task, part, engine, reason, "; ".join(warnings) or None)
+            return Choice(task, part, engine, reason, warning="; ".join(warnings) or None)
         skipped.append(engine)
     raise ConfigError(f"no engine can serve {task} {part}: {check(order[-1])}")
 
@@ -194,7 +197,7 @@ def _honour(
     problem = check(wanted)
     if problem is not None:
         raise ConfigError(f"{name} = {wanted} cannot be honoured here: {problem}")
-    return Choice(task, part, wanted, f"asked for by {name}")
+    return Choice(task, part, wanted, f"asked for by {name}", is_explicit=True)
 
 
 def _order(setting: str, settings: Settings, platform: Platform) -> tuple[tuple[str, ...], str]:
@@ -228,6 +231,8 @@ def create_engines(
     """Make each engine of the plan once; only their modules are imported.
 
     Args:
+        plan: what was chosen.
+        settings: how the engines are to work.
         files_of: finds (or fetches) an official model's files, for what Apple Vision cannot answer.
         on_fallback: is told the reason each time something runs elsewhere than planned.
 
@@ -255,7 +260,4 @@ def _class(module: str, name: str) -> Any:
 
 def _is_explicit(plan: EnginePlan) -> bool:
     """Whether Core ML was asked for by name: then a refusal is an error, not a fallback."""
-    return any(
-        choice.engine == "coreml" and choice.reason.startswith("asked for")
-        for choice in plan.choices
-    )
+    return any(choice.engine == "coreml" and choice.is_explicit for choice in plan.choices)

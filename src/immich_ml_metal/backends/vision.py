@@ -15,17 +15,17 @@ from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.calibration import LINE_BOX_KNOTS, Calibration
 from immich_ml_metal.backends.vision_bridge import SeenFace, SeenLine, TextOptions
 from immich_ml_metal.backends.vision_geometry import Size, box_pixels, five_points
-from immich_ml_metal.backends.vision_text import (
-    min_text_height,
-    text_options,
-    to_regions,
-    wanted_languages,
-)
 from immich_ml_metal.backends.vision_standby import (
     OfficialLoader,
     OfficialText,
     Standby,
     no_official,
+)
+from immich_ml_metal.backends.vision_text import (
+    min_text_height,
+    text_options,
+    to_regions,
+    wanted_languages,
 )
 from immich_ml_metal.device import Device
 from immich_ml_metal.errors import InferenceError, LoadFailed
