@@ -16,6 +16,8 @@ from immich_ml_metal.backends.vision_geometry import (
 
 NAMES = ("left_eye", "right_eye", "left_pupil", "right_pupil", "nose", "nose_crest", "outer_lips")
 shares = st.floats(0.05, 0.95)
+# no subnormals: ONNX Runtime, in the same process, tells the processor to take them for zero
+reals = st.floats(-1, 2, allow_subnormal=False)
 
 
 def landmarks(**regions: list[tuple[float, float]]) -> SeenLandmarks:
@@ -102,7 +104,7 @@ def test_corners_are_ordered_by_where_they_are_not_by_what_vision_calls_them(
     assert quad == pytest.approx(np.array(expected, np.float32))
 
 
-@given(st.lists(st.tuples(st.floats(-1, 2), st.floats(-1, 2)), min_size=4, max_size=4))
+@given(st.lists(st.tuples(reals, reals), min_size=4, max_size=4))
 def test_quads_stay_inside_the_picture(corners: list[tuple[float, float]]) -> None:
     quad = quad_pixels(np.array(corners), (640, 480))
     assert (quad >= 0).all()

@@ -35,7 +35,7 @@ from immich_ml_metal.backends.tensor import build_model
 from immich_ml_metal.config import Settings
 from immich_ml_metal.device import Device, core_count
 from immich_ml_metal.errors import InferenceError, LoadFailed
-from immich_ml_metal.types import Graph, ModelFiles, ModelKey, Part, Task, Tensor, TensorSpec
+from immich_ml_metal.types import Graph, ModelFiles, ModelKey, Part, Task, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -88,36 +88,26 @@ class CoreMLGraph:
         self._sessions: dict[Shapes, Session] = {}
         self._lock = threading.Lock()  # the device has one thread; a second opener would be a bug
         self.reports: list[Report] = []
+        self.inputs = reference.inputs
+        self.outputs = reference.outputs
+        self.metadata = reference.metadata
+        self.size_bytes = reference.size_bytes
         _remove_others(self._cache)
+        self._open_known()
+
+    def _open_known(self) -> None:
+        """Open the shapes that the file fixes; then the reference has done its work."""
+        rows = {spec.name: _fixed(spec.shape[1:]) for spec in self.inputs}
+        if any(len(rows[spec.name]) < len(spec.shape) - 1 for spec in self.inputs):
+            return
         for batch in self._batches:
-            shapes = tuple((spec.name, _pinned(spec, batch)) for spec in reference.inputs)
-            if all(side is not None for _, shape in shapes for side in shape):
-                self._session(shapes)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """As the file's."""
-        return self._reference.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """As the file's."""
-        return self._reference.outputs
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """As the file's."""
-        return self._reference.metadata
+            self._session(tuple((name, (batch, *sides)) for name, sides in rows.items()))
+        self._reference.close()
 
     @property
     def max_batch(self) -> int:
         """The largest compiled batch."""
         return max(self._batches)
-
-    @property
-    def size_bytes(self) -> int:
-        """As the file's."""
-        return self._reference.size_bytes
 
     def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute every output for any number of rows, in runs of compiled batches.
@@ -139,9 +129,8 @@ class CoreMLGraph:
         return [output[: stop - start] for output in outputs]
 
     def close(self) -> None:
-        """Free every session and the reference."""
+        """Free every session."""
         self._sessions.clear()
-        self._reference.close()
 
     def _session(self, shapes: Shapes) -> Session:
         with self._lock:
@@ -194,6 +183,10 @@ class CoreMLGraph:
         return Report(self._name, label(shapes), share, worst)
 
 
+def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:
+    return tuple(side for side in sides if side is not None)
+
+
 def _remove_others(cache: Path) -> None:
     """Remove what was compiled for other weights or another runtime; it would never be used."""
     if cache.parent.is_dir():
@@ -209,10 +202,6 @@ def digest_of(path: Path) -> str:
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()[:16]
-
-
-def _pinned(spec: TensorSpec, batch: int) -> tuple[Any, ...]:
-    return (batch, *spec.shape[1:])
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:
