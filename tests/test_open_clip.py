@@ -121,8 +121,13 @@ class OpenClip:
 
     def get_model_preprocess_cfg(self, model: Towers) -> dict[str, Any]:
         return {
-            "size": (SIDE, SIDE), "mean": MEAN, "std": STD, "mode": "RGB",
-            "interpolation": "bicubic", "resize_mode": "squash", "fill_color": 0,
+            "size": (SIDE, SIDE),
+            "mean": MEAN,
+            "std": STD,
+            "mode": "RGB",
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+            "fill_color": 0,
         }
 
     def get_pretrained_cfg(self, architecture: str, weights: str) -> dict[str, str]:
