@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from vision_double import Double, FaceTruth, LineTruth, Scene
 
+from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.backends.ort import OrtEngine
 from immich_ml_metal.backends.vision_bridge import VisionBridge
 from immich_ml_metal.backends.vision_setup import create_vision
@@ -22,6 +23,9 @@ from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.server import create_app
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+
+# the app leaves the upload's spool file to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 WIDTH, HEIGHT = 400, 300
 FACES = {
@@ -81,7 +85,7 @@ def service(folder: Path, double: Double) -> Iterator[TestClient]:
         on_fallback=lambda reason: None,
         bridge=VisionBridge(double.frameworks),
     )
-    engines = {
+    engines: dict[tuple[Task, Part], Engine] = {
         (Task.FACES, Part.DETECTION): vision,
         (Task.OCR, Part.DETECTION): vision,
         (Task.FACES, Part.RECOGNITION): OrtEngine(settings),
@@ -142,7 +146,7 @@ def test_nothing_to_see_is_a_full_and_empty_answer(
     with service(tmp_path, Double(Scene())) as client:
         answer = ask(client, entries)
     assert answer.status_code == 200
-    nothing = {"box": [], "text": [], "boxScore": [], "textScore": []}
+    nothing: dict[str, list[Any]] = {"box": [], "text": [], "boxScore": [], "textScore": []}
     assert answer.json()[next(iter(entries))] == (nothing if empty is None else empty)
 
 
