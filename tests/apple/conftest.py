@@ -17,10 +17,10 @@ def _on_apple_silicon() -> None:
 
 @pytest.fixture
 def portrait() -> Picture:
-    """One upright face, from the test pictures that are not part of the repository."""
+    """An upright face and one in profile, from the test pictures outside the repository."""
     path = SHARED / "images/portrait.jpg"
     if not path.is_file():
-        pytest.skip(f"needs a picture with one upright face: {path}")
+        pytest.skip(f"needs a picture with an upright face: {path}")
     return decode(path.read_bytes(), ImageLimits(10**9, 10**5))
 
 
