@@ -1,7 +1,8 @@
 """Which engine answers what, on machines that are simulated and on this one."""
 
 import dataclasses
-from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -290,7 +291,10 @@ def test_the_drawn_word_is_large_black_text_inside_the_picture() -> None:
 
 
 def test_the_selection_imports_no_engine_it_does_not_use() -> None:
-    source = Path(__file__).parent.parent / "src/immich_ml_metal/backends/selection.py"
-    text = source.read_text(encoding="utf-8")
-    assert "backends.ort" not in text
-    assert "backends.vision" not in text
+    script = (
+        "import sys, immich_ml_metal.backends.selection\n"
+        "heavy = {'onnxruntime', 'mlx', 'torch', 'Vision', 'cv2'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from objc_names import Follower, read_facts
 
+import immich_ml_metal
+
 ROOT = Path(__file__).parent.parent
-BRIDGE = (ROOT / "src/immich_ml_metal/backends/vision_bridge.py").read_text(encoding="utf-8")
+PACKAGE = Path(immich_ml_metal.__file__).parent
+BRIDGE = (PACKAGE / "backends/vision_bridge.py").read_text(encoding="utf-8")
 FACTS = read_facts(ROOT / "scripts/apple_facts.json")
 FRAMEWORKS = {"vision", "quartz", "foundation", "objc"}
 
@@ -59,10 +62,9 @@ def test_a_misspelt_name_or_a_wrong_call_is_found(right: str, wrong: str, findin
 
 
 def test_no_other_module_speaks_objective_c() -> None:
-    package = ROOT / "src/immich_ml_metal"
     speakers = {
         path.name
-        for path in package.rglob("*.py")
+        for path in PACKAGE.rglob("*.py")
         if any(word in path.read_text(encoding="utf-8") for word in (".alloc()", "performRequests"))
     }
     assert speakers == {"vision_bridge.py"}
