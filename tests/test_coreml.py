@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from immich_ml_metal.backends.coreml import (
-    REFUSED,
-    CoreMLEngine,
+from immich_ml_metal.backends.coreml import REFUSED, CoreMLEngine
+from immich_ml_metal.backends.coreml_graph import (
     CoreMLGraph,
     Refusal,
+    Report,
     Setup,
     digest_of,
 )
@@ -62,9 +62,6 @@ class Accelerator:
     def run(self, names: Any, feeds: dict[str, Any]) -> Any:
         self.ran += [value.shape for value in feeds.values()]
         return self._session.run(names, feeds)
-
-    def get_providers(self) -> list[str]:
-        return [PROVIDER, "CPUExecutionProvider"]
 
     def get_provider_graph_assignment_info(self) -> list[Assignment]:
         taken = round(10 * self._share)
@@ -127,9 +124,21 @@ def reference(path: Path) -> OrtGraph:
     return OrtGraph(path, options=session_options(1))
 
 
-def open_graph(path: Path, factory: Factory, batches: tuple[int, ...] = (1, 4)) -> CoreMLGraph:
+def open_graph(
+    path: Path,
+    factory: Factory,
+    batches: tuple[int, ...] = (1, 4),
+    reports: list[Report] | None = None,
+) -> CoreMLGraph:
     setup = Setup(use_ane=True, make_session=factory, environment="ort-test")
-    return CoreMLGraph(path, reference(path), setup, name="tiny", batches=batches)
+    return CoreMLGraph(
+        path,
+        reference(path),
+        setup,
+        name="tiny",
+        batches=batches,
+        on_report=(reports if reports is not None else []).append,
+    )
 
 
 def pictures(rows: int) -> np.ndarray[Any, Any]:
@@ -221,12 +230,13 @@ def test_a_graph_of_which_core_ml_takes_nothing_is_refused(tmp_path: Path) -> No
 
 
 def test_share_and_parity_of_each_shape_are_reported(tmp_path: Path) -> None:
-    graph = open_graph(save_model(tmp_path), Factory(share=0.7))
-    assert [(report.shape, report.share) for report in graph.reports] == [
+    reports: list[Report] = []
+    open_graph(save_model(tmp_path), Factory(share=0.7), reports=reports)
+    assert [(report.shape, report.share) for report in reports] == [
         ("1x3x8x8", 0.7),
         ("4x3x8x8", 0.7),
     ]
-    assert all(report.cosine > 0.99999 for report in graph.reports)
+    assert all(report.cosine > 0.99999 for report in reports)
 
 
 def test_the_share_of_nodes_is_read_from_onnx_runtime_itself(tmp_path: Path) -> None:
@@ -295,11 +305,25 @@ def test_weights_beside_the_graph_count_in_the_digest(tmp_path: Path) -> None:
     assert digest_of(path) != before
 
 
+# Every key that ONNX Runtime 1.32's macOS wheel knows; another one would silently mean the CPU.
+PROVIDER_KEYS = {
+    "ModelFormat",
+    "MLComputeUnits",
+    "RequireStaticInputShapes",
+    "EnableOnSubgraphs",
+    "ModelCacheDirectory",
+    "SpecializationStrategy",
+    "AllowLowPrecisionAccumulationOnGPU",
+    "ProfileComputePlan",
+}
+
+
 def test_the_options_are_those_of_the_provider_and_follow_the_ane_setting() -> None:
     options = provider_options(use_ane=True, cache=Path("c"))
     assert options["MLComputeUnits"] == "ALL"
     assert options["ModelFormat"] == "MLProgram"
     assert options["RequireStaticInputShapes"] == "1"
+    assert set(options) <= PROVIDER_KEYS
     assert provider_options(use_ane=False, cache=Path("c"))["MLComputeUnits"] == "CPUAndGPU"
 
 
@@ -323,12 +347,16 @@ def files(folder: Path) -> ModelFiles:
 
 def test_faces_are_recognised_in_batches_of_four(tmp_path: Path) -> None:
     factory = Factory()
-    model = engine(factory).load(KEY, files(tmp_path))
+    coreml = engine(factory)
+    model = coreml.load(KEY, files(tmp_path))
     blobs = [np.full((3, 112, 112), value, np.float32) for value in (0.1, -0.4, 0.9)]
     vectors = model.infer(blobs)
     assert model.max_batch == 4
     assert [vector.shape for vector in vectors] == [(512,)] * 3
     assert factory.opened[-1].ran[-1] == (4, 3, 112, 112)
+    [single, four] = coreml.describe()["opened"]
+    assert (single["shape"], four["shape"]) == ("1x3x112x112", "4x3x112x112")
+    assert (single["share"], single["model"]) == (1.0, "buffalo_l/recognition")
     model.close()
 
 
@@ -346,6 +374,9 @@ def test_a_refused_model_is_answered_by_the_cpu_and_said_once(
     assert told == [REFUSED]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cosine" in caplog.text
+    described = coreml.describe()
+    assert list(described["refused"]) == ["buffalo_l/recognition"]
+    assert "core ml differs" in described["refused"]["buffalo_l/recognition"]
     assert len(factory.opened) == 1
 
 

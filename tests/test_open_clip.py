@@ -1,7 +1,6 @@
 """The open_clip engine, with doubles of open_clip and torch that compute with NumPy."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,16 +133,29 @@ class OpenClip:
         return {"hf_hub": "laion/coca/"}
 
 
+class Mode:
+    """torch.inference_mode: outside of it a run would keep what gradients need."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        Mode.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        Mode.depth -= 1
+
+
 def torch_double(*, mps: bool = False, fails: bool = False) -> Any:
     def from_numpy(array: np.ndarray[Any, Any]) -> Values:
         if fails:
             raise RuntimeError("MPS backend out of memory")
+        assert Mode.depth == 1
         return Values(array)
 
     available = SimpleNamespace(is_available=lambda: mps)
     return SimpleNamespace(
         backends=SimpleNamespace(mps=available),
-        inference_mode=nullcontext,
+        inference_mode=Mode,
         from_numpy=from_numpy,
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vision_double import Double, LineTruth, Scene
+from vision_double import Double
+from vision_scene import LineTruth, Scene
 
 from immich_ml_metal.backends.selection import (
     EnginePlan,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vision_double import Double, FaceTruth, LineTruth, Scene
+from vision_double import Double
+from vision_scene import FaceTruth, LineTruth, Scene
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.calibration import FACE_KNOTS, LINE_KNOTS, Calibration
@@ -326,6 +327,13 @@ def test_an_objective_c_exception_keeps_its_words() -> None:
     names = [call.name for call in _calls(FACE_SCENE)]
     double = Double(FACE_SCENE, fail_at=names.index("results"))
     with pytest.raises(InferenceError, match=r"apple vision raised .*results was made to fail"):
+        find(double)
+
+
+def test_results_that_are_nil_are_a_failure_and_not_nothing_found() -> None:
+    names = [call.name for call in _calls(FACE_SCENE)]
+    double = Double(FACE_SCENE, fail_at=names.index("results"), fail_by="nil")
+    with pytest.raises(InferenceError, match="apple vision answered nothing at all"):
         find(double)
 
 

@@ -85,6 +85,7 @@ def test_a_face_without_a_needed_region_has_no_points(absent: str) -> None:
         {"right_pupil": [(0.301, 0.7)]},  # both eyes in one place
         {"outer_lips": [(0.5, 0.2)]},  # no width to the mouth
         {"left_pupil": [(float("nan"), 0.7)]},
+        {"nose_crest": [(0.5, float("nan"))]},
     ],
 )
 def test_degenerate_landmarks_give_no_points(change: dict[str, list[tuple[float, float]]]) -> None:

@@ -13,7 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from vision_double import Double, FaceTruth, LineTruth, Scene
+from vision_double import Double
+from vision_scene import FaceTruth, LineTruth, Scene
 
 from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.backends.ort import OrtEngine

@@ -27,10 +27,6 @@ class Session(Protocol):
         """Compute every output."""
         ...
 
-    def get_providers(self) -> Sequence[str]:
-        """Providers in force; an unusable one is silently missing."""
-        ...
-
     def get_provider_graph_assignment_info(self) -> Sequence[Any]:
         """Name the provider of each node."""
         ...
@@ -73,9 +69,10 @@ def provider_options(*, use_ane: bool, cache: Path) -> dict[str, str]:
 
 
 def provider_share(session: Session, provider: str = PROVIDER) -> float:
-    """Share of the nodes that run on `provider`, 0..1."""
-    if provider not in session.get_providers():
-        return 0.0
+    """Share of the nodes that run on `provider`, 0..1.
+
+    Asked of the session itself: a provider that cannot be used is left out without a word.
+    """
     parts = session.get_provider_graph_assignment_info()
     nodes = [(part.ep_name, len(part.get_nodes())) for part in parts]
     total = sum(count for _, count in nodes)
