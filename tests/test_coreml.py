@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from immich_ml_metal.backends.coreml import REFUSED, CoreMLEngine
+from immich_ml_metal.backends.coreml import REFUSED, CoreMLEngine, create_coreml
 from immich_ml_metal.backends.coreml_graph import (
     CoreMLGraph,
     Refusal,
@@ -37,6 +38,13 @@ from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 SIDE = 8
 KEY = ModelKey(Task.FACES, Part.RECOGNITION, "buffalo_l")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _first_session_on_a_thread_that_ends() -> None:
+    """The first session of a process makes its thread take subnormals for zero, for good."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(check_on_coreml, Factory(), Path("unused")).result()
 
 
 class Assignment:
@@ -267,7 +275,7 @@ def test_the_self_test_finds_a_provider_that_computes_wrongly(tmp_path: Path) ->
         weight = numpy_helper.to_array(model.graph.initializer[0])
         model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight[::-1].copy(), "w"))
 
-    with pytest.raises(InferenceError, match="computed wrongly"):
+    with pytest.raises(InferenceError, match="computes a test graph wrongly"):
         check_on_coreml(Factory(bend), tmp_path)
 
 
@@ -358,6 +366,21 @@ def test_faces_are_recognised_in_batches_of_four(tmp_path: Path) -> None:
     assert (single["shape"], four["shape"]) == ("1x3x112x112", "4x3x112x112")
     assert (single["share"], single["model"]) == (1.0, "buffalo_l/recognition")
     model.close()
+
+
+@pytest.mark.parametrize(("use_ane", "units"), [(True, "ALL"), (False, "CPUAndGPU")])
+def test_the_neural_engine_setting_reaches_the_sessions(
+    tmp_path: Path, use_ane: bool, units: str
+) -> None:
+    factory = Factory()
+    coreml = create_coreml(
+        Settings(use_ane=use_ane),
+        is_explicit=True,
+        on_fallback=lambda reason: None,
+        make_session=factory,
+    )
+    coreml.load(KEY, files(tmp_path))
+    assert {options["MLComputeUnits"] for options in factory.options} == {units}
 
 
 def test_a_refused_model_is_answered_by_the_cpu_and_said_once(

@@ -3,12 +3,14 @@
 import dataclasses
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from vision_double import Double
-from vision_scene import LineTruth, Scene
+from vision_scene import FaceTruth, LineTruth, Scene
 
 from immich_ml_metal.backends.selection import (
     EnginePlan,
@@ -26,6 +28,9 @@ from immich_ml_metal.backends.vision_setup import (
 )
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ConfigError, InferenceError
+from immich_ml_metal.images import Picture
+from immich_ml_metal.tasks.faces import FaceQuery
+from immich_ml_metal.tasks.text_boxes import TextQuery
 from immich_ml_metal.types import ModelKey, Part, Task
 
 M_SERIES = Platform("Darwin", "arm64")
@@ -213,7 +218,7 @@ def test_text_recognition_has_no_engine_where_vision_reads_while_detecting() -> 
     assert table[Task.OCR, Part.DETECTION] is VISION
 
 
-def vision_engine(**settings: Any) -> Any:
+def vision_engine(double: Double | None = None, /, **settings: Any) -> Any:
     def no_files(key: ModelKey) -> Any:
         raise AssertionError(f"{key} was fetched")
 
@@ -221,11 +226,43 @@ def vision_engine(**settings: Any) -> Any:
         Settings(**settings),
         files_of=no_files,
         on_fallback=lambda reason: None,
-        bridge=VisionBridge(Double(Scene()).frameworks),
+        bridge=VisionBridge((double or Double(Scene())).frameworks),
     )
 
 
 VISION: Any = vision_engine()
+
+
+def ask_vision(double: Double, task: Task, item: Any, **settings: Any) -> Any:
+    name = {Task.FACES: "buffalo_l", Task.OCR: "EN__PP-OCRv5_mobile"}[task]
+    model = vision_engine(double, **settings).load(ModelKey(task, Part.DETECTION, name), None)
+    return model.postprocess(model.infer([model.preprocess(item)])[0], item)
+
+
+BLANK = Picture(Image.new("RGB", (400, 300)))
+
+
+def test_the_face_scores_setting_is_used() -> None:
+    scene = Scene(faces=[FaceTruth((200, 150), 100, confidence=0.5)])
+    item = FaceQuery(BLANK, 0.0)
+    plain = ask_vision(Double(scene), Task.FACES, item)
+    lenient = ask_vision(Double(scene), Task.FACES, item, vision_face_scores="0:0, 0.5:0.9, 1:1")
+    assert plain.scores == pytest.approx([0.5 / 0.6 * 0.7])
+    assert lenient.scores == pytest.approx([0.9])
+
+
+def test_the_text_scores_setting_is_used() -> None:
+    corners = [(64, 64), (300, 64), (300, 128), (64, 128)]
+    scene, item = Scene(lines=[LineTruth(corners, "x", 0.5)]), TextQuery(BLANK, 0.5, 736)
+    found = ask_vision(Double(scene), Task.OCR, item, vision_text_scores="0:0, 0.5:0.2, 1:1")
+    assert [reading.score for reading in found.readings] == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize("corrects", [True, False])
+def test_the_language_correction_setting_reaches_vision(corrects: bool) -> None:
+    double = Double(Scene())
+    ask_vision(double, Task.OCR, TextQuery(BLANK, 0.5, 736), ocr_language_correction=corrects)
+    assert double.arguments_of("setUsesLanguageCorrection_") == (corrects,)
 
 
 @pytest.mark.parametrize("name", ["ML_VISION_FACE_SCORES", "ML_VISION_TEXT_SCORES"])
@@ -243,6 +280,11 @@ def test_the_portable_engine_passes_its_self_test_here() -> None:
     assert SystemProbe().check("cpu") is None
 
 
+def test_mlx_multiplies_correctly_here() -> None:
+    pytest.importorskip("immich_ml_metal.backends.mlx", reason="the mlx engine is not here")
+    assert SystemProbe().check("mlx") is None
+
+
 def test_apples_engines_say_why_they_are_not_here() -> None:
     if SystemProbe().platform.system == "Darwin":
         pytest.skip("this is a Mac: tests/apple runs the real self-tests")
@@ -252,6 +294,7 @@ def test_apples_engines_say_why_they_are_not_here() -> None:
 
 def test_an_engine_that_dies_in_its_self_test_is_unavailable_with_its_words() -> None:
     def die() -> None:
+        assert threading.current_thread() is not threading.main_thread()
         raise RuntimeError("Metal is on fire")
 
     probe = SystemProbe({"mlx": die})

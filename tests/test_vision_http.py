@@ -57,6 +57,9 @@ class Store:
             raise ModelUnavailable(f"{key} is not here")
         return ModelFiles(self._folder / "model.onnx", self._folder, self._folder)
 
+    def close(self) -> None:
+        pass
+
 
 def save_recogniser(folder: Path) -> None:
     """A recogniser whose vector is the crop's mean colour, 512 numbers long."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.coreml_graph import CoreMLGraph, Refusal, Report, Setup
+from immich_ml_metal.backends.coreml_session import SessionMaker, open_session
 from immich_ml_metal.backends.coreml_shapes import BATCHES
 from immich_ml_metal.backends.ort import OrtGraph, session_options
 from immich_ml_metal.backends.tensor import build_model
@@ -101,8 +102,12 @@ def _batches(key: ModelKey, graph: Graph) -> tuple[int, ...]:
 
 
 def create_coreml(
-    settings: Settings, *, is_explicit: bool, on_fallback: Callable[[str], None]
+    settings: Settings,
+    *,
+    is_explicit: bool,
+    on_fallback: Callable[[str], None],
+    make_session: SessionMaker = open_session,
 ) -> CoreMLEngine:
     """Make the engine from settings."""
-    setup = Setup(use_ane=settings.use_ane)
+    setup = Setup(use_ane=settings.use_ane, make_session=make_session)
     return CoreMLEngine(settings, setup, is_explicit=is_explicit, on_fallback=on_fallback)

@@ -88,15 +88,8 @@ def cosine(one: Tensor, other: Tensor) -> float:
     return float(((a * b).sum(axis=1) / lengths).min())
 
 
-def open_on_cpu(model: bytes) -> Session:
-    """Open a model on the CPU, the portable engine."""
-    return ort.InferenceSession(  # type: ignore[no-any-return]
-        model, session_options(1), providers=["CPUExecutionProvider"]
-    )
-
-
 def check_on_coreml(make_session: SessionMaker, cache: Path) -> None:
-    """Let Core ML run a tiny graph.
+    """Let Core ML run a tiny convolution and compare it with arithmetic.
 
     Args:
         make_session: opens the session, `open_session`.
@@ -106,28 +99,15 @@ def check_on_coreml(make_session: SessionMaker, cache: Path) -> None:
         LoadFailed: the provider rejects the graph.
         InferenceError: it is missing, takes none of the graph, or computes something else.
     """
-
-    def open_checked(model: bytes) -> Session:
-        session = make_session(model, provider_options(use_ane=True, cache=cache))
-        if provider_share(session) == 0:
-            raise InferenceError("onnx runtime gave core ml not one node of a test graph")
-        return session
-
-    check_tiny_graph(open_checked)
-
-
-def check_tiny_graph(open_model: Callable[[bytes], Session]) -> None:
-    """Run a tiny convolution and compare it with arithmetic.
-
-    Raises:
-        InferenceError: they differ.
-    """
     weight = np.arange(12, dtype=np.float32).reshape(4, 3, 1, 1) / 8
+    session = make_session(_tiny_graph(weight), provider_options(use_ane=True, cache=cache))
+    if provider_share(session) == 0:
+        raise InferenceError("onnx runtime gave core ml not one node of a test graph")
     pixels = np.linspace(-1, 1, 3 * 8 * 8, dtype=np.float32).reshape(1, 3, 8, 8)
     expected = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0], pixels).clip(0)
-    similarity = cosine(open_model(_tiny_graph(weight)).run(None, {"x": pixels})[0], expected)
+    similarity = cosine(session.run(None, {"x": pixels})[0], expected)
     if similarity < MIN_COSINE:
-        raise InferenceError(f"a test graph is computed wrongly: cosine {similarity:.4f}")
+        raise InferenceError(f"core ml computes a test graph wrongly: cosine {similarity:.4f}")
 
 
 def _tiny_graph(weight: Tensor) -> bytes:

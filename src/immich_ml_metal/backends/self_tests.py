@@ -8,6 +8,7 @@ import importlib
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,10 @@ class SystemProbe:
         return Platform(platform.system(), platform.machine())
 
     def check(self, engine: str) -> str | None:
-        """Run the engine's self-test; say what went wrong, or None."""
+        """Run the engine's self-test on a thread of its own; say what went wrong, or None."""
         try:
-            self._checks[engine]()
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(self._checks[engine]).result()
         except ImportError as exc:
             return f"{exc.name or exc} cannot be imported"
         except Exception as exc:  # noqa: BLE001 - whatever an engine dies of, it is not usable here
@@ -43,10 +45,12 @@ class SystemProbe:
 
 
 def check_cpu() -> None:
-    """ONNX Runtime runs a tiny graph on the CPU."""
-    from immich_ml_metal.backends.coreml_session import check_tiny_graph, open_on_cpu
+    """ONNX Runtime can be imported; no session, as there is nothing to fall to anyway.
 
-    check_tiny_graph(open_on_cpu)
+    The first session of a process decides how its thread treats subnormal numbers, and that one
+    belongs to the engine.
+    """
+    importlib.import_module("immich_ml_metal.backends.ort")
 
 
 def check_mlx() -> None:
@@ -56,7 +60,10 @@ def check_mlx() -> None:
     """
     mx = importlib.import_module("mlx.core")
     importlib.import_module("immich_ml_metal.backends.mlx")
-    check_product(lambda a, b: np.array(mx.array(a) @ mx.array(b)))
+    try:
+        check_product(lambda a, b: np.array(mx.array(a) @ mx.array(b)))
+    finally:
+        mx.clear_streams()  # a thread of MLX's must not end without
 
 
 def check_coreml() -> None:
