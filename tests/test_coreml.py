@@ -368,6 +368,14 @@ def test_faces_are_recognised_in_batches_of_four(tmp_path: Path) -> None:
     model.close()
 
 
+def test_a_shape_is_checked_once_per_process_however_often_it_is_loaded(tmp_path: Path) -> None:
+    factory, model_files = Factory(), files(tmp_path)
+    coreml = engine(factory)
+    coreml.load(KEY, model_files).close()
+    coreml.load(KEY, model_files)
+    assert [len(session.ran) for session in factory.opened] == [1, 1, 0, 0]
+
+
 @pytest.mark.parametrize(("use_ane", "units"), [(True, "ALL"), (False, "CPUAndGPU")])
 def test_the_neural_engine_setting_reaches_the_sessions(
     tmp_path: Path, use_ane: bool, units: str

@@ -77,10 +77,15 @@ class CoreMLEngine:
         self._reports[report.model, report.shape] = report
 
     def _try(self, key: ModelKey, files: ModelFiles, reference: OrtGraph) -> Graph:
-        setup, batches = self._setup, _batches(key, reference)
         try:
             return CoreMLGraph(
-                files.graph, reference, setup, name=str(key), batches=batches, on_report=self._keep
+                files.graph,
+                reference,
+                self._setup,
+                name=str(key),
+                batches=_batches(key, reference),
+                checked=[(report.weights, report.shape) for report in self._reports.values()],
+                on_report=self._keep,
             )
         except Refusal as exc:
             if self._is_explicit:

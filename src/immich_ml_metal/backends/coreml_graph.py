@@ -5,7 +5,7 @@ import logging
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Report:
     """What was found when a shape was first opened."""
 
     model: str
+    weights: str
     shape: str
     share: float
     cosine: float
@@ -68,6 +69,7 @@ class CoreMLGraph:
         *,
         name: str,
         batches: Sequence[int],
+        checked: Collection[tuple[str, str]] = (),
         on_report: Callable[[Report], None],
     ) -> None:
         """Open the shapes that are known from the file.
@@ -80,9 +82,11 @@ class CoreMLGraph:
         self._setup = setup
         self._name = name
         self._batches = tuple(batches)
-        self._cache = path.parent / FOLDER / f"{digest_of(path)}-{setup.environment}"
+        self._digest = digest_of(path)
+        self._cache = path.parent / FOLDER / f"{self._digest}-{setup.environment}"
         self._sessions: dict[Shapes, Session] = {}
         self._lock = threading.Lock()  # the device has one thread; a second opener would be a bug
+        self._checked = checked  # (weights, shape) that passed before, in this process
         self._on_report = on_report
         self.inputs = reference.inputs
         self.outputs = reference.outputs
@@ -144,14 +148,16 @@ class CoreMLGraph:
             session = self._setup.make_session(model, options)
         except (LoadFailed, OSError) as exc:
             raise Refusal(str(exc)) from exc
-        report = self._check(session, shapes)
-        is_kept = any(folder.iterdir())
+        if (self._digest, label(shapes)) not in self._checked:  # a reload repeats nothing
+            self._report(self._check(session, shapes), is_kept=any(folder.iterdir()))
+        return session
+
+    def _report(self, report: Report, *, is_kept: bool) -> None:
         log.info(
             "core ml opened model=%s shape=%s node_share=%.2f cosine=%.6f compiled_kept=%s",
             *(report.model, report.shape, report.share, report.cosine, is_kept),
         )
         self._on_report(report)
-        return session
 
     def _check(self, session: Session, shapes: Shapes) -> Report:
         """Measure what Core ML took and compare a run with the CPU's.
@@ -176,7 +182,7 @@ class CoreMLGraph:
                 f"core ml differs from the cpu: cosine {worst:.6f} at {label(shapes)}, "
                 f"limit {MIN_COSINE}"
             )
-        return Report(self._name, label(shapes), share, worst)
+        return Report(self._name, self._digest, label(shapes), share, worst)
 
 
 def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:
