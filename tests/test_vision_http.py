@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
-from fastapi.testclient import TestClient
+from live import serve
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from vision_double import Double
@@ -24,9 +25,6 @@ from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.server import create_app
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
-
-# the app leaves the upload's spool file to the garbage collector
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 WIDTH, HEIGHT = 400, 300
 FACES = {
@@ -80,7 +78,7 @@ def save_recogniser(folder: Path) -> None:
 
 
 @contextmanager
-def service(folder: Path, double: Double) -> Iterator[TestClient]:
+def service(folder: Path, double: Double) -> Iterator[httpx.Client]:
     save_recogniser(folder)
     settings, store = Settings(model_ttl_s=0, request_threads=2), Store(folder)
     vision = create_vision(
@@ -94,7 +92,7 @@ def service(folder: Path, double: Double) -> Iterator[TestClient]:
         (Task.OCR, Part.DETECTION): vision,
         (Task.FACES, Part.RECOGNITION): OrtEngine(settings),
     }
-    with TestClient(create_app(settings, engines, store), raise_server_exceptions=False) as client:
+    with serve(create_app(settings, engines, store)) as url, httpx.Client(base_url=url) as client:
         yield client
 
 
@@ -108,7 +106,7 @@ def upload() -> bytes:
     return stream.getvalue()
 
 
-def ask(client: TestClient, entries: dict[str, Any]) -> Any:
+def ask(client: httpx.Client, entries: dict[str, Any]) -> Any:
     form = {"entries": json.dumps(entries)}
     return client.post("/predict", data=form, files={"image": ("blob", upload())})
 
