@@ -8,7 +8,6 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -287,14 +286,6 @@ class Settings(BaseModel):
         "ML_VISION_TEXT_SCORES",
         help="Apple Vision's text confidence as official score; 0:0, .3:.6, .5:.85, 1:1 unless set.",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One source of settings: what it is called, and its values by name as written there."""
-
-    name: str
-    values: Mapping[str, Any]
 
 
 def env_names(field: FieldInfo) -> list[str]:
