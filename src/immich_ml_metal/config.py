@@ -336,6 +336,50 @@ class Settings(BaseModel):
         help="After an outage that failed answers, ask Immich once for its missing jobs.",
     )
 
+    # -- which engine answers, and the Apple engines --
+    profile: Literal["native", "exact"] = _setting(
+        "native",
+        "ML_PROFILE",
+        help="native uses Apple's own faces and text; exact answers as the Docker image does.",
+    )
+    clip_engine: Literal["auto", "mlx", "coreml", "cpu", "open_clip"] = _setting(
+        "auto", "ML_CLIP_ENGINE", help="Engine for search: auto, mlx, coreml, cpu or open_clip."
+    )
+    face_detection_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = _setting(
+        "auto",
+        "ML_FACE_DETECTION_ENGINE",
+        help="Engine that finds faces: auto, vision, mlx, coreml or cpu.",
+    )
+    face_recognition_engine: Literal["auto", "coreml", "mlx", "cpu"] = _setting(
+        "auto",
+        "ML_FACE_RECOGNITION_ENGINE",
+        help="Engine that tells faces apart: auto, coreml, mlx or cpu.",
+    )
+    ocr_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = _setting(
+        "auto", "ML_OCR_ENGINE", help="Engine for text: auto, vision, mlx, coreml or cpu."
+    )
+    use_coreml: bool = _setting(
+        True, "ML_USE_COREML", help="Let auto choose Core ML where this Mac runs it correctly."
+    )
+    use_ane: bool = _setting(
+        True, "ML_USE_ANE", help="Let Core ML use the Neural Engine; off means GPU and CPU only."
+    )
+    ocr_language_correction: bool = _setting(
+        True,
+        "ML_OCR_LANGUAGE_CORRECTION",
+        help="Let Apple Vision correct text by its dictionaries; off suits codes and numbers.",
+    )
+    vision_face_scores: str | None = _setting(
+        None,
+        "ML_VISION_FACE_SCORES",
+        help="Apple Vision's face confidence as official score; 0:0, 0.6:0.7, 1:1 unless set.",
+    )
+    vision_text_scores: str | None = _setting(
+        None,
+        "ML_VISION_TEXT_SCORES",
+        help="Apple Vision's text confidence as official score; 0:0, .3:.6, .5:.85, 1:1 unless set.",
+    )
+
 
 def env_names(field: FieldInfo) -> list[str]:
     """The environment names of a setting, the project's own first."""
