@@ -10,6 +10,7 @@ import typer
 
 from immich_ml_metal import __version__
 from immich_ml_metal.cli import config
+from immich_ml_metal.cli.parity import parity
 from immich_ml_metal.errors import ConfigError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(config.app, name="config")
+app.command()(parity)
 
 
 @app.callback()
