@@ -3,16 +3,13 @@
 import io
 import json
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -118,25 +115,12 @@ Serve = Callable[[Double], str]
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    running: list[tuple[uvicorn.Server, threading.Thread]] = []
-
+def serve(loopback: Callable[[Any], str]) -> Serve:
     def start(double: Double) -> str:
         routes = [Route("/ping", ping), Route("/predict", double.predict, methods=["POST"])]
-        config = uvicorn.Config(Starlette(routes=routes), log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
-        sock = socket.create_server(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        running.append((server, thread))
-        while not server.started:
-            time.sleep(0.01)
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
+        return loopback(Starlette(routes=routes))
 
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(10)
+    return start
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli import config
+from immich_ml_metal.cli import config, immich
 from immich_ml_metal.cli.parity import parity
 from immich_ml_metal.errors import ConfigError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(config.app, name="config")
+app.add_typer(immich.app, name="immich")
 app.command()(parity)
 
 
