@@ -185,6 +185,28 @@ class Settings(BaseModel):
         help="Seconds an idle connection stays open; longer than Node's own pool.",
     )
 
+    # models: where they come from
+    hub_endpoint: str | None = _setting(
+        None,
+        "ML_HUB_ENDPOINT",
+        "HF_ENDPOINT",
+        pattern=r"^https?://",
+        help="Address of the model hub or a mirror of it; the Hugging Face hub by default.",
+    )
+    modelscope_endpoint: str = _setting(
+        "https://www.modelscope.cn",
+        "ML_MODELSCOPE_ENDPOINT",
+        pattern=r"^https?://",
+        help="Address of ModelScope or a mirror of it, for the text models.",
+    )
+    download_timeout_s: float = _setting(
+        30.0,
+        "ML_DOWNLOAD_TIMEOUT",
+        "HF_HUB_DOWNLOAD_TIMEOUT",
+        gt=0,
+        help="Seconds without a byte after which a download is tried again.",
+    )
+
     # operating: logs, and what we may do on the Immich server
     log_format: Literal["text", "json"] = _setting(
         "text", "ML_LOG_FORMAT", help="text for people, json for log collectors."

@@ -8,6 +8,8 @@ outrun one inference spread over all cores.
 
 import asyncio
 import contextvars
+import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,13 @@ from immich_ml_metal.batcher import Batcher
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 T = TypeVar("T")
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Device:
@@ -103,7 +112,9 @@ class CpuThreads:
     """A pool for work that is neither quick nor on a device: decoding, preparing, finishing."""
 
     def __init__(self, count: int) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=count, thread_name_prefix="cpu")
+        """`count` 0 means one per core."""
+        workers = count if count > 0 else core_count()
+        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="cpu")
 
     async def run(self, func: Callable[[], T]) -> T:
         """Await `func()` on a thread of the pool, with the caller's context variables."""

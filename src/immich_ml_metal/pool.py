@@ -14,9 +14,12 @@ from typing import Any, Protocol
 from immich_ml_metal.backends.base import AnyModel, Engine
 from immich_ml_metal.batcher import Batcher
 from immich_ml_metal.device import CpuThreads
+from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 log = logging.getLogger(__name__)
+
+_FETCHES_AT_ONCE = 4  # downloads side by side, so that one slow model does not block another
 
 EngineTable = Mapping[tuple[Task, Part], Engine]
 
@@ -51,6 +54,7 @@ class Pool:
         engines: EngineTable,
         store: Store,
         threads: CpuThreads,
+        metrics: Metrics,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -58,6 +62,7 @@ class Pool:
         self._engines = engines
         self._store = store
         self._threads = threads
+        self._metrics = metrics
         self._files_threads = CpuThreads(_FETCHES_AT_ONCE)
         self._clock = clock
         self._models: dict[ModelKey, asyncio.Task[Loaded]] = {}
@@ -76,6 +81,27 @@ class Pool:
     def loading(self) -> list[ModelKey]:
         """Models that are being fetched or loaded."""
         return [key for key, task in self._models.items() if not task.done()]
+
+    def serves(self, key: ModelKey) -> bool:
+        """Whether an engine is set for this half; Apple Vision reads text while detecting it."""
+        return (key.task, key.part) in self._engines
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every loaded model for `/health`: name, engine, size, use."""
+        now = self._clock()
+        return [
+            {
+                "model": loaded.key.name,
+                "task": loaded.key.task,
+                "part": loaded.key.part,
+                "engine": loaded.engine.name,
+                "size_bytes": loaded.model.size_bytes,
+                "loaded_in_s": round(loaded.loaded_in_s, 3),
+                "users": loaded.users,
+                "idle_s": round(now - loaded.last_used, 1),
+            }
+            for loaded in self.loaded
+        ]
 
     async def get(self, key: ModelKey) -> Loaded:
         """The model, fetched and loaded first if need be; callers at the same time share one load.
@@ -109,25 +135,41 @@ class Pool:
         Any: what goes in and out is the model's own (`tasks`).
         """
         async with self.lease(key) as loaded:
-            model = loaded.model
-            blob = await self._threads.run(lambda: model.preprocess(item))
+            model, label = loaded.model, f"{key.task}/{key.part}"
+            with self._metrics.stage(label, "preprocess"):
+                blob = await self._threads.run(lambda: model.preprocess(item))
             raw = await loaded.engine.device.submit(loaded.batcher, blob)
             self.progress += 1
-            return await self._threads.run(lambda: model.postprocess(raw, item))
+            with self._metrics.stage(label, "postprocess"):
+                return await self._threads.run(lambda: model.postprocess(raw, item))
 
     async def _load(self, key: ModelKey) -> Loaded:
         engine = self._engines[key.task, key.part]
-        files = None
-        if engine.needs_files:
-            files = await self._files_threads.run(lambda: self._store.ensure(key))
-            self.progress += 1
-        start = self._clock()
-        model = await engine.device.call(lambda: engine.load(key, files))
+        outcome = "failed"
+        try:
+            files = await self._fetch(key) if engine.needs_files else None
+            start = self._clock()
+            model = await engine.device.call(lambda: engine.load(key, files))
+            outcome = "ok"
+        finally:
+            self._metrics.model_loads.labels(str(key), engine.name, outcome).inc()
         self.progress += 1
         elapsed_s = self._clock() - start
+        self._metrics.model_load_seconds.labels(engine.name).observe(elapsed_s)
+        self._metrics.model_bytes.labels(str(key)).set(model.size_bytes)
         log.info("loaded model=%s engine=%s seconds=%.2f", key, engine.name, elapsed_s)
-        batcher = Batcher(model.infer, name=str(key), max_batch=model.max_batch)
+        batcher = Batcher(
+            model.infer,
+            name=str(key),
+            max_batch=model.max_batch,
+            watch=_BatchWatch(self._metrics, key),
+        )
         return Loaded(key, engine, model, batcher, elapsed_s, self._clock())
+
+    async def _fetch(self, key: ModelKey) -> ModelFiles:
+        files = await self._files_threads.run(lambda: self._store.ensure(key))
+        self.progress += 1
+        return files
 
     def _forget_failure(self, key: ModelKey, task: asyncio.Task[Loaded]) -> None:
         if task.cancelled() or task.exception() is not None:
@@ -146,6 +188,8 @@ class Pool:
             del self._models[loaded.key]
         for loaded in idle:
             await loaded.engine.device.call(loaded.model.close)
+            self._metrics.model_evictions.labels("idle").inc()
+            self._metrics.model_bytes.remove(str(loaded.key))
             log.info("unloaded model=%s engine=%s", loaded.key, loaded.engine.name)
         return [loaded.key for loaded in idle]
 
@@ -160,4 +204,18 @@ class Pool:
         self._files_threads.close()
 
 
-_FETCHES_AT_ONCE = 4  # downloads side by side, so that one slow model does not block another
+class _BatchWatch:
+    """Tells the metrics how long items waited and how long their batch ran."""
+
+    def __init__(self, metrics: Metrics, key: ModelKey) -> None:
+        label = f"{key.task}/{key.part}"
+        self._wait = metrics.stage_seconds.labels(label, "queue")
+        self._run = metrics.stage_seconds.labels(label, "infer")
+        self._items = metrics.batch_items.labels(str(key))
+
+    def waited(self, seconds: float) -> None:
+        self._wait.observe(seconds)
+
+    def ran(self, items: int, seconds: float) -> None:
+        self._items.observe(items)
+        self._run.observe(seconds)

@@ -5,7 +5,6 @@ do not fight for the cores. Large weights are prepared once (`backends/ort_prepa
 """
 
 import logging
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.ort_prepared import prepared_graph
 from immich_ml_metal.backends.tensor import build_model
 from immich_ml_metal.config import Settings
-from immich_ml_metal.device import Device
+from immich_ml_metal.device import Device, core_count
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.types import ModelFiles, ModelKey, Tensor, TensorSpec
 
@@ -33,21 +32,6 @@ _DTYPES: Mapping[str, Any] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
-
-ORT_ERRORS = (  # what a session raises; no common base but RuntimeError's siblings
-    RuntimeError,
-    ValueError,
-    TypeError,
-    NotImplementedError,
-)
-
-
-def core_count() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 
 def session_options(threads: int) -> ort.SessionOptions:
     """How every session is set up.

@@ -201,8 +201,52 @@ def similarity_transform(points: Floats, template: Floats = ARCFACE_TEMPLATE) ->
 
 def align(pixels: Bytes, landmarks: Floats) -> Bytes:
     """Cut one face out of (H, W, 3) RGB, upright, as (112, 112, 3); black outside the picture."""
-    matrix = similarity_transform(landmarks)
-    return np.asarray(cv2.warpAffine(pixels, matrix, (CROP_PX, CROP_PX)), dtype=np.uint8)
+    return warp_affine(pixels, similarity_transform(landmarks), CROP_PX)
+
+
+def warp_affine(pixels: Bytes, matrix: Floats, side_px: int) -> Bytes:
+    """Bilinear warp in the fixed-point arithmetic of OpenCV 4's `warpAffine`, bit for bit.
+
+    The official service runs OpenCV 4: positions in 1/32 pixel, rounded as it does. OpenCV 5
+    interpolates otherwise in `warpAffine`, which moves face vectors by up to 0.0004 in cosine, but
+    its `remap` still takes fixed-point positions.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        matrix: (2, 3), from the picture to the crop.
+        side_px: side of the square crop.
+
+    Returns:
+        (side_px, side_px, 3) uint8, zero where the crop leaves the picture.
+    """
+    inverse = np.linalg.inv(np.vstack([matrix.astype(np.float64), [0, 0, 1]]))[:2]
+    steps = np.arange(side_px)
+    across = np.rint(inverse[:, :1] * steps * _COORDINATE_UNITS).astype(np.int64)  # (2, S)
+    down = np.rint((inverse[:, 1:2] * steps + inverse[:, 2:]) * _COORDINATE_UNITS)
+    down = down.astype(np.int64) + _UNITS_PER_STEP // 2
+    positions = (down[:, :, None] + across[:, None, :]) // _UNITS_PER_STEP  # (2, S, S), 1/32 px
+    whole, fraction = np.divmod(positions, _SUBPIXELS)
+    # `remap` takes 16-bit positions: count from the corner of the part that is needed
+    limit = np.array(pixels.shape[1::-1])
+    corner = whole.min(axis=(1, 2)).clip(0, limit - 1)
+    end = np.maximum(whole.max(axis=(1, 2)) + 2, corner + 1)  # one pixel at least
+    part = pixels[corner[1] : end[1], corner[0] : end[0]]
+    near = (whole - corner[:, None, None]).clip(-2, np.array(part.shape[1::-1])[:, None, None] + 1)
+    return np.asarray(
+        cv2.remap(
+            part,
+            np.ascontiguousarray(near.transpose(1, 2, 0), dtype=np.int16),
+            (fraction[1] * _SUBPIXELS + fraction[0]).astype(np.uint16),
+            cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_CONSTANT,
+        ),
+        dtype=np.uint8,
+    )
+
+
+_COORDINATE_UNITS = 1024  # OpenCV 4 computes positions in 1/1024 pixel
+_SUBPIXELS = 32  # and interpolates in 1/32 pixel
+_UNITS_PER_STEP = _COORDINATE_UNITS // _SUBPIXELS
 
 
 class FaceRecogniser:
