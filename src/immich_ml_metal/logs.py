@@ -86,6 +86,7 @@ def configure_logging(
         handler.setFormatter(_formatter(settings, process, known, colour=colour))
         handlers.append(handler)
     if settings.log_file is not None:
+        cap_file(stderr_of(settings.log_file))
         handlers.append(_file_handler(settings, process, known))
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -109,6 +110,11 @@ def file_of(log_file: Path, process: str) -> Path:
     """Each process rotates a file of its own: `x.log` for the gateway, `x.engine.log` beside it."""
     path = log_file.expanduser()
     return path if process == "gateway" else path.with_suffix(f".{process}{path.suffix}")
+
+
+def stderr_of(log_file: Path) -> Path:
+    """Where a service manager keeps what could not be logged: beside the log."""
+    return log_file.expanduser().with_suffix(".stderr")
 
 
 def cap_file(path: Path, limit_bytes: int = STDERR_CAP_BYTES) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.immich.requeue import LOST_FROM_STATUS
 
 TIMEOUT_S = 3.0
+_ANY_HOST = frozenset({"0.0.0.0", "::", "[::]", ""})
 GREETING = "Immich ML"  # what `GET /` answers, here and in the official service
 
 
@@ -31,6 +33,12 @@ class OwnHealth:
     version: str
     engines: Mapping[str, str] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+def local_url(settings: Settings) -> str:
+    """Where this machine reaches its own service."""
+    host = "127.0.0.1" if settings.host in _ANY_HOST else settings.host.strip("[]")
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
 
 
 def ask_health(url: str, client: httpx.Client | None = None) -> OwnHealth:
