@@ -69,9 +69,7 @@ def measure_all(
 ) -> Result:
     """Run every measurement; `say` is told what runs."""
     pictures = read_pictures(photos) or [draw_preview(seed) for seed in range(DRAWN_PICTURES)]
-    requests = {
-        name: _requests(call, pictures) for name, call in standard_calls(settings).items()
-    }
+    requests = {name: _requests(call, pictures) for name, call in standard_calls(settings).items()}
     options = {
         "--models-dir": str(settings.models_dir),
         "--log-level": "warning",

@@ -81,9 +81,7 @@ def standard_calls(settings: Settings) -> dict[str, Call]:
 
 def encode(call: Call, *, image: bytes | None = None, text: str | None = None) -> httpx.Request:
     """The call as a ready request to `/predict` of an unnamed host: its bytes are made once."""
-    request = httpx.Request(
-        "POST", "http://service/predict", **call.form(image=image, text=text)
-    )
+    request = httpx.Request("POST", "http://service/predict", **call.form(image=image, text=text))
     request.read()
     return request
 

@@ -64,9 +64,7 @@ def _missing(settings: Settings, title: str) -> list[str]:
         "Text": (Task.OCR, settings.ocr_model),
     }[title]
     store = ModelStore(settings)
-    parts = (
-        (Part.VISUAL, Part.TEXTUAL) if task is Task.CLIP else (Part.DETECTION, Part.RECOGNITION)
-    )
+    parts = (Part.VISUAL, Part.TEXTUAL) if task is Task.CLIP else (Part.DETECTION, Part.RECOGNITION)
     keys: list[ModelKey] = [model_key(name, task, part) for part in parts]
     return [name] if any(store.locate(key) is None for key in keys) else []
 
@@ -93,9 +91,7 @@ def _show_search(
     for query in QUERIES:
         asked = _ask(url, calls["clip text"], text=query)
         words = np.array(json.loads(asked.body[Task.CLIP]))
-        console.print(
-            f"  {float(picture @ words):6.3f}  {query!r} ({asked.milliseconds:.0f} ms)"
-        )
+        console.print(f"  {float(picture @ words):6.3f}  {query!r} ({asked.milliseconds:.0f} ms)")
 
 
 def _show_faces(
