@@ -49,7 +49,7 @@ BROKEN: dict[str, tuple[Facts, str, str, str]] = {
     ),
     "old macOS": (
         replace(with_machine(release="13.6"), packages={"mlx": None}, tests=ENGINE_DOWN),
-        "macOS",
+        "system",
         "13.6, needs 14",
         "update macOS",
     ),

@@ -226,7 +226,9 @@ def test_systemd_accepts_the_unit_and_finds_a_fault_in_a_broken_one(
     unit = Systemd(run_program, tmp_path)
     text = unit.render(plan)
     assert unit.validate(text) == ""
-    assert "RestartSec" in unit.validate(text.replace("RestartSec=10", "RestartSec=often"))
+    assert "Failed to parse sec value" in unit.validate(
+        text.replace("RestartSec=10", "RestartSec=often")
+    )
     missing = text.replace("bin dir", "no such dir")
     assert "immich-ml-metal" in unit.validate(missing)
 

@@ -12,6 +12,7 @@ from immich_ml_metal import __version__
 from immich_ml_metal.cli import config, immich, service
 from immich_ml_metal.cli.bench import bench
 from immich_ml_metal.cli.demo import demo
+from immich_ml_metal.cli.doctor import doctor
 from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.cli.parity import parity
 from immich_ml_metal.cli.serve import serve
@@ -29,6 +30,7 @@ app.command("bench")(bench)
 app.add_typer(config.app, name="config")
 app.add_typer(immich.app, name="immich")
 app.add_typer(service.app, name="service")
+app.command("doctor")(doctor)
 app.command("parity")(parity)
 
 

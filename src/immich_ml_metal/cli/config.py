@@ -29,6 +29,12 @@ EnvFileOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
+def default_file() -> Path | None:
+    """The file that `config init` writes, if it is there."""
+    path = DEFAULT_FILE.expanduser()
+    return path if path.is_file() else None
+
+
 @app.command("init")
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write.")] = DEFAULT_FILE,

@@ -44,7 +44,7 @@ def status(
     except ImmichError as exc:
         typer.echo(f"immich-ml-metal: {exc}", err=True)
         raise typer.Exit(Exit.UNREACHABLE) from exc
-    advice = advise(server, _our_side(settings, server, measure=measure))
+    advice = advise(server, our_side(settings, server, measure=measure))
     failed = _failed_answers(settings)
     if as_json:
         _print_json(server, queues, failed, advice)
@@ -81,19 +81,22 @@ def requeue(
             typer.echo(f"Asked Immich for the missing {QUEUES[one]} jobs.")
 
 
-def _our_side(settings: "Settings", server: "ServerSettings", *, measure: bool) -> "OurSide":
+def our_side(settings: "Settings", server: "ServerSettings", *, measure: bool) -> "OurSide":
+    """This service as Immich could see it; `measure` takes a minute."""
+    from immich_ml_metal.cli.drawing import draw_preview
     from immich_ml_metal.host import names_of_this_machine
     from immich_ml_metal.immich.advice import OurSide
     from immich_ml_metal.immich.gain import measure_gains
+    from immich_ml_metal.own_service import local_url
 
-    url = f"http://127.0.0.1:{settings.port}"
+    url = local_url(settings)
     return OurSide(
         port=settings.port,
         hosts=names_of_this_machine(),
         immich_compat=settings.immich_compat,
         why_not_served=_why_not_served,
         engines=_engines(url),
-        gains=measure_gains(url, server) if measure else None,
+        gains=measure_gains(url, server, draw_preview) if measure else None,
     )
 
 
@@ -120,10 +123,10 @@ def _why_not_served(task: "Task", name: str) -> str:
 
 
 def _failed_answers(settings: "Settings") -> int | None:
-    from immich_ml_metal.own_service import NotServing, failed_answers
+    from immich_ml_metal.own_service import NotServing, failed_answers, local_url
 
     try:
-        return failed_answers(f"http://127.0.0.1:{settings.port}")
+        return failed_answers(local_url(settings))
     except NotServing:
         return None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal import __version__
+from immich_ml_metal.cli.config import default_file
 from immich_ml_metal.cli.exits import Exit
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def install(
     """Start the service now and at every boot; run it again after an upgrade."""
     from immich_ml_metal.config import load_settings
 
-    file = config or _default_config()
+    file = config or default_file()
     settings = load_settings(file=file, env_file=env_file)
     manager = _manager(daemon=daemon)
     plan = _plan(settings, file, env_file)
@@ -98,7 +99,7 @@ def status(
     from immich_ml_metal.config import load_settings
     from immich_ml_metal.own_service import NotServing, ask_health, local_url
 
-    url = local_url(load_settings(file=_default_config()))
+    url = local_url(load_settings(file=default_file()))
     state = _manager(daemon=daemon).status()
     try:
         serving = ask_health(url).version
@@ -124,7 +125,7 @@ def logs(
     from immich_ml_metal.config import load_settings
     from immich_ml_metal.logs import file_of
 
-    plan = _plan(load_settings(file=_default_config()), None, None)
+    plan = _plan(load_settings(file=default_file()), None, None)
     files = [plan.log_file, file_of(plan.log_file, "engine"), plan.stderr_file]
     present = [file for file in files if file.is_file()]
     if not present:
@@ -152,13 +153,6 @@ def _follow(files: list[Path]) -> None:
             if text:
                 typer.echo(text, nl=False)
         time.sleep(0.5)
-
-
-def _default_config() -> Path | None:
-    from immich_ml_metal.cli.config import DEFAULT_FILE
-
-    path = DEFAULT_FILE.expanduser()
-    return path if path.is_file() else None
 
 
 def _plan(settings: "Settings", config: Path | None, env_file: Path | None) -> "ServicePlan":

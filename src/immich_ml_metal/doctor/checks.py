@@ -4,13 +4,13 @@ from immich_ml_metal.doctor import machine_checks as machine
 from immich_ml_metal.doctor import service_checks as service
 from immich_ml_metal.doctor.result import Check
 
-_BASE = ("architecture", "macOS", "python", "packages", "settings")
+_BASE = ("architecture", "system", "python", "packages", "settings")
 
 CHECKS = (
     Check("architecture", machine.check_architecture),
-    Check("macOS", machine.check_system),
+    Check("system", machine.check_system),
     Check("python", machine.check_python, after=("architecture",)),
-    Check("packages", machine.check_packages, after=("architecture", "macOS", "python")),
+    Check("packages", machine.check_packages, after=("architecture", "system", "python")),
     Check("settings", machine.check_settings),
     Check("clock", service.check_clock),
     Check("memory", machine.check_memory),

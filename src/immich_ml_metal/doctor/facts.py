@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from immich_ml_metal.immich.advice import Advice
+from immich_ml_metal.parity.client import ModelNames
 
 GIB = 2**30
 
@@ -70,6 +71,7 @@ class Facts:
         config_error: why the settings are refused; empty when they are not.
         packages: needed package → installed version; None when missing.
         models_dir_error: why the model folder cannot be written; empty when it can.
+        names: the models that are asked for: Immich's, where it could be asked.
         hub: "" reachable, "offline" switched off, else why it is not reachable.
         addresses: of this machine, as others see it.
         service: what is installed to start at boot: `running`, `stopped` or `none`.
@@ -89,6 +91,7 @@ class Facts:
     models_dir_error: str = ""
     disk_free_bytes: int = 0
     models: tuple[ModelFact, ...] = ()
+    names: ModelNames = field(default_factory=lambda: ModelNames("", "", ""))
     hub: str = ""
     tests: tuple[EngineTest, ...] = ()
     addresses: tuple[str, ...] = ()

@@ -1,27 +1,30 @@
 """Measure on this machine what a higher job concurrency in Immich would give."""
 
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-
-import numpy as np
-from PIL import Image
 
 from immich_ml_metal.immich.advice import GOOD_CONCURRENCY
 from immich_ml_metal.immich.api import ServerSettings
 from immich_ml_metal.parity.client import ModelNames, Refused, Service
 from immich_ml_metal.types import Task
 
-ROUNDS = 3  # each worker's share of pictures per measurement
-_SIZE_PX = (1920, 1440)  # Immich's preview of a 4:3 photo
+PICTURES = 8
+ROUNDS = 3
 
 
-def measure_gains(url: str, server: ServerSettings) -> Mapping[Task, float]:
+def measure_gains(
+    url: str, server: ServerSettings, draw: Callable[[int], bytes]
+) -> Mapping[Task, float]:
     """Throughput at `GOOD_CONCURRENCY` over that at Immich's setting, by task.
 
     A task that does not answer is left out: there is nothing to measure.
+
+    Args:
+        url: of our service.
+        server: names the models and the concurrency now.
+        draw: a picture like Immich's previews, another one for each number.
     """
     names = ModelNames(
         clip=server.models.get(Task.CLIP, ""),
@@ -29,6 +32,7 @@ def measure_gains(url: str, server: ServerSettings) -> Mapping[Task, float]:
         ocr=server.models.get(Task.OCR, ""),
     )
     gains = {}
+    pictures = [draw(seed) for seed in range(PICTURES)]
     with closing(Service(url, names)) as service:
         asks = {
             Task.CLIP: service.embed_image,
@@ -38,27 +42,18 @@ def measure_gains(url: str, server: ServerSettings) -> Mapping[Task, float]:
         for task in server.models:
             low, high = server.concurrency.get(task, 1), GOOD_CONCURRENCY[task]
             try:
-                asks[task](_picture(0))  # loads the model
-                gains[task] = _rate(asks[task], high) / _rate(asks[task], low)
+                asks[task](pictures[0])  # loads the model
+                gains[task] = _rate(asks[task], pictures, high) / _rate(asks[task], pictures, low)
             except Refused:
                 continue
     return gains
 
 
-def _rate(ask: Callable[[bytes], object], workers: int) -> float:
-    """Pictures per second with `workers` in flight; each picture is new, so none is cached."""
-    count = ROUNDS * max(GOOD_CONCURRENCY.values())
-    pictures: Sequence[bytes] = [_picture(time.monotonic_ns() + k) for k in range(count)]
+def _rate(ask: Callable[[bytes], object], pictures: Sequence[bytes], workers: int) -> float:
+    """Pictures per second with `workers` in flight, each picture sent `ROUNDS` times."""
+    sent = [picture for _ in range(ROUNDS) for picture in pictures]
     started_s = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(ask, pictures):
+        for _ in pool.map(ask, sent):
             pass
-    return count / (time.perf_counter() - started_s)
-
-
-def _picture(seed: int) -> bytes:
-    """A soft colour field as a JPEG of a preview's size."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(coarse).resize(_SIZE_PX).save(out, "JPEG", quality=80)
-    return out.getvalue()
+    return len(sent) / (time.perf_counter() - started_s)
