@@ -17,10 +17,12 @@ from starlette.routing import Route
 from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
+from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.immich.advice import OurSide, advise
 from immich_ml_metal.immich.api import ImmichApi, connect, parse_settings
-from immich_ml_metal.immich.requeue import RequeuePolicy
+from immich_ml_metal.immich.requeue import RequeuePolicy, tasks_of
+from immich_ml_metal.immich.requeuer import Requeuer, make_requeuer
 from immich_ml_metal.types import Task
 
 KEY = "an-admin-key"
@@ -328,3 +330,82 @@ def test_however_it_goes_runs_of_a_task_are_never_closer_than_the_pause(
             policy.started(task, now_s)
             runs.append(now_s)
     assert all(later - earlier >= 500 for earlier, later in pairwise(runs))
+
+
+def test_a_refused_run_is_tried_again_only_later() -> None:
+    policy = RequeuePolicy(settled_s=60)
+    policy.answered([Task.OCR], 500, 0)
+    policy.answered([Task.OCR], 200, 1)
+    policy.refused(100)
+    assert policy.due(159) == ()
+    assert policy.due(160) == (Task.OCR,)
+
+
+@pytest.mark.parametrize(
+    ("body", "tasks"),
+    [
+        (b'--x\r\nname="entries"\r\n\r\n{"ocr":{"detection":{}}}', (Task.OCR,)),
+        (b'{"facial-recognition":{}}' + b"\xff" * 9000 + b'"clip"', (Task.FACES,)),
+        (b"\x00garbage", tuple(Task)),
+    ],
+)
+def test_the_tasks_are_found_in_the_unread_body(body: bytes, tasks: tuple[Task, ...]) -> None:
+    assert tasks_of(body) == tasks
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+CLIP_BODY = b'{"clip":{"visual":{}}}'
+
+
+def make(connect_to: Callable[[], ImmichApi], clock: Clock, started: list[int]) -> Requeuer:
+    policy = RequeuePolicy(settled_s=60)
+    return Requeuer(connect_to, lambda: started.append(1), policy=policy, clock=clock)
+
+
+async def test_after_an_outage_immich_is_asked_once(loopback: Loopback) -> None:
+    immich, clock, started = ImmichDouble(), Clock(), list[int]()
+    url = loopback(immich.app)
+    requeuer = make(lambda: ImmichApi(url, SecretStr(KEY)), clock, started)
+    for _ in range(79):
+        requeuer.answered(CLIP_BODY, 503)
+    requeuer.answered(CLIP_BODY, 200)
+    await requeuer.tick()
+    assert immich.started == []
+    clock.now_s = 61
+    await requeuer.tick()
+    await requeuer.tick()
+    assert [name for name, _ in immich.started] == ["smartSearch"]
+    assert started == [1]
+
+
+async def test_an_immich_that_is_down_as_well_is_asked_later(loopback: Loopback) -> None:
+    immich, clock, started = ImmichDouble(), Clock(), list[int]()
+    urls = ["http://127.0.0.1:1", loopback(immich.app)]
+    requeuer = make(lambda: ImmichApi(urls.pop(0), SecretStr(KEY)), clock, started)
+    requeuer.answered(CLIP_BODY, 500)
+    requeuer.answered(CLIP_BODY, 200)
+    clock.now_s = 61
+    await requeuer.tick()
+    await requeuer.tick()
+    assert (immich.started, len(urls)) == ([], 1)
+    clock.now_s = 130
+    await requeuer.tick()
+    assert len(immich.started) == 1
+
+
+def test_the_requeuer_is_there_only_when_asked_for_and_needs_a_key() -> None:
+    assert make_requeuer(Settings(), lambda: None) is None
+    with pytest.raises(ConfigError, match="immich_url"):
+        make_requeuer(Settings(immich_requeue=True), lambda: None)
+    whole = Settings(
+        immich_requeue=True,
+        immich_url="http://nas:2283",
+        immich_api_key="k",  # type: ignore[arg-type]
+    )
+    assert isinstance(make_requeuer(whole, lambda: None), Requeuer)

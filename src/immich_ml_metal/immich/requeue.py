@@ -17,6 +17,19 @@ SETTLED_S = 60.0
 PAUSE_S = 3600.0
 
 
+# Immich sends `entries` first, and short (contract §11).
+_HEAD_BYTES = 4096
+
+
+def tasks_of(body: bytes) -> tuple[Task, ...]:
+    """The tasks a `/predict` body asks for, found without parsing it; all when none is found.
+
+    The gateway keeps bodies unread; a task counted too often costs an idle missing run.
+    """
+    head = body[:_HEAD_BYTES]
+    return tuple(task for task in Task if f'"{task}"'.encode() in head) or tuple(Task)
+
+
 @dataclass(slots=True)
 class RequeuePolicy:
     """Counts lost answers and decides when each task's missing run is due.
@@ -31,6 +44,7 @@ class RequeuePolicy:
     _last_lost_s: float = field(default=float("-inf"), init=False)
     _first_good_s: float | None = field(default=None, init=False)
     _last_run_s: dict[Task, float] = field(default_factory=dict, init=False)
+    _not_before_s: float = field(default=float("-inf"), init=False)
 
     def answered(self, tasks: Collection[Task], status: int, now_s: float) -> None:
         """Note one answer of `/predict`; `tasks` are those of its entries."""
@@ -45,12 +59,18 @@ class RequeuePolicy:
     def due(self, now_s: float) -> tuple[Task, ...]:
         """The tasks whose missing run should start now."""
         good_s = self._first_good_s
-        if good_s is None or now_s - max(good_s, self._last_lost_s) < self.settled_s:
+        if good_s is None or now_s < self._not_before_s:
+            return ()
+        if now_s - max(good_s, self._last_lost_s) < self.settled_s:
             return ()
         never = float("-inf")
         return tuple(
             task for task in self.lost if now_s - self._last_run_s.get(task, never) >= self.pause_s
         )
+
+    def refused(self, now_s: float) -> None:
+        """Immich did not take the run: try again after another `settled_s`."""
+        self._not_before_s = now_s + self.settled_s
 
     def started(self, task: Task, now_s: float) -> None:
         """The missing run of `task` was accepted by Immich: its outage is dealt with."""
