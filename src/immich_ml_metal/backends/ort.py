@@ -1,6 +1,7 @@
 """ONNX Runtime: the portable engine, and the reference for the others.
 
-Large weights are prepared once (`ort_prepared`) and mapped; sessions follow the load (`ort_adaptive`).
+Large weights are prepared once (`ort_prepared`) and mapped; sessions follow the load
+(`ort_adaptive`).
 """
 
 import logging

@@ -40,7 +40,7 @@ class CoreLoad:
 
 
 class AdaptiveGraph:
-    """A graph that is open either on all cores or on one. `run` may be called from several threads."""
+    """A graph that is open on all cores or on one. `run` may be called from several threads."""
 
     def __init__(self, open_graph: Callable[[int], Graph], load: CoreLoad, *, cores: int) -> None:
         """`open_graph(threads)` opens the same file for so many threads."""

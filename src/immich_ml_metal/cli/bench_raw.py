@@ -1,4 +1,4 @@
-"""The yardstick: ONNX Runtime alone on random input, all cores, defaults, in a process of its own."""
+"""The yardstick: ONNX Runtime alone on random input, all cores, in a process of its own."""
 
 import json
 import subprocess
