@@ -199,11 +199,14 @@ def test_a_side_that_fails_at_search_is_not_safe(serve: Serve, photos: Path) -> 
     assert "answered 500" in report["tasks"]["clip image"]["problems"][0]
 
 
-def test_a_picture_that_both_refuse_is_no_difference(serve: Serve, photos: Path) -> None:
+def test_a_picture_that_both_refuse_is_no_difference(
+    serve: Serve, photos: Path, tmp_path: Path
+) -> None:
     (photos / "broken.jpg").write_bytes(b"not a picture")
-    url = serve(Double())
-    code, report = verdict(url, url, photos)
+    url, page = serve(Double()), tmp_path / "r.html"
+    code, report = verdict(url, url, photos, "--html", str(page))
     assert (code, report["tasks"]["clip image"]["problems"]) == (0, [])
+    assert "Lowest" not in page.read_text()
 
 
 def test_only_the_named_tasks_are_asked(serve: Serve, photos: Path) -> None:

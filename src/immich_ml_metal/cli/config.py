@@ -50,7 +50,9 @@ def init(
     path.touch(mode=0o600)  # it may hold the Immich key
     path.write_text(text, encoding="utf-8")
     typer.echo(f"Wrote {path}")
-    typer.echo(f"Use it with ML_CONFIG_FILE={path}; `service install` picks it up by itself.")
+    typer.echo(f"Use it: immich-ml-metal serve --config {path}, or ML_CONFIG_FILE={path}")
+    if path == DEFAULT_FILE.expanduser():
+        typer.echo("`service` and `doctor` find it there by themselves.")
 
 
 @app.command("show")

@@ -12,6 +12,7 @@ from immich_ml_metal.parity.compare import Comparison, FaceMatch
 from immich_ml_metal.parity.judge import Report, TaskSummary
 
 WORST = 6  # pairs pictured per task
+SAME = 1 - 1e-6  # float32 noise of a cosine
 _SIDE_PX = 320
 _OURS, _THEIRS = "#1a9850", "#d73027"
 _STYLE = """
@@ -68,12 +69,17 @@ def _row(summary: TaskSummary) -> str:
 
 
 def _worst(task: str, comparisons: Iterable[Comparison]) -> str:
-    mine = [c for c in comparisons if c.task == task and (c.problem or (c.value or 0) < 1)]
+    mine = [c for c in comparisons if c.task == task and (c.problem or _differs(c.value))]
     if not mine:
         return ""
     mine.sort(key=lambda c: -1.0 if c.value is None else c.value)
     figures = "".join(_figure(comparison) for comparison in mine[:WORST])
     return f"<h2>Lowest: {escape(task)}</h2>{figures}"
+
+
+def _differs(value: float | None) -> bool:
+    """Whether there is something to see; both refusing the picture is nothing."""
+    return value is not None and value < SAME
 
 
 def _figure(comparison: Comparison) -> str:
