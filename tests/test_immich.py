@@ -1,5 +1,6 @@
 """Immich's side, against a double built from its documented API."""
 
+import asyncio
 import copy
 import json
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.immich.advice import OurSide, advise
 from immich_ml_metal.immich.api import ImmichApi, connect, parse_settings
+from immich_ml_metal.immich.gain import measure_gains
 from immich_ml_metal.immich.requeue import RequeuePolicy, tasks_of
 from immich_ml_metal.immich.requeuer import Requeuer, make_requeuer
 from immich_ml_metal.types import Task
@@ -409,3 +411,21 @@ def test_the_requeuer_is_there_only_when_asked_for_and_needs_a_key() -> None:
         immich_api_key="k",  # type: ignore[arg-type]
     )
     assert isinstance(make_requeuer(whole, lambda: None), Requeuer)
+
+
+# -- the measured gain -----------------------------------------------------------------------------
+
+
+def test_the_gain_is_measured_and_a_task_that_fails_is_left_out(loopback: Loopback) -> None:
+    async def predict(request: Request) -> Response:
+        async with request.form() as form:
+            (task,) = json.loads(str(form["entries"]))
+        if task != "clip":
+            return PlainTextResponse("Internal Server Error", 500)
+        await asyncio.sleep(0.05)  # as if each answer took a while but did not hinder the others
+        return JSONResponse({"clip": "[1.0]"})
+
+    url = loopback(Starlette(routes=[Route("/predict", predict, methods=["POST"])]))
+    gains = measure_gains(url, parse_settings(CONFIG), lambda seed: bytes([seed]))
+    assert set(gains) == {Task.CLIP}
+    assert gains[Task.CLIP] > 1.5
