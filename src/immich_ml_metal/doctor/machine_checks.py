@@ -122,8 +122,9 @@ def check_models(facts: Facts) -> Answer:
     missing = [m.name for m in facts.models if not m.is_present]
     if missing:
         fix = f"immich-ml-metal models pull {' '.join(missing)}"
-        level = Level.FAIL if facts.hub else Level.WARN
-        return level, f"fetched at first use: {', '.join(missing)}", fix
+        if facts.hub:
+            return Level.FAIL, f"not here: {', '.join(missing)}", fix
+        return Level.WARN, f"fetched at first use: {', '.join(missing)}", fix
     return Level.OK, ", ".join(m.name for m in facts.models), ""
 
 
