@@ -303,5 +303,17 @@ def test_one_bad_picture_in_many_is_enough() -> None:
     assert "0.9000" in summary.reason
 
 
+@pytest.mark.parametrize(
+    ("task", "level"),
+    [("clip image", Level.UNSAFE), ("clip text", Level.UNSAFE), ("text", Level.DIFFERS)],
+)
+def test_an_answer_that_only_one_side_gives_is_a_difference(task: str, level: Level) -> None:
+    good = [Comparison(task, str(i), 1.0, 1, 1) for i in range(9)]
+    lost = Comparison(task, "lost", None, 0, 0, problem="theirs answered 500")
+    summary = summarise(task, [*good, lost])
+    assert summary.level is level
+    assert summary.reason == "1 answered by one side only"
+
+
 def test_nothing_compared_is_not_called_safe() -> None:
     assert judge([summarise("faces", [])]).words == "nothing could be compared"

@@ -394,6 +394,9 @@ def test_following_survives_growth_rotation_and_absence(tmp_path: Path) -> None:
         stream.write("new\n")
     text, seen = new_text(file, seen)
     assert text == "new\n"
+    file.write_text("cut\n")  # emptied in place, then written again
+    text, seen = new_text(file, seen)
+    assert text == "cut\n"
     file.unlink()
     text, seen = new_text(file, seen)
     assert (text, seen) == ("", 0)

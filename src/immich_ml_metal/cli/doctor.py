@@ -31,19 +31,25 @@ _MARKS = MappingProxyType(
 )
 
 
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML).")]
+EnvFileOption = Annotated[Path | None, typer.Option(help="An Immich .env file.")]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="Read every model file and compare its digest.")
+]
+TestOption = Annotated[bool, typer.Option("--test/--no-test", help="Ask every task for real.")]
+ShareOption = Annotated[
+    Path | None, typer.Option("--share", help="Write a zip without anything private.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
 def doctor(
-    file: Annotated[Path | None, typer.Option("--config", help="Settings file (TOML).")] = None,
-    env_file: Annotated[Path | None, typer.Option(help="An Immich .env file.")] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read every model file and compare its digest.")
-    ] = False,
-    test: Annotated[
-        bool, typer.Option("--test/--no-test", help="Ask every task once for real.")
-    ] = True,
-    share: Annotated[
-        Path | None, typer.Option("--share", help="Write a zip without anything private.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    file: ConfigOption = None,
+    env_file: EnvFileOption = None,
+    verify: VerifyOption = False,
+    test: TestOption = True,
+    share: ShareOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check the installation and say what to do, the cause of the trouble first.
 

@@ -12,51 +12,53 @@ import typer
 from immich_ml_metal.cli.exits import Exit
 
 if TYPE_CHECKING:
-    from immich_ml_metal.parity.client import Service
+    from immich_ml_metal.parity.client import ModelNames, Service
     from immich_ml_metal.parity.compare import Comparison
     from immich_ml_metal.parity.judge import Report, TaskSummary
 
 _EXITS = (Exit.OK, Exit.FINDING, Exit.UNSAFE, Exit.FINDING)  # by Level
 
 
+Photos = Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")]
+Against = Annotated[str, typer.Option(help="The other service, http://docker-host:3003.")]
+Ours = Annotated[
+    str | None, typer.Option("--url", help="This service; default: the configured port here.")
+]
+Texts = Annotated[list[str] | None, typer.Option("--text", help="A search text; repeat for more.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help="clip image, clip text, faces or text; default: all."),
+]
+Limit = Annotated[int, typer.Option(min=1, help="Most pictures to compare.")]
+Html = Annotated[Path | None, typer.Option(help="Write a report with the worst pairs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
 def parity(
-    photos: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    against: Annotated[str, typer.Option(help="The other service, http://docker-host:3003.")],
-    ours: Annotated[
-        str | None, typer.Option("--url", help="This service; default: the configured port here.")
-    ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option("--text", help="A search text; repeat for more.")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option("--task", help="clip image, clip text, faces or text; default: all."),
-    ] = None,
+    photos: Photos,
+    against: Against,
+    ours: Ours = None,
+    text: Texts = None,
+    task: Tasks = None,
     clip_model: Annotated[str | None, typer.Option(help="CLIP model to ask for.")] = None,
     face_model: Annotated[str | None, typer.Option(help="Face model to ask for.")] = None,
     ocr_model: Annotated[str | None, typer.Option(help="Text model to ask for.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most pictures to compare.")] = 200,
-    html: Annotated[Path | None, typer.Option(help="Write a report with the worst pairs.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    limit: Limit = 200,
+    html: Html = None,
+    as_json: Json = False,
 ) -> None:
     """Send the same pictures and texts to two services and say whether switching is safe.
 
     Exit code: 0 safe to switch, 1 safe for search only, 3 a service is unreachable, 4 do not mix.
     """
-    from immich_ml_metal.config import load_settings
-    from immich_ml_metal.parity.client import ModelNames, Service
-    from immich_ml_metal.parity.run import TASKS, TEXTS, find_photos
+    from immich_ml_metal.parity.client import Service
+    from immich_ml_metal.parity.run import TASKS, TEXTS
 
-    settings = load_settings(
-        {"clip_model": clip_model, "face_model": face_model, "ocr_model": ocr_model}
-    )
-    names = ModelNames(settings.clip_model, settings.face_model, settings.ocr_model)
-    tasks = _known_tasks(task or list(TASKS), TASKS)
-    files = find_photos(photos)[:limit]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise typer.BadParameter(f"no such file: {missing[0]}")
-    url = ours or f"http://127.0.0.1:{settings.port}"
-    with closing(Service(url, names)) as first, closing(Service(against, names)) as second:
+    tasks, files = _known_tasks(task or list(TASKS), TASKS), _photos(photos, limit)
+    models = {"clip_model": clip_model, "face_model": face_model, "ocr_model": ocr_model}
+    url, names = _own(models)
+    first, second = Service(ours or url, names), Service(against, names)
+    with closing(first), closing(second):
         report = _examine(files, text or list(TEXTS), tasks, first, second)
     if html is not None:
         _write_html(html, report)
@@ -65,6 +67,26 @@ def parity(
     else:
         _print_table(report)
     raise typer.Exit(_EXITS[report.verdict.level])
+
+
+def _own(models: dict[str, str | None]) -> "tuple[str, ModelNames]":
+    """Where our service is, and the models to ask for."""
+    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.own_service import local_url
+    from immich_ml_metal.parity.client import ModelNames
+
+    settings = load_settings(models)
+    names = ModelNames(settings.clip_model, settings.face_model, settings.ocr_model)
+    return local_url(settings), names
+
+
+def _photos(paths: Sequence[Path], limit: int) -> list[Path]:
+    from immich_ml_metal.parity.run import find_photos
+
+    files = find_photos(paths)[:limit]
+    if missing := [file for file in files if not file.is_file()]:
+        raise typer.BadParameter(f"no such file: {missing[0]}")
+    return files
 
 
 def _examine(
