@@ -9,7 +9,7 @@ import sys
 import typer
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli import config, immich, service
+from immich_ml_metal.cli import config, immich, models, service
 from immich_ml_metal.cli.bench import bench
 from immich_ml_metal.cli.demo import demo
 from immich_ml_metal.cli.doctor import doctor
@@ -28,6 +28,7 @@ app.command("serve")(serve)
 app.command("demo")(demo)
 app.command("bench")(bench)
 app.add_typer(config.app, name="config")
+app.add_typer(models.app, name="models")
 app.add_typer(immich.app, name="immich")
 app.add_typer(service.app, name="service")
 app.command("doctor")(doctor)
