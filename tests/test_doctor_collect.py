@@ -22,6 +22,7 @@ from immich_ml_metal.doctor.result import Level, Result
 from immich_ml_metal.doctor.selftest import run_tests
 from immich_ml_metal.doctor.share import anonymise, known_private, write_bundle
 from immich_ml_metal.host import url_host, usable
+from immich_ml_metal.own_service import ask_health
 from immich_ml_metal.parity.client import ModelNames
 from immich_ml_metal.runner import Completed
 
@@ -137,6 +138,28 @@ def test_who_holds_the_port_is_told_apart(
     port = port_of(loopback(json_app(**answers)))
     seen = collect.read_port(Settings(port=port), nothing)
     assert (seen.state, seen.version) == (state, version)
+
+
+@pytest.mark.parametrize(
+    "health",
+    [
+        {"version": "0.2.0", "engines": {"clip/visual": "mlx"}},
+        {
+            "versions": {"service": "0.2.0"},
+            "engine": {"state": "ready", "health": {"engines": {"clip/visual": "mlx"}}},
+        },
+    ],
+    ids=["engine alone", "gateway"],
+)
+def test_both_forms_of_health_are_understood(loopback: Loopback, health: dict[str, Any]) -> None:
+    seen = ask_health(loopback(json_app(_={"message": "Immich ML"}, health=health)))
+    assert (seen.version, dict(seen.engines)) == ("0.2.0", {"clip/visual": "mlx"})
+
+
+def test_a_gateway_whose_engine_sleeps_names_no_engines(loopback: Loopback) -> None:
+    health = {"versions": {"service": "0.2.0"}, "engine": {"state": "idle"}}
+    seen = ask_health(loopback(json_app(_={"message": "Immich ML"}, health=health)))
+    assert (seen.version, dict(seen.engines)) == ("0.2.0", {})
 
 
 def test_a_free_port_is_free() -> None:

@@ -12,6 +12,7 @@ from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.immich.requeue import LOST_FROM_STATUS
 
 TIMEOUT_S = 3.0
+START_TIMEOUT_S = 60.0  # of an engine process
 _ANY_HOST = frozenset({"0.0.0.0", "::", "[::]", ""})
 GREETING = "Immich ML"  # what `GET /` answers, here and in the official service
 
@@ -59,7 +60,7 @@ def ask_health(url: str, client: httpx.Client | None = None) -> OwnHealth:
         raise NotServing(
             f"something else than a machine-learning service answers at {url}"
         ) from exc
-    return OwnHealth(str(health.get("version", "")), _engines(health), health)
+    return OwnHealth(_version(health), _engines(health), health)
 
 
 def failed_answers(url: str, client: httpx.Client | None = None) -> int:
@@ -82,11 +83,38 @@ def failed_answers(url: str, client: httpx.Client | None = None) -> int:
     )
 
 
+def _version(health: Mapping[str, Any]) -> str:
+    """The engine alone says `version`, the gateway `versions.service`."""
+    versions = health.get("versions")
+    nested = versions.get("service") if isinstance(versions, dict) else None
+    return str(health.get("version") or nested or "")
+
+
 def _engines(health: Mapping[str, Any]) -> dict[str, str]:
-    """The engine table, which the gateway nests under its engine process."""
-    nested = health.get("engine")
-    table = health.get("engines") or (nested.get("engines") if isinstance(nested, dict) else None)
+    """The engine table; the gateway shows its engine's last `/health` under `engine.health`."""
+    node: Any = health
+    for step in ("engine", "health"):
+        if "engines" not in node and isinstance(node.get(step), dict):
+            node = node[step]
+    table = node.get("engines")
     return {str(k): str(v) for k, v in table.items()} if isinstance(table, dict) else {}
+
+
+def wake_engine(url: str) -> None:
+    """Make a gateway start its engine, which may be stopped for being idle; nothing is loaded.
+
+    Raises:
+        NotServing: there is no answer.
+    """
+    try:
+        httpx.post(
+            f"{url}/predict",
+            data={"entries": "{}", "text": "x"},
+            timeout=START_TIMEOUT_S,
+            trust_env=False,
+        )
+    except httpx.HTTPError as exc:
+        raise NotServing(f"the engine behind {url} does not start: {type(exc).__name__}") from exc
 
 
 def _get(url: str, path: str, client: httpx.Client | None) -> httpx.Response:

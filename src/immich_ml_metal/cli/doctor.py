@@ -171,17 +171,20 @@ def _self_test(
     from immich_ml_metal.cli.drawing import draw_preview
     from immich_ml_metal.doctor.facts import EngineTest
     from immich_ml_metal.doctor.selftest import run_tests
-    from immich_ml_metal.own_service import NotServing, ask_health, local_url
+    from immich_ml_metal.own_service import NotServing, ask_health, local_url, wake_engine
 
-    names = facts.names
     missing = {model.name for model in facts.models if model.problem or not model.is_present}
     picture = draw_preview(0)
+
+    def test(url: str) -> "tuple[EngineTest, ...]":
+        wake_engine(url)
+        return run_tests(url, ask_health(url).engines, missing, facts.names, picture)
+
     try:
         if facts.port.state == "ours":
-            url = local_url(settings)
-            return run_tests(url, ask_health(url).engines, missing, names, picture)
+            return test(local_url(settings))
         with running_service({k: v for k, v in options.items() if v}) as child:
-            return run_tests(child.url, ask_health(child.url).engines, missing, names, picture)
+            return test(child.url)
     except (ServiceDidNotStart, NotServing) as exc:
         return (EngineTest("service", "-", "-", error=str(exc)),)
 
