@@ -185,7 +185,7 @@ def test_a_refusal_of_launchd_is_told(tmp_path: Path) -> None:
 
 
 def test_stopping_what_is_not_loaded_is_fine(tmp_path: Path) -> None:
-    Launchd(FakeRunner(bootout=Completed(113)), tmp_path, 501).stop()
+    Launchd(FakeRunner(bootout=Completed(113), print=Completed(113)), tmp_path, 501).stop()
     with pytest.raises(ServiceFailed):
         Launchd(FakeRunner(bootout=Completed(1, err="no")), tmp_path, 501).stop()
 
@@ -196,7 +196,23 @@ def test_uninstalling_leaves_no_definition(tmp_path: Path, plan: ServicePlan) ->
     agent.install(plan)
     agent.uninstall()
     assert not agent.definition.exists()
-    assert run.verbs()[-1] == "bootout"
+    assert "bootout" in run.verbs()[-2:]
+
+
+def test_a_job_that_is_still_ending_is_waited_for(tmp_path: Path, plan: ServicePlan) -> None:
+    class Ending(FakeRunner):
+        left = 2
+
+        def __call__(self, *args: str) -> Completed:
+            if args[1] == "print":
+                self.left -= 1
+                return Completed(0 if self.left >= 0 else 113, PRINTED)
+            return super().__call__(*args)
+
+    run = Ending(bootout=Completed(36))
+    Launchd(run, tmp_path, 501).install(plan)
+    assert run.left == -1
+    assert run.verbs() == ["bootout", "enable", "bootstrap"]
 
 
 def test_a_daemon_without_rights_says_sudo(tmp_path: Path, plan: ServicePlan) -> None:

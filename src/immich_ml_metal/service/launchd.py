@@ -3,6 +3,7 @@
 import plistlib
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from immich_ml_metal.service.plan import THROTTLE_S, ServiceFailed, ServicePlan,
 
 LABEL = "immich-ml-metal.service"
 DAEMONS = Path("/Library/LaunchDaemons")
-_NO_SUCH_SERVICE = 113  # launchctl's code for a service that is not loaded
+# launchctl's codes for a job that is gone (ESRCH, its own) or still on its way out (EINPROGRESS).
+_GONE = frozenset({0, 3, 36, 113})
+_POLL_S = 0.2
+_UNLOAD_TIMEOUT_S = 150.0  # longer than a stop may take to answer what is in flight
 
 
 class Launchd:
@@ -73,8 +77,8 @@ class Launchd:
         if self._is_daemon:  # made by root, written by the user
             shutil.chown(plan.log_file.parent, self._user)
         self._write(self.render(plan))
-        self._run("launchctl", "bootout", self._target)  # fails when it was not loaded
-        self.start()
+        self._unload()
+        self._load()
 
     def _write(self, text: str) -> None:
         try:
@@ -87,22 +91,18 @@ class Launchd:
 
     def uninstall(self) -> None:
         """Unload the job and remove its definition."""
-        self._run("launchctl", "bootout", self._target)
+        self._unload()
         self._definition.unlink(missing_ok=True)
 
     def start(self) -> None:
         """Load the job; it runs at load."""
-        if self.status().state == "running":
-            return
-        self._run("launchctl", "enable", self._target)
-        self._run("launchctl", "bootout", self._target)  # loaded but ended: load it afresh
-        self._must("launchctl", "bootstrap", self._domain, str(self._definition))
+        if self.status().state != "running":
+            self._unload()  # it may be loaded but ended
+            self._load()
 
     def stop(self) -> None:
         """Unload the job; its definition stays for the next login or boot."""
-        done = self._run("launchctl", "bootout", self._target)
-        if done.code not in (0, 3, _NO_SUCH_SERVICE):
-            raise ServiceFailed(f"launchctl bootout: {done.err.strip() or done.code}")
+        self._unload()
 
     def restart(self) -> None:
         """Kill and start the process; load the job first if need be."""
@@ -121,6 +121,21 @@ class Launchd:
             int(pid[1]) if pid else None,
             last[1].strip() if last else "",
         )
+
+    def _load(self) -> None:
+        self._run("launchctl", "enable", self._target)
+        self._must("launchctl", "bootstrap", self._domain, str(self._definition))
+
+    def _unload(self) -> None:
+        """Returns once the job is gone: loading it while it still ends is refused."""
+        done = self._run("launchctl", "bootout", self._target)
+        if done.code not in _GONE:
+            raise ServiceFailed(f"launchctl bootout: {done.err.strip() or done.code}")
+        deadline_s = time.monotonic() + _UNLOAD_TIMEOUT_S
+        while self._run("launchctl", "print", self._target).code == 0:
+            if time.monotonic() > deadline_s:
+                raise ServiceFailed(f"{LABEL} does not end within {_UNLOAD_TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
 
     def _must(self, *args: str) -> None:
         done = self._run(*args)
