@@ -8,7 +8,6 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -243,14 +242,6 @@ class Settings(BaseModel):
         "ML_IMMICH_REQUEUE",
         help="After an outage that failed answers, ask Immich once for its missing jobs.",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One source of settings: what it is called, and its values by name as written there."""
-
-    name: str
-    values: Mapping[str, Any]
 
 
 def env_names(field: FieldInfo) -> list[str]:

@@ -7,6 +7,7 @@ frame. Limits are checked on the header, before any pixel is decoded. Knows noth
 import asyncio
 import hashlib
 import io
+import math
 import struct
 import zlib
 from collections import OrderedDict
@@ -23,6 +24,8 @@ from immich_ml_metal.types import Bytes
 
 # Pillow keeps RGB as 4 bytes a pixel, and `Picture.pixels` is a second copy of 3.
 _BYTES_PER_PIXEL = 7
+
+_WIDEST_FILTER_PX = 3  # how far Lanczos reaches to each side, the widest of Pillow's filters
 
 # What Pillow's decoders raise on files that break off or lie about themselves; found by fuzzing.
 _BROKEN = (
@@ -128,6 +131,33 @@ def _reason(exc: BaseException) -> str:
     if isinstance(exc, UnidentifiedImageError):  # what Pillow says of a zero side as well
         return "unknown format, or zero width or height"
     return str(exc) or type(exc).__name__
+
+
+def resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Resize an RGB picture, or `box` of it: across, then down.
+
+    That was Pillow's order up to version 12, which the official service runs. Pillow 13 takes the
+    cheaper order, and as the bytes in between are rounded, pixels differ by up to 15 levels.
+
+    Args:
+        image: the picture.
+        size: (width, height) of the result in pixels.
+        resample: Pillow's filter.
+        box: left, top, right, bottom in the picture's pixels; all of it by default.
+    """
+    left, top, right, bottom = box or (0, 0, *image.size)
+    width, height = size
+    reach = _WIDEST_FILTER_PX * max(1.0, (bottom - top) / height) + 1  # rows seen beyond the box
+    first, last = max(0, int(top - reach)), min(image.height, math.ceil(bottom + reach))
+    rows = image if last - first == image.height else image.crop((0, first, image.width, last))
+    across = rows.resize((width, rows.height), resample, box=(left, 0, right, rows.height))
+    return across.resize(size, resample, box=(0, top - first, width, bottom - first))
 
 
 class PictureCache:
