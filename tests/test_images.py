@@ -430,3 +430,10 @@ def test_a_stop_while_decoding_keeps_nothing(decoder: Decoder, threads: CpuThrea
     cache = asyncio.run(start())  # which cancels what still runs
     decoder.let_go.set()
     assert cache.size_bytes == 0
+
+
+def test_postscript_is_refused_because_pillow_would_run_it() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, "EPS")
+    with pytest.raises(InvalidImage, match="unknown format"):
+        decode(buffer.getvalue(), ImageLimits(10_000, 100))

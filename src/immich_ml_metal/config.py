@@ -55,6 +55,7 @@ def _flag(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=1)]
+SizeOrZero = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 LogLevel = Annotated[Literal["error", "warning", "info", "debug"], BeforeValidator(_log_level)]
@@ -206,6 +207,16 @@ class Settings(BaseModel):
         "HF_HUB_DOWNLOAD_TIMEOUT",
         gt=0,
         help="Seconds without a byte after which a download is tried again.",
+    )
+    model_memory_limit_bytes: SizeOrZero = _setting(
+        0,
+        "ML_MODEL_MEMORY_LIMIT",
+        help="Memory for all models, in bytes or as 4GB; 0 is half of the machine's memory.",
+    )
+    pin_text_model: bool = _setting(
+        True,
+        "ML_PIN_TEXT_MODEL",
+        help="Keep the search text model once it is loaded, so that searching stays fast.",
     )
 
     # operating: logs, and what we may do on the Immich server

@@ -13,7 +13,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -87,7 +87,7 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise InvalidImage("the image is empty")
     _raise_pillow_limit(limits.max_pixels)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_size(image.size, limits)
             image.load()
             _check_size(image.size, limits)  # icon files hold a picture of a size of its own
@@ -96,6 +96,14 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageTooLarge(f"the image is over {limits.max_pixels} pixels") from exc
     except _BROKEN as exc:
         raise InvalidImage(f"the image cannot be decoded: {_reason(exc)}") from exc
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Every format Pillow knows but EPS, for which it starts Ghostscript on the upload."""
+    Image.preinit()  # the common ones first, as Pillow itself tries them
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def _raise_pillow_limit(max_pixels: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import FormData, UploadFile
@@ -20,6 +21,7 @@ from immich_ml_metal.config import Settings
 from immich_ml_metal.device import CpuThreads
 from immich_ml_metal.images import ImageLimits, PictureCache, decode
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
+from immich_ml_metal.memory import make_rules
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.pipeline import Pipeline, model_keys
 from immich_ml_metal.pool import EngineTable, Pool, Store
@@ -74,7 +76,8 @@ class Service:
         self.metrics = Metrics()
         self._engines = engines
         self._threads = CpuThreads(settings.request_threads)
-        self.pool = Pool(engines, store, self._threads, self.metrics)
+        memory = make_rules(settings, psutil.virtual_memory().total)
+        self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
         limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
         self._pictures = PictureCache(
             lambda data: decode(data, limits),
@@ -139,6 +142,7 @@ class Service:
                 },
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
+                "downloads": self.pool.describe_downloads(),
                 "picture_cache_bytes": self._pictures.size_bytes,
             }
         )

@@ -4,6 +4,7 @@ The rules are Immich's (contract §4), down to truncation instead of rounding, b
 changes the vector.
 """
 
+import logging
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.images import Picture, resize
 from immich_ml_metal.tasks.vectors import check_vector
 from immich_ml_metal.types import Floats, Graph, Tensor
+
+log = logging.getLogger(__name__)
 
 ResizeMode = Literal["shortest", "squash"]
 
@@ -220,6 +223,8 @@ def clean_text(query: TextQuery, config: TextConfig) -> str:
 def nllb_code(language: str) -> str:
     """FLORES code of a language tag, of its first part, else English."""
     code = NLLB_CODES.get(language) or NLLB_CODES.get(language.split("-")[0])
+    if code is None:
+        log.warning("unknown language, taken for English language=%s", language[:16])
     return code or _NLLB_FALLBACK
 
 
