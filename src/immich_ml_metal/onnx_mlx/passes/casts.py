@@ -1,0 +1,57 @@
+"""Casts between floating types vanish: the whole network computes in one type of our choice."""
+
+import numpy as np
+from onnx import TensorProto
+
+from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
+
+FLOATS = frozenset(
+    {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
+)
+# operators that take and give floats only, whatever the table of constants holds
+COMPUTED = frozenset(
+    "MatMul Gemm Conv ConvTranspose LayerNormalization BatchNormalization Softmax Attention Sigmoid "
+    "Tanh Erf Sqrt Gelu Relu HardSigmoid HardSwish GlobalAveragePool AveragePool MaxPool ReduceMean "
+    "ReduceL2 Exp Log".split()
+)
+SAME_TYPE = frozenset(
+    "Add Sub Mul Div Reshape Transpose Squeeze Unsqueeze Slice Flatten Expand Identity Clip Neg "
+    "Abs Split".split()
+)
+_DEPTH = 32
+
+
+def drop_casts(program: Program) -> Program:
+    """Remove Identity, and Cast from a computed float to any other width."""
+    editor = Editor(program)
+    alias: dict[str, str] = {}
+    for node in editor:
+        inputs = tuple(alias.get(name, name) for name in node.inputs)
+        if _is_idle(editor, node, inputs) and node.outputs[0] not in program.output_names:
+            alias[node.outputs[0]] = inputs[0]
+            editor.replace(node)
+        elif inputs != node.inputs:
+            editor.replace(node, Node(node.op, inputs, node.outputs, node.attributes, node.name))
+    return editor.finish()
+
+
+def _is_idle(editor: Editor, node: Node, inputs: tuple[str, ...]) -> bool:
+    if node.op == "Identity":
+        return True
+    wide = node.op == "Cast" and node.attributes.get("to") in FLOATS
+    return wide and _is_computed_float(editor, inputs[0])
+
+
+def _is_computed_float(editor: Editor, name: str) -> bool:
+    for _ in range(_DEPTH):
+        if name in editor.constants:
+            return editor.constants[name].dtype == np.float32
+        node = editor.producer(name)
+        if node is None or node.op in COMPUTED:
+            return node is not None
+        if node.op == "Cast":
+            return node.attributes.get("to") in FLOATS
+        if node.op not in SAME_TYPE:
+            return False
+        name = next((i for i in node.inputs if i not in editor.constants), node.inputs[0])
+    return False
