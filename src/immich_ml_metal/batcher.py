@@ -5,9 +5,10 @@ batch waiting when it is done. Knows nothing about models or threads: `device.De
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from immich_ml_metal.errors import InferenceError, ServiceError
@@ -23,7 +24,15 @@ class Entry(Generic[ItemT, ResultT]):
 
     item: ItemT
     future: asyncio.Future[ResultT]
+    queued_at: float
     alone: bool = False
+
+
+class BatchWatch(Protocol):
+    """Is told how long an item waited, and how long a batch of so many items ran, in seconds."""
+
+    def waited(self, seconds: float, /) -> None: ...
+    def ran(self, items: int, seconds: float, /) -> None: ...
 
 
 class Runner(Protocol):
@@ -44,10 +53,12 @@ class Batcher(Generic[ItemT, ResultT]):
         *,
         name: str,
         max_batch: int,
+        watch: BatchWatch | None = None,
     ) -> None:
         self.name = name
         self._infer = infer
         self._max_batch = max_batch
+        self._watch = watch
         self._queue: deque[Entry[ItemT, ResultT]] = deque()
 
     def __repr__(self) -> str:
@@ -59,7 +70,7 @@ class Batcher(Generic[ItemT, ResultT]):
     def add(self, item: ItemT) -> asyncio.Future[ResultT]:
         """Queue one item; the future gets its result or its InferenceError."""
         future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
-        entry: Entry[ItemT, ResultT] = Entry(item, future)
+        entry: Entry[ItemT, ResultT] = Entry(item, future, time.perf_counter())
         self._queue.append(entry)
         return future
 
@@ -77,6 +88,7 @@ class Batcher(Generic[ItemT, ResultT]):
     async def answer(self, batch: list[Entry[ItemT, ResultT]], run: Runner) -> None:
         """Infer `batch` through `run` and settle its futures; a failed batch is queued again singly."""
         items = [entry.item for entry in batch]
+        started = time.perf_counter()
         try:
             results = await run(lambda: self._infer(items))
             if len(results) != len(batch):
@@ -85,14 +97,22 @@ class Batcher(Generic[ItemT, ResultT]):
         except Exception as exc:  # noqa: BLE001 - every waiter must be answered
             self._fail(batch, exc)
             return
+        self._report(batch, started)
         for entry, result in zip(batch, results, strict=True):
             if not entry.future.done():
                 entry.future.set_result(result)
 
+    def _report(self, batch: list[Entry[ItemT, ResultT]], started: float) -> None:
+        if self._watch is None:
+            return
+        for entry in batch:
+            self._watch.waited(started - entry.queued_at)
+        self._watch.ran(len(batch), time.perf_counter() - started)
+
     def _fail(self, batch: list[Entry[ItemT, ResultT]], exc: Exception) -> None:
         if len(batch) > 1:  # one bad item must not fail its neighbours
             self._queue.extendleft(
-                Entry(entry.item, entry.future, alone=True) for entry in reversed(batch)
+                replace(entry, alone=True) for entry in reversed(batch)
             )
             return
         error: Exception = exc

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from immich_ml_metal.errors import ConfigError
 
 MIB = 2**20
+SECRET = frozenset({"immich_api_key"})  # settings whose value is never shown
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]?)i?b?\s*$", re.IGNORECASE)
 _LOG_LEVELS = {
     "critical": "error",
@@ -29,7 +30,7 @@ _LOG_LEVELS = {
 
 
 def _parse_size(value: Any) -> Any:
-    """`64MB`, `1.5 GiB` or plain bytes → bytes; both spellings of the prefix mean powers of 1024."""
+    """`64MB`, `1.5 GiB` or plain bytes → bytes; both prefix spellings are powers of 1024."""
     if isinstance(value, str) and (match := _SIZE.match(value)):
         return int(float(match[1]) * 1024 ** ("kmg".find(match[2].lower()) + 1 if match[2] else 0))
     return value
@@ -47,8 +48,16 @@ def _log_level(value: Any) -> Any:
     return _LOG_LEVELS.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
+def _flag(value: Any) -> Any:
+    """`NO_COLOR` counts with any text in it; only 0 and false say no."""
+    return (
+        value.strip().lower() not in ("", "0", "false", "no") if isinstance(value, str) else value
+    )
+
+
 Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
 LogLevel = Annotated[Literal["error", "warning", "info", "debug"], BeforeValidator(_log_level)]
 
 
@@ -176,6 +185,63 @@ class Settings(BaseModel):
         help="Seconds an idle connection stays open; longer than Node's own pool.",
     )
 
+    # models: where they come from
+    hub_endpoint: str | None = _setting(
+        None,
+        "ML_HUB_ENDPOINT",
+        "HF_ENDPOINT",
+        pattern=r"^https?://",
+        help="Address of the model hub or a mirror of it; the Hugging Face hub by default.",
+    )
+    modelscope_endpoint: str = _setting(
+        "https://www.modelscope.cn",
+        "ML_MODELSCOPE_ENDPOINT",
+        pattern=r"^https?://",
+        help="Address of ModelScope or a mirror of it, for the text models.",
+    )
+    download_timeout_s: float = _setting(
+        30.0,
+        "ML_DOWNLOAD_TIMEOUT",
+        "HF_HUB_DOWNLOAD_TIMEOUT",
+        gt=0,
+        help="Seconds without a byte after which a download is tried again.",
+    )
+
+    # operating: logs, and what we may do on the Immich server
+    log_format: Literal["text", "json"] = _setting(
+        "text", "ML_LOG_FORMAT", help="text for people, json for log collectors."
+    )
+    no_color: Flag = _setting(
+        False, "ML_NO_COLOR", "NO_COLOR", help="Plain text on a terminal as well."
+    )
+    log_file: Path | None = _setting(
+        None, "ML_LOG_FILE", help="Write the log to this file; the engine's goes beside it."
+    )
+    log_file_bytes: Size = _setting(
+        10 * MIB,
+        "ML_LOG_FILE_SIZE",
+        help="A log file is rotated at this size, in bytes or as 10MB.",
+    )
+    log_file_keep: int = _setting(
+        3, "ML_LOG_FILE_KEEP", ge=0, help="Rotated log files that are kept."
+    )
+    immich_url: str | None = _setting(
+        None,
+        "ML_IMMICH_URL",
+        pattern=r"^https?://",
+        help="Address of the Immich server, for the immich commands (http://nas:2283).",
+    )
+    immich_api_key: SecretStr | None = _setting(
+        None,
+        "ML_IMMICH_API_KEY",
+        help="API key of an Immich admin, for the immich commands; never logged.",
+    )
+    immich_requeue: bool = _setting(
+        False,
+        "ML_IMMICH_REQUEUE",
+        help="After an outage that failed answers, ask Immich once for its missing jobs.",
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -239,6 +305,19 @@ def resolve(
     return settings, {name: origin.get(name, "default") for name in Settings.model_fields}
 
 
+def ignored_names(
+    *, environ: Mapping[str, str] | None = None, env_file: Path | None = None
+) -> list[str]:
+    """Official `MACHINE_LEARNING_*` names that are set but that no setting here reads."""
+    env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
+    known = {name for field in Settings.model_fields.values() for name in env_names(field)}
+    return sorted(
+        name
+        for name in env
+        if name.upper().startswith("MACHINE_LEARNING_") and name.upper() not in known
+    )
+
+
 def _candidates(
     name: str,
     field: FieldInfo,
@@ -276,7 +355,9 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {exc}") from exc
     for name in values:
         if name not in Settings.model_fields:
-            raise ConfigError(f"unknown setting {name!r} in {path}{_hint(name, Settings.model_fields)}")
+            raise ConfigError(
+                f"unknown setting {name!r} in {path}{_hint(name, Settings.model_fields)}"
+            )
     return values
 
 
@@ -298,5 +379,6 @@ def _explain(exc: ValidationError, origin: Mapping[str, str]) -> str:
     for error in exc.errors():
         name = str(error["loc"][0])
         reason = error["msg"][:1].lower() + error["msg"][1:]
-        lines.append(f"{origin.get(name, name)} = {error['input']!r}: {reason} (setting {name})")
+        value = "***" if name in SECRET else repr(error["input"])
+        lines.append(f"{origin.get(name, name)} = {value}: {reason} (setting {name})")
     return "; ".join(lines)

@@ -7,6 +7,9 @@ outrun one inference spread over all cores.
 """
 
 import asyncio
+import contextvars
+import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +20,13 @@ from immich_ml_metal.batcher import Batcher
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 T = TypeVar("T")
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Device:
@@ -96,6 +106,25 @@ class Device:
         if self._on_exit is not None and self.width == 1:
             self._threads.submit(self._on_exit)
         self._threads.shutdown(wait=True)
+
+
+class CpuThreads:
+    """A pool for work that is neither quick nor on a device: decoding, preparing, finishing."""
+
+    def __init__(self, count: int) -> None:
+        """`count` 0 means one per core."""
+        workers = count if count > 0 else core_count()
+        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="cpu")
+
+    async def run(self, func: Callable[[], T]) -> T:
+        """Await `func()` on a thread of the pool, with the caller's context variables."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: context.run(func))
+
+    def close(self) -> None:
+        """Let what runs finish and end the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 class _Job(Batcher[None, None]):

@@ -9,7 +9,12 @@ import sys
 import typer
 
 from immich_ml_metal import __version__
-from immich_ml_metal.errors import ConfigError
+from immich_ml_metal.cli import config
+from immich_ml_metal.cli.bench import bench
+from immich_ml_metal.cli.demo import demo
+from immich_ml_metal.cli.serve import serve
+from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.errors import ConfigError, ServiceError
 
 app = typer.Typer(
     name="immich-ml-metal",
@@ -17,6 +22,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command("serve")(serve)
+app.command("demo")(demo)
+app.command("bench")(bench)
+app.add_typer(config.app, name="config")
 
 
 @app.callback()
@@ -31,9 +40,9 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; a bad setting ends with its reason and exit code 2."""
+    """Run the command line; a deliberate failure ends with its reason, not with a traceback."""
     try:
         app()
-    except ConfigError as exc:
+    except ServiceError as exc:
         typer.echo(f"immich-ml-metal: {exc}", err=True)
-        sys.exit(2)
+        sys.exit(Exit.USAGE if isinstance(exc, ConfigError) else Exit.FINDING)

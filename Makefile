@@ -1,0 +1,65 @@
+.DEFAULT_GOAL := help
+
+# The newest supported Python on the path; `make PYTHON=/path/to/python3.12 ...` chooses another.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.14 python3.11 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+SERVE := $(VENV)/.serve-$(shell cksum requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+DEV := $(VENV)/.dev-$(shell cksum requirements-dev.lock pyproject.toml | cksum | cut -d' ' -f1)
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-8s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed, with its venv module"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(SERVE): | $(BIN)/python
+	@echo "Installing what the service needs (once, a few minutes)"
+	@$(PIP) install --require-hashes -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEV): | $(BIN)/python
+	@echo "Installing the service and the development tools (once, a few minutes)"
+	@$(PIP) install --require-hashes -r requirements-dev.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup: $(SERVE)  ## Create .venv with what the service needs
+
+serve: $(SERVE)  ## Start the service on port 3003
+	@$(BIN)/immich-ml-metal serve
+
+demo: $(SERVE)  ## Show what every task answers for a picture drawn by the project
+	@$(BIN)/immich-ml-metal demo
+
+bench: $(SERVE)  ## Measure the service against the raw engine, in one run
+	@$(BIN)/immich-ml-metal bench
+
+test: $(DEV)  ## Run the tests
+	@$(BIN)/coverage run -m pytest -m "not soak and not apple"
+	@$(BIN)/coverage report
+
+check: $(DEV)  ## Check format, lint, types and the macOS dependency set; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+fmt: $(DEV)  ## Format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random (about 10 minutes)
+	$(BIN)/pytest -m soak
+
+apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon
+	$(BIN)/pytest -m apple
+
+lock: $(DEV)  ## Resolve the dependencies again and write the locks
+	$(BIN)/python scripts/lock.py
+
+.PHONY: help setup serve demo bench test check fmt soak apple lock

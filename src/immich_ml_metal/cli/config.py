@@ -1,0 +1,122 @@
+"""`config init|show|check`: write a commented settings file, show what is in force, validate."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from immich_ml_metal.config import (
+    SECRET,
+    Settings,
+    env_names,
+    ignored_names,
+    load_settings,
+    resolve,
+)
+
+app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
+
+DEFAULT_FILE = Path("~/.config/immich-ml-metal/config.toml")
+_UNITS = {"_s": "seconds", "_bytes": "bytes", "_px": "pixels", "_pixels": "pixels"}
+
+FileOption = Annotated[
+    Path | None, typer.Option("--file", help="Settings file (TOML); ML_CONFIG_FILE names one too.")
+]
+EnvFileOption = Annotated[
+    Path | None, typer.Option("--env-file", help="An Immich .env file to read as well.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command("init")
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write.")] = DEFAULT_FILE,
+    env_file: EnvFileOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented settings file; values set now (environment, --env-file) are written in."""
+    path = path.expanduser()
+    if path.exists() and not force:
+        raise typer.BadParameter(f"{path} exists; --force replaces it")
+    text = render_toml(*resolve(env_file=env_file))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # it may hold the Immich key
+    path.write_text(text, encoding="utf-8")
+    typer.echo(f"Wrote {path}")
+    typer.echo(f"Use it with ML_CONFIG_FILE={path}; `service install` picks it up by itself.")
+
+
+@app.command("show")
+def show(
+    file: FileOption = None, env_file: EnvFileOption = None, as_json: JsonOption = False
+) -> None:
+    """Print every setting in force and where it came from."""
+    settings, origin = resolve(file=file, env_file=env_file)
+    if as_json:
+        rows = {
+            name: {"value": plain_value(settings, name), "from": origin[name]} for name in origin
+        }
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    _print_table(settings, origin)
+
+
+@app.command("check")
+def check(file: FileOption = None, env_file: EnvFileOption = None) -> None:
+    """Validate the settings; exit 2 and name the setting when one is wrong."""
+    load_settings(file=file, env_file=env_file)
+    for name in ignored_names(env_file=env_file):
+        typer.echo(f"{name} is set, but it has no meaning here and is ignored")
+    typer.echo("The settings are valid.")
+
+
+def render_toml(settings: Settings, origin: dict[str, str]) -> str:
+    """A settings file with every setting explained; those that are not defaults are in force."""
+    blocks = ["# Settings of immich-ml-metal. A line that starts with '#' is the default."]
+    for name, field in Settings.model_fields.items():
+        head = f"# {field.description}"
+        unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), None)
+        about = [f"unit: {unit}"] if unit else []
+        about.append("environment: " + ", ".join(env_names(field)))
+        value = _toml_value(getattr(settings, name))
+        line = f"{name} = {value}" if value is not None else f'{name} = ""  # not set'
+        commented = origin[name] == "default"
+        blocks.append(f"{head}\n# {'; '.join(about)}\n{'# ' if commented else ''}{line}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _toml_value(value: Any) -> str | None:
+    """One value in TOML; None when there is none. A JSON string is a TOML string but for DEL."""
+    if value is None:
+        return None
+    if hasattr(value, "get_secret_value"):
+        value = value.get_secret_value()
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(filter(None, map(_toml_value, value))) + "]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def plain_value(settings: Settings, name: str) -> Any:
+    """A setting's value as JSON can hold it; a secret is only said to be there."""
+    value = getattr(settings, name)
+    if name in SECRET:
+        return "***" if value is not None else None
+    return value if isinstance(value, bool | int | float | tuple | None) else str(value)
+
+
+def _print_table(settings: Settings, origin: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("setting", "value", "from", box=None, header_style="bold")
+    for name, source in origin.items():
+        value = plain_value(settings, name)
+        shown = (
+            "-" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
+        )
+        style = "dim" if source == "default" else ""
+        table.add_row(name, shown, source, style=style)
+    Console().print(table)

@@ -1,0 +1,164 @@
+"""Bytes → RGB pixels, once per picture.
+
+Decodes as Immich's own service does: stored orientation, no colour management, alpha dropped, first
+frame. Limits are checked on the header, before any pixel is decoded. Knows nothing about tasks.
+"""
+
+import asyncio
+import hashlib
+import io
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from immich_ml_metal.device import CpuThreads
+from immich_ml_metal.errors import ImageTooLarge, InvalidImage
+from immich_ml_metal.types import Bytes
+
+# Pillow keeps RGB as 4 bytes a pixel, and `Picture.pixels` is a second copy of 3.
+_BYTES_PER_PIXEL = 7
+
+# What Pillow's decoders raise on files that break off or lie about themselves.
+_BROKEN = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What a picture may measure: pixels in all, and pixels on its longer side."""
+
+    max_pixels: int
+    max_side_px: int
+
+
+class Picture:
+    """A decoded picture, in Pillow's form and as an array. Read-only, shared between tasks."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, as stored in the file."""
+        return self.image.size
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory held, both forms counted."""
+        width, height = self.size
+        return width * height * _BYTES_PER_PIXEL
+
+    @cached_property
+    def pixels(self) -> Bytes:
+        """(H, W, 3) uint8 RGB, C-contiguous, read-only."""
+        pixels = np.ascontiguousarray(self.image)
+        pixels.flags.writeable = False
+        return pixels
+
+
+def decode(data: bytes, limits: ImageLimits) -> Picture:
+    """Decode a file's bytes.
+
+    Raises:
+        InvalidImage: not a picture, cut off, or with a side of zero pixels.
+        ImageTooLarge: over the limits; found before decoding.
+    """
+    if not data:
+        raise InvalidImage("the image is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.size, limits)
+            image.load()
+            return Picture(image if image.mode == "RGB" else image.convert("RGB"))
+    except Image.DecompressionBombError as exc:
+        raise ImageTooLarge(f"the image is over {limits.max_pixels} pixels") from exc
+    except _BROKEN as exc:
+        raise InvalidImage(f"the image cannot be decoded: {_reason(exc)}") from exc
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise InvalidImage(f"the image has zero width or height ({width}x{height})")
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"the image has {width * height} pixels ({width}x{height}), limit {limits.max_pixels}"
+        )
+    if max(size) > limits.max_side_px:
+        raise ImageTooLarge(
+            f"the image's longer side is {max(size)} px, limit {limits.max_side_px}"
+        )
+
+
+def _reason(exc: BaseException) -> str:
+    if isinstance(exc, UnidentifiedImageError):
+        return "unknown format"
+    return str(exc) or type(exc).__name__
+
+
+class PictureCache:
+    """Decoded pictures by the digest of their file, the latest kept up to a number of bytes.
+
+    Immich sends the same preview for search, faces and text. A picture that is being decoded is
+    waited for, not decoded again. Event loop only.
+    """
+
+    def __init__(
+        self, decode: Callable[[bytes], Picture], threads: CpuThreads, *, max_bytes: int
+    ) -> None:
+        self._decode = decode
+        self._threads = threads
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[bytes, Picture] = OrderedDict()
+        self._pending: dict[bytes, asyncio.Task[Picture]] = {}
+        self.hits = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory held by kept pictures."""
+        return sum(picture.size_bytes for picture in self._kept.values())
+
+    async def get(self, data: bytes) -> Picture:
+        """The decoded picture of `data`.
+
+        Raises what `decode` raises; a failure is not kept.
+        """
+        digest = await self._threads.run(lambda: hashlib.sha256(data).digest())
+        if (picture := self._kept.get(digest)) is not None:
+            self._kept.move_to_end(digest)
+            self.hits += 1
+            return picture
+        task = self._pending.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._threads.run(lambda: self._decode(data)))
+            self._pending[digest] = task
+            task.add_done_callback(lambda done: self._finish(digest, done))
+        else:
+            self.hits += 1
+        return await asyncio.shield(task)  # a caller that hangs up leaves the others their picture
+
+    def _finish(self, digest: bytes, task: asyncio.Task[Picture]) -> None:
+        del self._pending[digest]
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._kept[digest] = task.result()
+        while self._kept and self.size_bytes > self._max_bytes:
+            self._kept.popitem(last=False)

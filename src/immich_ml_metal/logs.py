@@ -1,0 +1,243 @@
+"""One line per event: for people on a terminal, as JSON for machines, in capped files if asked.
+
+Modules log through the standard library with lazy arguments and write facts as `key=%s`; the
+formatters here find those facts again, so the same call serves both outputs. Knows nothing about
+HTTP: the servers put a request's id into `request_id` with `request_scope`.
+"""
+
+import logging
+import logging.handlers
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TextIO
+
+import orjson
+
+from immich_ml_metal.config import Settings
+
+REQUEST_ID_HEADER = "X-Request-Id"  # from the gateway to the engine, and back to the caller
+STDERR_CAP_BYTES = 2**20
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+_SPECIFIER = re.compile(r"%(?:%|[-#0 +]*\d*(?:\.\d+)?[a-zA-Z])")
+_FACT = re.compile(r"(?:^|[\s,(])([A-Za-z_]\w*)=$")
+_SAFE_ID = re.compile(r"[\w.:-]{1,64}")
+# What a secret looks like when it slips into a message: hub tokens, API keys, passwords in URLs.
+_SECRETS = (
+    re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"(?i)(?<=x-api-key[:=])\s*\S+|(?<=bearer )\S+"),
+)
+_QUERY = re.compile(r"(?<=[\w/])\?[^\s'\"]+=[^\s'\"]*")
+_COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "31"}
+# Their INFO lines repeat ours, or carry whole addresses with their queries.
+_NOISY = ("httpx", "httpcore", "uvicorn.access", "huggingface_hub", "PIL", "filelock", "multipart")
+
+
+def new_request_id() -> str:
+    """A short id for one request."""
+    return secrets.token_hex(6)
+
+
+@contextmanager
+def request_scope(sent: str | None = None) -> Iterator[str]:
+    """Give every line logged in the body the same request id: the sent one, if sane, or a new one.
+
+    Threads see it only when their work is started with a copied context (`asyncio.to_thread` does).
+    """
+    current = sent if sent is not None and _SAFE_ID.fullmatch(sent) else new_request_id()
+    token = request_id.set(current)
+    try:
+        yield current
+    finally:
+        request_id.reset(token)
+
+
+def configure_logging(
+    settings: Settings, process: str, *, stream: TextIO | None = None
+) -> list[logging.Handler]:
+    """Send every logger's lines where the settings say; called once per process, by the CLI.
+
+    With a log file, lines go to the stream as well only when that is a terminal: what a service
+    manager keeps of the stream is then only what could not be logged (a native abort's last words).
+
+    Args:
+        settings: level, format, file.
+        process: `gateway` or `engine`; names the lines, and the engine's own file.
+        stream: standard error when None.
+
+    Returns:
+        The handlers now in place, for `release_logging`.
+    """
+    out: TextIO | None = sys.stderr if stream is None else stream
+    on_terminal = out is not None and out.isatty()
+    known = [settings.immich_api_key.get_secret_value()] if settings.immich_api_key else []
+    handlers: list[logging.Handler] = []
+    if settings.log_file is None or on_terminal:
+        colour = on_terminal and not settings.no_color
+        handler: logging.Handler = logging.StreamHandler(out)
+        handler.setFormatter(_formatter(settings, process, known, colour=colour))
+        handlers.append(handler)
+    if settings.log_file is not None:
+        handlers.append(_file_handler(settings, process, known))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(settings.log_level.upper())
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return handlers
+
+
+def release_logging(handlers: list[logging.Handler]) -> None:
+    """Undo `configure_logging`: detach the handlers and close their files."""
+    for handler in handlers:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def file_of(log_file: Path, process: str) -> Path:
+    """Each process rotates a file of its own: `x.log` for the gateway, `x.engine.log` beside it."""
+    path = log_file.expanduser()
+    return path if process == "gateway" else path.with_suffix(f".{process}{path.suffix}")
+
+
+def cap_file(path: Path, limit_bytes: int = STDERR_CAP_BYTES) -> None:
+    """Empty a file that another process holds open for appending, once it is over the limit.
+
+    launchd keeps its handle on standard error, so that file cannot be renamed away.
+    """
+    if path.is_file() and path.stat().st_size > limit_bytes:
+        with path.open("r+b") as file:
+            file.truncate(0)
+
+
+def _formatter(
+    settings: Settings, process: str, known: list[str], *, colour: bool
+) -> logging.Formatter:
+    if settings.log_format == "json":
+        return JsonFormatter(process, known)
+    return TextFormatter(process, known, colour=colour)
+
+
+def _file_handler(settings: Settings, process: str, known: list[str]) -> logging.Handler:
+    assert settings.log_file is not None
+    path = file_of(settings.log_file, process)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.handlers.RotatingFileHandler(
+        path,
+        maxBytes=settings.log_file_bytes,
+        backupCount=settings.log_file_keep,
+        encoding="utf-8",
+    )
+    handler.setFormatter(_formatter(settings, process, known, colour=False))
+    return handler
+
+
+def split_facts(message: str, args: Any) -> tuple[str, dict[str, Any]]:
+    """The event in words and its facts: `("loaded %s in ms=%d", ("a", 5))` → `loaded a`, `{ms: 5}`.
+
+    Only `key=%s` placeholders become facts; the other placeholders stay in the words.
+    """
+    if not isinstance(args, tuple):  # logging's single-mapping form, or no arguments at all
+        return (message % args if args else message), {}
+    words, facts, rest, end = "", {}, list(args), 0
+    for match in _SPECIFIER.finditer(message):
+        words += message[end : match.start()]
+        end = match.end()
+        if match[0] == "%%":
+            words += "%"
+        elif fact := _FACT.search(words):
+            facts[fact[1]] = rest.pop(0)
+            words = words[: fact.start()]
+        else:
+            words += match[0] % rest.pop(0)
+    return (words + message[end:]).strip(" ,"), facts
+
+
+def redact(text: str, known: list[str]) -> str:
+    """Blot out secrets and the query part of addresses."""
+    for secret in known:
+        text = text.replace(secret, "***") if secret else text
+    for pattern in _SECRETS:
+        text = pattern.sub("***", text)
+    return _QUERY.sub("?***", text)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per event."""
+
+    def __init__(self, process: str, known: list[str]) -> None:
+        super().__init__()
+        self._process = process
+        self._known = known
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render one event."""
+        words, facts = split_facts(str(record.msg), record.args)
+        line: dict[str, Any] = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "event": words,
+            "request_id": request_id.get(),
+            **_jsonable(facts),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        present = {key: value for key, value in line.items() if value is not None}
+        return redact(orjson.dumps(present).decode(), self._known)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, words, then the facts; coloured on a terminal."""
+
+    def __init__(self, process: str, known: list[str], *, colour: bool = False) -> None:
+        super().__init__()
+        self._process = process
+        self._known = known
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render one event."""
+        words, facts = split_facts(str(record.msg), record.args)
+        if (current := request_id.get()) is not None:
+            facts["request"] = current
+        tail = "".join(f" {self._dim(key + '=')}{_shown(value)}" for key, value in facts.items())
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = self._paint(f"{record.levelname.lower():<7}", _COLOURS.get(record.levelname, "0"))
+        line = f"{self._dim(clock)} {level} {self._process:<7} {' '.join(words.split())}{tail}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return redact(line, self._known)
+
+    def _paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+    def _dim(self, text: str) -> str:
+        return self._paint(text, "2")
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{clock}.{int(record.msecs):03d}Z"
+
+
+def _jsonable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in facts.items()}
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f'"{text}"' if " " in text else text.replace("\n", "\\n")

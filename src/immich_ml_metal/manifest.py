@@ -1,0 +1,101 @@
+"""What is known about the files of one model: origin, size, digest, when last found intact.
+
+Kept beside the model as `.immich-ml-metal.json`; without it the files count as placed by hand.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+NAME = ".immich-ml-metal.json"
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file as it was when last verified.
+
+    Attributes:
+        source: the repository or address it came from.
+        revision: the hub's commit, or the release on ModelScope.
+        fetched_at: unix seconds.
+        verified_at: unix seconds; when its digest last matched.
+    """
+
+    size_bytes: int
+    sha256: str
+    source: str
+    revision: str
+    fetched_at: float
+    verified_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The records of one model's files, by path relative to the model's folder."""
+
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def with_files(self, records: Mapping[str, FileRecord]) -> "Manifest":
+        """The same, with these records added or replaced."""
+        return Manifest({**self.files, **records})
+
+    def touched(self, paths: Mapping[str, float]) -> "Manifest":
+        """The same, with new `verified_at` for these paths."""
+        return Manifest(
+            {
+                path: replace(record, verified_at=paths.get(path, record.verified_at))
+                for path, record in self.files.items()
+            }
+        )
+
+
+def load_manifest(root: Path) -> Manifest:
+    """Read the manifest of the model in `root`; an absent or unreadable one knows no files."""
+    try:
+        data = json.loads((root / NAME).read_text(encoding="utf-8"))
+        return Manifest({path: FileRecord(**row) for path, row in data["files"].items()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return Manifest()  # its files then count as unverified, which is what we know
+
+
+def save_manifest(root: Path, manifest: Manifest) -> None:
+    """Write the manifest, replacing the old one in one step."""
+    data = {
+        "version": 1,
+        "files": {path: asdict(manifest.files[path]) for path in sorted(manifest.files)},
+    }
+    write_atomically(root / NAME, json.dumps(data, indent=1).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        with staged.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_sha1_of(path: Path) -> str:
+    """The id git, and so the hub, gives to a file's content."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Which side files an ONNX file needs, found by walking its skeleton without reading its weights.
+
+Big models keep weights in sibling files (ONNX external data). A walk touches a few pages of a file
+however large, and fails when the file is cut short, so it also tells a whole file from a torn one.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Field numbers of onnx.proto3 that lead to a TensorProto.
+_MODEL_GRAPH = 7
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
+_NODE_ATTRIBUTE = 5
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_TENSOR_EXTERNAL = 13
+
+_CHILDREN = {
+    "model": {_MODEL_GRAPH: "graph"},
+    "graph": {_GRAPH_NODE: "node", _GRAPH_INITIALIZER: "tensor", _GRAPH_SPARSE: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "node": {_NODE_ATTRIBUTE: "attribute"},
+    "attribute": {
+        _ATTRIBUTE_TENSOR: "tensor",
+        _ATTRIBUTE_TENSORS: "tensor",
+        _ATTRIBUTE_GRAPH: "graph",
+        _ATTRIBUTE_GRAPHS: "graph",
+    },
+    "tensor": {_TENSOR_EXTERNAL: "entry"},
+}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+class NotOnnx(ValueError):
+    """The file is torn or is not an ONNX model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalFile:
+    """A side file, relative to the ONNX file's folder, and the bytes it must at least have."""
+
+    location: str
+    min_bytes: int
+
+
+def external_files(path: Path) -> tuple[ExternalFile, ...]:
+    """The side files of the ONNX model at `path`; empty when its weights are inside.
+
+    Raises:
+        NotOnnx: the file is empty, torn, or something else.
+        OSError: it cannot be read.
+    """
+    needed: dict[str, int] = {}
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            raise NotOnnx(f"{path} is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            walk = _Walk(view)
+            for entry in walk.tensors_outside():
+                location, end = entry
+                needed[location] = max(needed.get(location, 0), end)
+            if not walk.saw_graph:
+                raise NotOnnx(f"{path} is not an ONNX model")
+    return tuple(ExternalFile(location, end) for location, end in sorted(needed.items()))
+
+
+class _Walk:
+    """One pass over a model's messages."""
+
+    def __init__(self, view: mmap.mmap) -> None:
+        self._view = view
+        self.saw_graph = False
+
+    def tensors_outside(self) -> Iterator[tuple[str, int]]:
+        """(location, end of the bytes used) of every tensor kept in a side file."""
+        yield from self._message("model", 0, len(self._view))
+
+    def _message(self, kind: str, start: int, end: int) -> Iterator[tuple[str, int]]:
+        children = _CHILDREN[kind]
+        entries: dict[str, str] = {}
+        for number, lo, hi in self._fields(start, end):
+            child = children.get(number)
+            if child == "entry":
+                key, value = self._entry(lo, hi)
+                entries[key] = value
+            elif child is not None:
+                self.saw_graph |= child == "graph"
+                yield from self._message(child, lo, hi)
+        if "location" in entries:
+            offset, length = (int(entries.get(name) or 0) for name in ("offset", "length"))
+            yield entries["location"], offset + length
+
+    def _entry(self, start: int, end: int) -> tuple[str, str]:
+        """A StringStringEntryProto."""
+        text = {number: self._view[lo:hi] for number, lo, hi in self._fields(start, end)}
+        try:
+            return text.get(1, b"").decode(), text.get(2, b"").decode()
+        except UnicodeDecodeError as exc:
+            raise NotOnnx("a side file's name is not text") from exc
+
+    def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(number, start, end) of every length-delimited field in a message."""
+        at = start
+        while at < end:
+            tag, at = self._varint(at, end)
+            number, wire = tag >> 3, tag & 7
+            size = 0
+            if wire == _VARINT:
+                _, at = self._varint(at, end)
+            elif wire in (_FIXED64, _FIXED32):
+                size = 8 if wire == _FIXED64 else 4
+            elif wire == _BYTES:
+                size, at = self._varint(at, end)
+            else:
+                raise NotOnnx(f"wire type {wire} at byte {at}")
+            if number == 0 or at + size > end:
+                raise NotOnnx(f"torn at byte {at}: a field goes on for {size} bytes")
+            if wire == _BYTES:
+                yield number, at, at + size
+            at += size
+
+    def _varint(self, at: int, end: int) -> tuple[int, int]:
+        value = shift = 0
+        while at < end and shift < 70:
+            byte = self._view[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value, at
+        raise NotOnnx(f"torn at byte {at}")

@@ -1,0 +1,221 @@
+"""Loaded models: fetched and loaded once, shared by every request, unloaded when idle.
+
+A model that is in use is never unloaded. Knows nothing about pictures or HTTP.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from immich_ml_metal.backends.base import AnyModel, Engine
+from immich_ml_metal.batcher import Batcher
+from immich_ml_metal.device import CpuThreads
+from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+
+log = logging.getLogger(__name__)
+
+_FETCHES_AT_ONCE = 4  # downloads side by side, so that one slow model does not block another
+
+EngineTable = Mapping[tuple[Task, Part], Engine]
+
+
+class Store(Protocol):
+    """Where model files come from."""
+
+    def ensure(self, key: ModelKey) -> ModelFiles:
+        """The files of a model, fetched first when they are not here. Blocks."""
+        ...
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model in memory, its queue, and who uses it."""
+
+    key: ModelKey
+    engine: Engine
+    model: AnyModel
+    batcher: Batcher[Any, Any]  # Any: models of every kind side by side
+    loaded_in_s: float
+    last_used: float
+    users: int = 0
+    is_closed: bool = False
+
+
+class Pool:
+    """The models of one process. Event loop only."""
+
+    def __init__(
+        self,
+        engines: EngineTable,
+        store: Store,
+        threads: CpuThreads,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`threads` fetch files and run the models' CPU verbs."""
+        self._engines = engines
+        self._store = store
+        self._threads = threads
+        self._metrics = metrics
+        self._files_threads = CpuThreads(_FETCHES_AT_ONCE)
+        self._clock = clock
+        self._models: dict[ModelKey, asyncio.Task[Loaded]] = {}
+        self.progress = 0  # grows with every step any model makes
+
+    @property
+    def loaded(self) -> list[Loaded]:
+        """Models that are ready."""
+        return [
+            task.result()
+            for task in self._models.values()
+            if task.done() and not task.cancelled() and task.exception() is None
+        ]
+
+    @property
+    def loading(self) -> list[ModelKey]:
+        """Models that are being fetched or loaded."""
+        return [key for key, task in self._models.items() if not task.done()]
+
+    def serves(self, key: ModelKey) -> bool:
+        """Whether an engine is set for this half; Apple Vision reads text while detecting it."""
+        return (key.task, key.part) in self._engines
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every loaded model for `/health`: name, engine, size, use."""
+        now = self._clock()
+        return [
+            {
+                "model": loaded.key.name,
+                "task": loaded.key.task,
+                "part": loaded.key.part,
+                "engine": loaded.engine.name,
+                "size_bytes": loaded.model.size_bytes,
+                "loaded_in_s": round(loaded.loaded_in_s, 3),
+                "users": loaded.users,
+                "idle_s": round(now - loaded.last_used, 1),
+            }
+            for loaded in self.loaded
+        ]
+
+    async def get(self, key: ModelKey) -> Loaded:
+        """The model, fetched and loaded first if need be; callers at the same time share one load.
+
+        Raises:
+            ModelError: it cannot be fetched or loaded. The next call tries again.
+        """
+        task = self._models.get(key)
+        if task is None:
+            task = asyncio.create_task(self._load(key))
+            self._models[key] = task
+            task.add_done_callback(lambda done: self._forget_failure(key, done))
+        return await asyncio.shield(task)  # a caller that hangs up does not stop the load
+
+    @asynccontextmanager
+    async def lease(self, key: ModelKey) -> AsyncIterator[Loaded]:
+        """Hold the model in memory for the length of the block."""
+        loaded = await self.get(key)
+        while loaded.is_closed:  # unloaded between its load and our turn
+            loaded = await self.get(key)
+        loaded.users += 1
+        try:
+            yield loaded
+        finally:
+            loaded.users -= 1
+            loaded.last_used = self._clock()
+
+    async def run(self, key: ModelKey, item: Any) -> Any:
+        """Take one item through the model's three verbs.
+
+        Any: what goes in and out is the model's own (`tasks`).
+        """
+        async with self.lease(key) as loaded:
+            model, label = loaded.model, f"{key.task}/{key.part}"
+            with self._metrics.stage(label, "preprocess"):
+                blob = await self._threads.run(lambda: model.preprocess(item))
+            raw = await loaded.engine.device.submit(loaded.batcher, blob)
+            self.progress += 1
+            with self._metrics.stage(label, "postprocess"):
+                return await self._threads.run(lambda: model.postprocess(raw, item))
+
+    async def _load(self, key: ModelKey) -> Loaded:
+        engine = self._engines[key.task, key.part]
+        outcome = "failed"
+        try:
+            files = await self._fetch(key) if engine.needs_files else None
+            start = self._clock()
+            model = await engine.device.call(lambda: engine.load(key, files))
+            outcome = "ok"
+        finally:
+            self._metrics.model_loads.labels(str(key), engine.name, outcome).inc()
+        self.progress += 1
+        elapsed_s = self._clock() - start
+        self._metrics.model_load_seconds.labels(engine.name).observe(elapsed_s)
+        self._metrics.model_bytes.labels(str(key)).set(model.size_bytes)
+        log.info("loaded model=%s engine=%s seconds=%.2f", key, engine.name, elapsed_s)
+        batcher = Batcher(
+            model.infer,
+            name=str(key),
+            max_batch=model.max_batch,
+            watch=_BatchWatch(self._metrics, key),
+        )
+        return Loaded(key, engine, model, batcher, elapsed_s, self._clock())
+
+    async def _fetch(self, key: ModelKey) -> ModelFiles:
+        files = await self._files_threads.run(lambda: self._store.ensure(key))
+        self.progress += 1
+        return files
+
+    def _forget_failure(self, key: ModelKey, task: asyncio.Task[Loaded]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._models.pop(key, None)
+
+    async def unload_idle(self, idle_s: float) -> list[ModelKey]:
+        """Unload every model that nobody has used for `idle_s` seconds; say which."""
+        now = self._clock()
+        idle = [
+            loaded
+            for loaded in self.loaded
+            if loaded.users == 0 and now - loaded.last_used >= idle_s
+        ]
+        for loaded in idle:  # first all out of reach, then the slow part
+            loaded.is_closed = True
+            del self._models[loaded.key]
+        for loaded in idle:
+            await loaded.engine.device.call(loaded.model.close)
+            self._metrics.model_evictions.labels("idle").inc()
+            self._metrics.model_bytes.remove(str(loaded.key))
+            log.info("unloaded model=%s engine=%s", loaded.key, loaded.engine.name)
+        return [loaded.key for loaded in idle]
+
+    async def close(self) -> None:
+        """Unload everything and end the engines' threads."""
+        for task in self._models.values():
+            task.cancel()
+        await asyncio.gather(*self._models.values(), return_exceptions=True)
+        await self.unload_idle(float("-inf"))
+        for engine in set(self._engines.values()):
+            engine.device.close()
+        self._files_threads.close()
+
+
+class _BatchWatch:
+    """Tells the metrics how long items waited and how long their batch ran."""
+
+    def __init__(self, metrics: Metrics, key: ModelKey) -> None:
+        label = f"{key.task}/{key.part}"
+        self._wait = metrics.stage_seconds.labels(label, "queue")
+        self._run = metrics.stage_seconds.labels(label, "infer")
+        self._items = metrics.batch_items.labels(str(key))
+
+    def waited(self, seconds: float) -> None:
+        self._wait.observe(seconds)
+
+    def ran(self, items: int, seconds: float) -> None:
+        self._items.observe(items)
+        self._run.observe(seconds)

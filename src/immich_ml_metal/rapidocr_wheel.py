@@ -1,0 +1,29 @@
+"""The text models inside the installed `rapidocr` wheel: text without any download."""
+
+from importlib import metadata
+from pathlib import Path
+
+from immich_ml_metal.catalog import ModelSpec
+from immich_ml_metal.manifest import sha256_of
+from immich_ml_metal.types import ModelFiles, Part
+
+
+def find_in_wheel(spec: ModelSpec, part: Part) -> ModelFiles | None:
+    """The half's file in the wheel, if it is there and has the official file's digest."""
+    pinned = spec.pinned.get(part)
+    folder = _models_folder()
+    if pinned is None or folder is None:
+        return None
+    graph = folder / Path(pinned.path).name
+    if not graph.is_file() or sha256_of(graph) != pinned.sha256:
+        return None  # another release of the wheel carries another file under this name
+    return ModelFiles(graph=graph, folder=folder, root=folder)
+
+
+def _models_folder() -> Path | None:
+    try:
+        found = metadata.distribution("rapidocr").locate_file("rapidocr/models")
+    except metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(found))
+    return folder if folder.is_dir() else None

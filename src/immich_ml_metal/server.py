@@ -1,0 +1,270 @@
+"""The engine app: HTTP in, HTTP out. The only module that knows about status codes."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException
+
+from immich_ml_metal import __version__, errors
+from immich_ml_metal.config import Settings
+from immich_ml_metal.device import CpuThreads
+from immich_ml_metal.images import ImageLimits, PictureCache, decode
+from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
+from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
+from immich_ml_metal.pipeline import Pipeline, model_keys
+from immich_ml_metal.pool import EngineTable, Pool, Store
+from immich_ml_metal.types import Part, Task, TaskRequest
+from immich_ml_metal.wire import parse_entries, render
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[errors.ServiceError], int] = {
+    errors.InvalidEntries: 422,
+    errors.UnknownModel: 422,
+    errors.MissingPayload: 400,
+    errors.MissingDependency: 400,
+    errors.InvalidImage: 400,
+    errors.ImageTooLarge: 413,
+    errors.ModelUnavailable: 503,
+    errors.DownloadFailed: 503,
+    errors.LoadFailed: 500,
+    errors.InferenceError: 500,
+    errors.InvalidOutput: 500,
+    errors.TimedOut: 503,
+    errors.Overloaded: 503,
+}
+_CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
+_FORM_OVERHEAD_BYTES = 2**20  # entries, text and boundaries around the largest upload
+_UNLOAD_EVERY_S = 10.0
+
+
+def create_app(settings: Settings, engines: EngineTable, store: Store) -> FastAPI:
+    """Build the engine app around its engines and its model store; no module-level state."""
+    service = Service(settings, engines, store)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service:
+            yield
+
+    app = FastAPI(title="immich-ml-metal", version=__version__, lifespan=lifespan)
+    app.get("/")(service.root)
+    app.get("/ping")(service.ping)
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.render_metrics)
+    app.post("/predict")(service.predict)
+    app.exception_handler(errors.ServiceError)(_on_service_error)
+    app.exception_handler(Exception)(_on_unexpected_error)
+    return app
+
+
+class Service:
+    """The routes and what they share: threads, pictures, models, numbers."""
+
+    def __init__(self, settings: Settings, engines: EngineTable, store: Store) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self._engines = engines
+        self._threads = CpuThreads(settings.request_threads)
+        self.pool = Pool(engines, store, self._threads, self.metrics)
+        limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
+        self._pictures = PictureCache(
+            lambda data: decode(data, limits),
+            self._threads,
+            max_bytes=settings.image_cache_bytes,
+        )
+        self._pipeline = Pipeline(
+            self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
+        )
+        self._admitted = asyncio.Semaphore(settings.max_concurrent_requests)
+        self._started = time.monotonic()
+        self._in_flight = 0
+        self._answered = 0
+        self._unloader: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Service":
+        if self.settings.model_ttl_s > 0:
+            self._unloader = asyncio.create_task(self._unload_idle_models())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._unloader is not None:
+            self._unloader.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._unloader
+        await self.pool.close()
+        self._threads.close()
+
+    async def _unload_idle_models(self) -> None:
+        while True:
+            await asyncio.sleep(min(_UNLOAD_EVERY_S, self.settings.model_ttl_s))
+            await self.pool.unload_idle(self.settings.model_ttl_s)
+
+    # -- routes ------------------------------------------------------------------------------------
+
+    async def root(self) -> dict[str, str]:
+        """Who is here, in the official service's words."""
+        return {"message": "Immich ML"}
+
+    async def ping(self) -> PlainTextResponse:
+        """Whether requests are answered; never waits for anything."""
+        return PlainTextResponse("pong")
+
+    async def health(self) -> JSONResponse:
+        """What runs where, as JSON. Never loads anything."""
+        return JSONResponse(
+            {
+                "status": "ok",
+                "version": __version__,
+                "uptime_s": round(time.monotonic() - self._started, 1),
+                "in_flight": self._in_flight,
+                "progress": self.pool.progress + self._answered,
+                "engines": {
+                    f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
+                },
+                "models": self.pool.describe(),
+                "loading": [str(key) for key in self.pool.loading],
+                "picture_cache_bytes": self._pictures.size_bytes,
+            }
+        )
+
+    async def render_metrics(self) -> Response:
+        """This process's numbers, for Prometheus."""
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def predict(self, request: Request) -> Response:
+        """Read the form, parse the entries, run the pipeline, render the answer."""
+        with request_scope(request.headers.get(REQUEST_ID_HEADER)):
+            form = await self._read_form(request)
+            tasks = parse_entries(
+                _entries_field(form), face_min_score=self.settings.face_min_score
+            )
+            image, text = await _payload(form)
+            return await _unless_gone(request, self._answer(tasks, image, text))
+
+    async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
+        self._in_flight += 1
+        status = 500
+        try:
+            async with self._admitted:
+                answer = await self._pipeline.answer(tasks, image, text)
+            body = render(answer)
+            status = 200
+            return Response(body, media_type="application/json")
+        except errors.ServiceError as exc:
+            status = STATUS[type(exc)]
+            raise
+        finally:
+            self._in_flight -= 1
+            self._answered += 1
+            for task in sorted({key.task for key in model_keys(tasks)}):
+                self.metrics.requests.labels(task, str(status)).inc()
+
+    async def _read_form(self, request: Request) -> FormData:
+        limit = self.settings.max_image_size_bytes
+        with self.metrics.stage("request", "read"):
+            return await read_form(request, limit_bytes=limit)
+
+
+# -- the form --------------------------------------------------------------------------------------
+
+
+async def read_form(request: Request, *, limit_bytes: int) -> FormData:
+    """Parse the body while it arrives, and stop reading at the limit.
+
+    Raises:
+        ImageTooLarge: more than `limit_bytes` of upload.
+        InvalidEntries: the body is not a form.
+    """
+    allowed = limit_bytes + _FORM_OVERHEAD_BYTES
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > allowed:
+        raise errors.ImageTooLarge(f"the upload has {length} bytes, limit {limit_bytes}")
+    receive, taken = request.receive, 0
+
+    async def limited() -> Any:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > allowed:
+            raise errors.ImageTooLarge(f"the upload has over {taken} bytes, limit {limit_bytes}")
+        return message
+
+    counted = Request(request.scope, limited)
+    try:
+        return await counted.form(max_part_size=limit_bytes)
+    except (MultiPartException, ValueError) as exc:
+        raise errors.InvalidEntries(f"the body is not a form: {exc}") from exc
+
+
+def _entries_field(form: FormData) -> str:
+    value = form.get("entries")
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise errors.InvalidEntries("the form field 'entries' is missing")
+    raise errors.InvalidEntries("the form field 'entries' is a file, it must be a text")
+
+
+async def _payload(form: FormData) -> tuple[bytes | None, str | None]:
+    """The image's bytes and the text; an empty text counts as none."""
+    image, text = form.get("image"), form.get("text")
+    if isinstance(image, UploadFile):
+        return await image.read(), None
+    if isinstance(image, str):
+        return image.encode(), None
+    return None, text if isinstance(text, str) and text else None
+
+
+async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
+    """Await `work`, but cancel it when the caller hangs up."""
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_wait_for_hang_up(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        return Response(status_code=_CLIENT_GONE)
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _wait_for_hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+async def _on_service_error(_: Request, exc: Exception) -> JSONResponse:
+    status = STATUS[type(exc)]  # type: ignore[index]  # registered for ServiceError only
+    if status >= 500:
+        log.error("request failed status=%d", status, exc_info=exc)
+    return JSONResponse({"detail": str(exc)}, status_code=status)
+
+
+async def _on_unexpected_error(_: Request, exc: Exception) -> JSONResponse:
+    log.error("request failed status=500", exc_info=exc)
+    return JSONResponse(
+        {"detail": f"internal error: {type(exc).__name__}: {exc}"}, status_code=500
+    )
+
+
+def every_part(engine: Any) -> EngineTable:
+    """One engine for everything."""
+    parts = {
+        Task.CLIP: (Part.VISUAL, Part.TEXTUAL),
+        Task.FACES: (Part.DETECTION, Part.RECOGNITION),
+        Task.OCR: (Part.DETECTION, Part.RECOGNITION),
+    }
+    return {(task, part): engine for task in parts for part in parts[task]}

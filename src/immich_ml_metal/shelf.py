@@ -1,0 +1,124 @@
+"""Where models lie on disk, and what state each file of one half is in. No network.
+
+The layout is Immich's own, so that an existing cache folder can be mounted or copied:
+`<models_dir>/<task>/<name>[/<revision> if not main]/<part>/model.onnx`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from immich_ml_metal.catalog import Family, ModelSpec
+from immich_ml_metal.manifest import FileRecord, load_manifest, sha256_of
+from immich_ml_metal.onnx_files import NotOnnx, external_files
+from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+
+STAGING = ".incoming"  # beside the target, so that a rename never crosses a file system
+GRAPH = "model.onnx"
+
+
+class State(StrEnum):
+    """What is known of a file."""
+
+    VERIFIED = "verified"  # as downloaded: size and, when asked for, digest match the record
+    UNVERIFIED = "unverified"  # placed by hand and readable; used as it is
+    DAMAGED = "damaged"  # torn, or not what was downloaded
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """The model folder at one revision."""
+
+    models_dir: Path
+    revision: str
+
+    def root(self, key: ModelKey) -> Path:
+        """The folder that both halves of a model share."""
+        root = self.models_dir / key.task / key.name
+        return root if self.revision == "main" else root / self.revision
+
+    def files(self, key: ModelKey) -> ModelFiles:
+        """Where a half lies, or would lie."""
+        root = self.root(key)
+        return ModelFiles(graph=root / key.part / GRAPH, folder=root / key.part, root=root)
+
+    def staging(self, key: ModelKey) -> Path:
+        """Where a half is downloaded before it is renamed into place."""
+        return self.root(key) / STAGING / key.part
+
+    def lock_path(self, key: ModelKey, what: str) -> Path:
+        """The lock file for one half (`what` is the part), or for the manifest."""
+        name = f"{key.task}--{key.name}--{self.revision}--{what}.lock"
+        return self.models_dir / ".locks" / name
+
+
+def check_part(
+    root: Path, spec: ModelSpec, part: Part, *, digests: bool = False
+) -> Mapping[str, State]:
+    """The state of every file of one half, by path relative to `root`.
+
+    Args:
+        root: the model's folder.
+        spec: which model.
+        part: which half.
+        digests: read every recorded file and compare its SHA-256, instead of sizes only.
+    """
+    records = load_manifest(root).files
+    paths = {*_required(spec, part), *(p for p in records if p.startswith(f"{part}/"))}
+    sides = _side_files(root / part / GRAPH)
+    paths |= {f"{part}/{name}" for name in sides}
+    return {
+        path: _state(root / path, records.get(path), sides.get(path.partition("/")[2]), digests)
+        for path in sorted(paths)
+    }
+
+
+def is_usable(states: Mapping[str, State]) -> bool:
+    """Whether a half in these states can be loaded."""
+    return all(state in (State.VERIFIED, State.UNVERIFIED) for state in states.values())
+
+
+def _required(spec: ModelSpec, part: Part) -> tuple[str, ...]:
+    graph = f"{part}/{GRAPH}"
+    if spec.task is not Task.CLIP:
+        return (graph,)
+    if part is Part.VISUAL:
+        return (graph, f"{part}/preprocess_cfg.json")
+    config = ("config.json",) if spec.family is Family.OPENCLIP else ()
+    return (graph, f"{part}/tokenizer.json", f"{part}/tokenizer_config.json", *config)
+
+
+def _side_files(graph: Path) -> dict[str, int]:
+    """External-data files by name, with the least size each must have."""
+    try:
+        return {side.location: side.min_bytes for side in external_files(graph)}
+    except (OSError, NotOnnx):
+        return {}  # absent or torn: `_state` says so of the graph itself
+
+
+def _state(path: Path, record: FileRecord | None, min_bytes: int | None, digests: bool) -> State:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return State.MISSING
+    if record is not None and size == record.size_bytes:
+        intact = not digests or sha256_of(path) == record.sha256
+        return State.VERIFIED if intact else State.DAMAGED
+    if size < (min_bytes or 0) or not _is_sound(path):
+        return State.DAMAGED
+    return State.UNVERIFIED
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a file without a matching record is at least whole in its own format."""
+    try:
+        if path.suffix == ".onnx":
+            external_files(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
