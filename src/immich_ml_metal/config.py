@@ -242,6 +242,27 @@ class Settings(BaseModel):
         help="After an outage that failed answers, ask Immich once for its missing jobs.",
     )
 
+    # mlx
+    mlx_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting(
+        "auto",
+        "ML_MLX_DTYPE",
+        help="Number format of the mlx engine; auto is float16 on a GPU, float32 on a CPU.",
+    )
+    mlx_max_batch: int = _setting(
+        8, "ML_MLX_MAX_BATCH", ge=1, help="Most pictures, texts or lines in one run on MLX."
+    )
+    mlx_cache_limit_bytes: Size = _setting(
+        512 * MIB, "ML_MLX_CACHE_LIMIT", help="Freed memory that MLX may keep for reuse."
+    )
+    mlx_memory_limit_bytes: Size | None = _setting(
+        None,
+        "ML_MLX_MEMORY_LIMIT",
+        help="Memory from which on MLX waits; unset is MLX's own limit.",
+    )
+    mlx_prepared: bool = _setting(
+        True, "ML_MLX_PREPARED", help="Keep converted weights beside the model, for faster loading."
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:

@@ -157,13 +157,19 @@ def place(program: Program, dtype: mx.Dtype) -> dict[str, Value]:
 
     To be called on the thread that will run the program.
     """
-    on_device = device_constants(program)
-    placed: dict[str, Value] = dict(program.constants)
+    constants: dict[str, Value] = dict(program.constants)
+    place_in(constants, device_constants(program), dtype)
+    return constants
+
+
+def place_in(constants: dict[str, Value], on_device: set[str], dtype: mx.Dtype) -> None:
+    """Move the named constants to the device, each leaving NumPy before the next is converted."""
     for name in on_device:
-        array = to_device(program.constants[name], dtype)
-        mx.eval(array)  # one by one: the float32 original is freed before the next is made
-        placed[name] = array
-    return placed
+        value = constants.pop(name)
+        array = value if isinstance(value, mx.array) else to_device(value, dtype)
+        del value
+        mx.eval(array)
+        constants[name] = array
 
 
 def infer_shapes(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Value]:

@@ -6,8 +6,8 @@ from types import MappingProxyType
 from immich_ml_metal.onnx_mlx.graph import Program
 from immich_ml_metal.onnx_mlx.passes.activation import fuse_gelu, fuse_hard_swish, fuse_swish
 from immich_ml_metal.onnx_mlx.passes.attention import fuse_attention
-from immich_ml_metal.onnx_mlx.passes.batch_norm import fold_batch_norm
-from immich_ml_metal.onnx_mlx.passes.casts import drop_casts
+from immich_ml_metal.onnx_mlx.passes.conv import fold_batch_norm, fold_bias
+from immich_ml_metal.onnx_mlx.passes.idle import drop_idle
 from immich_ml_metal.onnx_mlx.passes.layer_norm import fuse_layer_norm
 from immich_ml_metal.onnx_mlx.passes.layout import lay_out
 from immich_ml_metal.onnx_mlx.passes.linear import fuse_linear
@@ -17,8 +17,9 @@ Pass = Callable[[Program], Program]
 
 PASSES: Mapping[str, Pass] = MappingProxyType(
     {
-        "casts": drop_casts,
+        "idle": drop_idle,
         "batch_norm": fold_batch_norm,
+        "conv_bias": fold_bias,
         "attention": fuse_attention,
         "linear": fuse_linear,
         "layer_norm": fuse_layer_norm,

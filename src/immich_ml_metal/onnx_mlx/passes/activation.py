@@ -110,8 +110,10 @@ def _fuse_product(program: Program) -> Program:
         if gate.op != "HardSigmoid" or not _close(_number(gate, "alpha", 0.2), 1 / 6):
             continue
         product = editor.user(gate.outputs[0], "Mul")
-        if product and _partner(product, gate.outputs[0]) == gate.inputs[0] and (
-            _close(_number(gate, "beta", 0.5), 0.5)
+        if (
+            product
+            and _partner(product, gate.outputs[0]) == gate.inputs[0]
+            and (_close(_number(gate, "beta", 0.5), 0.5))
         ):
             fused = Node("HardSwish", gate.inputs, product.outputs, {}, gate.name)
             editor.replace(product, fused)

@@ -103,7 +103,9 @@ class _Rewriter:
 
     # -- what rules are made of ---------------------------------------------------------------
 
-    def emit(self, node: Node, *, op: str = "", inputs: tuple[str, ...] = (), **extra: Attribute) -> None:
+    def emit(
+        self, node: Node, *, op: str = "", inputs: tuple[str, ...] = (), **extra: Attribute
+    ) -> None:
         """Add the node to the new program, changed as told."""
         attributes = {**node.attributes, **extra}
         self._nodes.append(

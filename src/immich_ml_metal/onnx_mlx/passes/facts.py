@@ -2,30 +2,41 @@
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node
 
-# operators whose result has the rank of their first input
+# operators whose result has the rank of their first input that is not a constant
 _SAME_RANK = frozenset(
     "Add Sub Mul Div Pow Cast Softmax Where Relu Sigmoid Erf Sqrt LayerNormalization Identity "
-    "Slice Linear Swish Gelu HardSwish Clip".split()
+    "Slice Linear Swish Gelu HardSwish Clip Dropout".split()
 )
-_DEPTH = 64  # nodes to look back through
+_DEPTH = 32  # nodes to look back through
 
 
-def rank_of(editor: Editor, name: str) -> int | None:
-    """The number of axes of a value, where a nearby node or constant gives it away."""
-    for _ in range(_DEPTH):
-        if name in editor.constants:
-            return editor.constants[name].ndim
-        node = editor.producer(name)
-        if node is None:
+def rank_of(editor: Editor, name: str, depth: int = _DEPTH) -> int | None:
+    """The number of axes of a value, where constants and nearby nodes give it away."""
+    if name in editor.constants:
+        return editor.constants[name].ndim
+    node = editor.producer(name)
+    if node is None or not depth:
+        return None
+    perm = node.attributes.get("perm")
+    if isinstance(perm, tuple):
+        return len(perm)
+    if node.op == "Reshape" and node.inputs[1] in editor.constants:
+        return editor.constants[node.inputs[1]].size
+    if node.op == "MatMul":
+        ranks = [rank_of(editor, i, depth - 1) for i in node.inputs]
+        return None if None in ranks else max(r for r in ranks if r is not None)
+    if node.op in ("Squeeze", "Unsqueeze"):
+        rank, axes = rank_of(editor, node.inputs[0], depth - 1), constant_list(editor, node, "axes", 1)
+        if rank is None or axes is None:
             return None
-        if node.op == "Transpose" and "perm" in node.attributes:
-            return len(node.attributes["perm"])  # type: ignore[arg-type]
-        if node.op == "Reshape" and node.inputs[1] in editor.constants:
-            return editor.constants[node.inputs[1]].size
-        if node.op not in _SAME_RANK:
-            return None
-        name = next((i for i in node.inputs if i not in editor.constants), node.inputs[0])
-    return None
+        return rank - len(axes) if node.op == "Squeeze" else rank + len(axes)
+    if node.op not in _SAME_RANK:
+        return None
+    return rank_of(editor, _variable(editor, node), depth - 1)
+
+
+def _variable(editor: Editor, node: Node) -> str:
+    return next((i for i in node.inputs if i not in editor.constants), node.inputs[0])
 
 
 def is_last_axis(editor: Editor, name: str, axis: int) -> bool:

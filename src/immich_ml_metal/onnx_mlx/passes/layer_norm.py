@@ -14,7 +14,9 @@ def fuse_layer_norm(program: Program) -> Program:
         if found is not None:
             source, last, inputs, epsilon = found
             attributes = {"axis": -1, "epsilon": epsilon}
-            fused = Node("LayerNormalization", (source, *inputs), last.outputs, attributes, last.name)
+            fused = Node(
+                "LayerNormalization", (source, *inputs), last.outputs, attributes, last.name
+            )
             editor.replace(last, fused)
     return editor.finish()
 
@@ -30,7 +32,9 @@ def _match(editor: Editor, division: Node) -> tuple[str, Node, tuple[str, str], 
         return None
     scale = _other(scaled, division.outputs[0])
     bias = _other(shifted, scaled.outputs[0])
-    if any(name not in editor.constants or editor.constants[name].ndim != 1 for name in (scale, bias)):
+    if any(
+        name not in editor.constants or editor.constants[name].ndim != 1 for name in (scale, bias)
+    ):
         return None
     return source, shifted, (scale, bias), epsilon
 

@@ -139,7 +139,9 @@ class _Layout:
         value = self._constants[name]
         if value.size == 1:
             return name
-        return self._constant(name, value.reshape((1,) * (RANK - value.ndim) + value.shape).transpose(TO_LAST))
+        return self._constant(
+            name, value.reshape((1,) * (RANK - value.ndim) + value.shape).transpose(TO_LAST)
+        )
 
     def _reduce(self, node: Node) -> bool:
         if node.inputs[0] not in self._last:
@@ -182,7 +184,10 @@ class _Layout:
             return False
         turned = given.reshape(2, RANK)[:, list(TO_LAST)].ravel()
         attributes = {**node.attributes, "pads": tuple(int(v) for v in turned)}
-        inputs = (self._last[node.inputs[0]], *(["", *node.inputs[2:]] if len(node.inputs) > 2 else []))  # noqa: PLR2004
+        inputs = (
+            self._last[node.inputs[0]],
+            *(["", *node.inputs[2:]] if len(node.inputs) > 2 else []),
+        )  # noqa: PLR2004
         return self._emit_last(node, inputs, attributes)
 
     def _transpose(self, node: Node) -> bool:

@@ -1,4 +1,7 @@
-"""Casts between floating types vanish: the whole network computes in one type of our choice."""
+"""What changes nothing vanishes: Identity, + 0, * 1, and casts between floating types.
+
+The whole network computes in one floating type of our choice, whatever the file casts to.
+"""
 
 import numpy as np
 from onnx import TensorProto
@@ -21,8 +24,8 @@ SAME_TYPE = frozenset(
 _DEPTH = 32
 
 
-def drop_casts(program: Program) -> Program:
-    """Remove Identity, and Cast from a computed float to any other width."""
+def drop_idle(program: Program) -> Program:
+    """Remove operations without effect."""
     editor = Editor(program)
     alias: dict[str, str] = {}
     for node in editor:
@@ -38,8 +41,18 @@ def drop_casts(program: Program) -> Program:
 def _is_idle(editor: Editor, node: Node, inputs: tuple[str, ...]) -> bool:
     if node.op == "Identity":
         return True
+    if node.op in ("Add", "Mul"):
+        return _is_neutral(editor, node, inputs)
     wide = node.op == "Cast" and node.attributes.get("to") in FLOATS
     return wide and _is_computed_float(editor, inputs[0])
+
+
+def _is_neutral(editor: Editor, node: Node, inputs: tuple[str, ...]) -> bool:
+    """x + 0 and x * 1, as Paddle's `scale` leaves them; the constant has no axes to give to x."""
+    constant = editor.constants.get(inputs[1])
+    if constant is None or constant.ndim or inputs[0] in editor.constants:
+        return False
+    return bool(constant == (0 if node.op == "Add" else 1))
 
 
 def _is_computed_float(editor: Editor, name: str) -> bool:
