@@ -1,7 +1,7 @@
 """MLX: Immich's own ONNX files on the Apple GPU (and, for tests, on a Linux CPU).
 
-One thread owns MLX for the life of the process: it loads, traces, runs, converts and frees. No array
-of MLX ever leaves it. The process must not fork once MLX has been used.
+One thread owns MLX for the life of the process: it loads, traces, runs, converts and frees. No
+array of MLX ever leaves it. The process must not fork once MLX has been used.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""`python -m immich_ml_metal.onnx_mlx MODEL.onnx`: explain a model, or compare it with ONNX Runtime."""
+"""`python -m immich_ml_metal.onnx_mlx MODEL.onnx`: explain it, or compare it with ONNX Runtime."""
 
 import sys
 from enum import StrEnum

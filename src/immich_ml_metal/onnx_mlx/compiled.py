@@ -1,4 +1,4 @@
-"""A model on MLX as the service sees it: NumPy in, NumPy out, one compiled function per input shape.
+"""A model on MLX as the service sees it: NumPy in and out, one compiled function per shape.
 
 Lives on one thread: load, run and close must be called on the thread that owns MLX.
 """

@@ -173,7 +173,7 @@ def place_in(constants: dict[str, Value], on_device: set[str], dtype: mx.Dtype) 
 
 
 def infer_shapes(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Value]:
-    """Every value for inputs of these shapes: NumPy where it is known, else lazy zeros of its shape.
+    """Every value for inputs of these shapes: NumPy where known, else lazy zeros of its shape.
 
     Nothing is computed: MLX is lazy, and nothing asks for the zeros.
     """

@@ -1,4 +1,4 @@
-"""What the compiler makes of a model: operators, fusions, parameters, work and shapes, as a table."""
+"""What the compiler makes of a model: operators, fusions, parameters, work and shapes."""
 
 import math
 from collections import Counter
@@ -69,7 +69,7 @@ def explain(path: Path, shapes: Mapping[str, Shape] | None = None) -> Explanatio
 
 def count_flops(node: Node, values: Mapping[str, Value]) -> int:
     """Multiplications and additions of a node; only the operators that matter are counted."""
-    out = values[node.outputs[0]] if node.outputs[0] in values else None
+    out = values.get(node.outputs[0], None)
     if not isinstance(out, mx.array):
         return 0
     if node.op in ("Conv", "ConvTranspose"):

@@ -1,12 +1,12 @@
-"""Constant folding: what does not depend on the input is computed once, when the model is loaded."""
+"""Constant folding: what does not depend on the input is computed once, at load."""
+
+import mlx.core as mx
 
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_mlx.executor import infer_shapes
 from immich_ml_metal.onnx_mlx.graph import Node, Program, prune, replace_body
 from immich_ml_metal.onnx_mlx.host import evaluate
 from immich_ml_metal.types import Tensor
-
-import mlx.core as mx
 
 GROWTH_BYTES = 2**26  # a folded value this much larger than its inputs stays an operation
 

@@ -1,7 +1,7 @@
 """The compiler's own picture of a network: nodes, constants, inputs and outputs. Immutable.
 
-Every pass takes a `Program` and gives a new one. Knows nothing about files (`reader`), about what an
-operator computes (`ops`) or about MLX.
+Every pass takes a `Program` and gives a new one. Knows nothing about files (`reader`), about what
+an operator computes (`ops`) or about MLX.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """What can be computed without the device: constants, and arithmetic on shapes.
 
-The ONNX project's own reference implementation does it in NumPy, so the semantics of what we fold are
-the standard's, in every opset, without a second operator table of ours.
+The ONNX project's own reference implementation does it in NumPy, so the semantics of what we fold
+are the standard's, in every opset, without a second operator table of ours.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from immich_ml_metal.onnx_mlx.passes import PASSES
 from immich_ml_metal.onnx_mlx.passes.batch import free_batch
 
 FUSED = frozenset(  # operators that passes make out of several
-    "Sdpa Linear LayerNormalization Gelu Swish HardSwish HardSigmoid".split()
+    ["Sdpa", "Linear", "LayerNormalization", "Gelu", "Swish", "HardSwish", "HardSigmoid"]
 )
 
 

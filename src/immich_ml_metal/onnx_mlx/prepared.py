@@ -42,11 +42,11 @@ class Prepared:
         self._format = format_name
 
     def load(self) -> tuple[Lowered, dict[str, Value]] | None:
-        """The program and its constants, on the device; None if the file is not there or not good."""
+        """The program and its constants, on the device; None if there is no good file."""
         if not _is_whole(self.path):
             return None
         try:
-            arrays, header = mx.load(str(self.path), return_metadata=True)
+            arrays, header = _read(self.path)
             if header["key"] != self._key(json.loads(header["sources"])):
                 return None
             lowered, constants = _decode(json.loads(header["program"]))
@@ -117,6 +117,13 @@ def _is_whole(path: Path) -> bool:
         return path.stat().st_size == LENGTH_BYTES + length + max(ends, default=0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
         return False
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The arrays, not yet read, and the header."""
+    loaded: Any = mx.load(str(path), return_metadata=True)  # Any: the type depends on the format
+    arrays, header = loaded
+    return arrays, header
 
 
 def _flush(path: Path) -> None:

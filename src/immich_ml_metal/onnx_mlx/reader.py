@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.external_data_helper import ExternalDataInfo
 from onnx.inliner import inline_local_functions
@@ -140,7 +140,9 @@ def _mapped(tensor: TensorProto, path: Path) -> Tensor:
     if 0 in shape:
         return np.empty(shape, dtype)
     try:
-        flat = np.memmap(file, dtype, "r", offset=int(info.offset or 0), shape=math.prod(shape))
+        # both are None in a file that does not say, whatever the annotations claim
+        offset = int(info.offset or 0)  # type: ignore[redundant-expr]
+        flat: Tensor = np.memmap(file, dtype, "r", offset=offset, shape=(math.prod(shape),))
     except (OSError, ValueError) as exc:
         raise LoadFailed(f"cannot read the weights {tensor.name!r} in {file}: {exc}") from exc
     return flat.reshape(shape)

@@ -19,9 +19,9 @@ RANK = 4  # MLX wants (batch, heads, length, depth)
 def sdpa(call: Call, q: mx.array, k: mx.array, v: mx.array, mask: Value | None = None) -> mx.array:
     """What the attention pass makes of a decomposed attention: softmax(scale q k^T + mask) v.
 
-    q is (..., L, D), k and v (..., S, D), `transposed_keys`: k is (..., D, S); leading axes broadcast.
-    A mask of floats is added, one of booleans selects. With `guarded`, a row that sees nothing gives
-    zeros and not NaN.
+    q is (..., L, D), k and v are (..., S, D); with `transposed_keys`, k is (..., D, S). The axes
+    before broadcast. A mask of floats is added, one of booleans selects. With `guarded`, a row that
+    sees nothing gives zeros and not NaN.
     """
     if call.integer("transposed_keys"):
         k = k.swapaxes(-1, -2)

@@ -69,9 +69,9 @@ def modulo(call: Call, x: Value, y: Value) -> mx.array:
 def power(call: Call, x: Value, y: Value) -> mx.array:
     """Pow: x ** y in the type of x. Squares and roots take their cheaper form."""
     if isinstance(x, mx.array) and isinstance(y, np.ndarray) and y.size == 1 and y.ndim <= x.ndim:
-        if y.item() == 2:  # noqa: PLR2004
+        if y.item() == 2:
             return x * x
-        if y.item() == 0.5:  # noqa: PLR2004
+        if y.item() == 0.5:
             return mx.sqrt(x)
     base, exponent = align(call, x, y)
     return mx.power(base, exponent.astype(base.dtype))
@@ -82,7 +82,7 @@ def cast(call: Call, x: mx.array) -> mx.array:
 
     Floats become integers by dropping the fraction, anything becomes a boolean by `!= 0`.
     """
-    import onnx  # noqa: PLC0415 - only the table of type numbers
+    import onnx
 
     target = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(call.integer("to")))
     return x.astype(device_type(target, call.dtype))
@@ -95,13 +95,11 @@ def cast_like(call: Call, x: mx.array, other: Value) -> mx.array:
     return x.astype(device_type(other.dtype, call.dtype))
 
 
-def where(call: Call, condition: mx.array, x: Value, y: Value) -> mx.array:
+def where(call: Call, condition: Value, x: Value, y: Value) -> mx.array:
     """Where: x where the condition holds, else y."""
-    kept = [c for c in (condition,) if isinstance(c, mx.array)] or [
-        to_device(condition, call.dtype)
-    ]
-    a, b = align(call, x, y)
-    return mx.where(kept[0], a, b)
+    if not isinstance(condition, mx.array):
+        condition = to_device(condition, call.dtype)
+    return mx.where(condition, *align(call, x, y))
 
 
 def clip(call: Call, x: mx.array, low: Value | None = None, high: Value | None = None) -> mx.array:

@@ -8,7 +8,7 @@ from immich_ml_metal.types import Tensor
 
 
 def gather(call: Call, x: mx.array, index: Value) -> mx.array:
-    """Gather: slices of x along `axis` at the positions of `index`; negative ones count from the end."""
+    """Gather: slices of x along `axis` at the positions of `index`, negative ones from the end."""
     axis = call.integer("axis")
     length = x.shape[axis]
     if isinstance(index, np.ndarray):  # known: a single position needs no kernel
@@ -41,8 +41,10 @@ def gather_nd(call: Call, x: mx.array, index: mx.array) -> mx.array:
         shape = [1] * (index.ndim - 1)
         shape[axis] = x.shape[axis]
         coordinates.append(mx.arange(x.shape[axis]).reshape(shape))
-    for column in range(index.shape[-1]):
-        coordinates.append(_from_start(index[..., column], x.shape[steps + column]))
+    coordinates += [
+        _from_start(index[..., column], x.shape[steps + column])
+        for column in range(index.shape[-1])
+    ]
     return x[tuple(coordinates)]
 
 
@@ -58,7 +60,7 @@ def gather_rows(call: Call, x: mx.array, index: mx.array, counter: mx.array) -> 
 
 
 def gather_nd_rows(call: Call, x: mx.array, index: mx.array, counter: mx.array) -> mx.array:
-    """GatherND likewise, the rows side by side on `data_axis` of x and on `index_axis` of the index."""
+    """GatherND likewise, the rows on `data_axis` of x and on `index_axis` of the index."""
     axis, count = call.integer("data_axis"), counter.shape[0]
     length = x.shape[axis] // count
     places = []

@@ -55,7 +55,7 @@ def group_norm(call: Call, x: mx.array, scale: mx.array, bias: mx.array) -> mx.a
     Before opset 21 scale and bias are given for each group, then for each channel.
     """
     groups = call.integer("num_groups")
-    if call.opset < 21:  # noqa: PLR2004
+    if call.opset < 21:
         per_group = x.shape[1] // groups
         scale, bias = mx.repeat(scale, per_group), mx.repeat(bias, per_group)
     return _group_norm(call, x, scale, bias, groups=groups)
@@ -78,8 +78,8 @@ def lp_norm(call: Call, x: mx.array) -> mx.array:
 
 
 def softmax(call: Call, x: mx.array) -> mx.array:
-    """Softmax: exponentials that sum to one along `axis`; before opset 13 over all axes from it on."""
-    if call.opset >= 13:  # noqa: PLR2004
+    """Softmax: exponentials that sum to one along `axis`; before opset 13 over all from it on."""
+    if call.opset >= 13:
         return mx.softmax(x, axis=call.integer("axis", -1), precise=True)
     axis = call.integer("axis", 1) % x.ndim
     flat = x.reshape(*x.shape[:axis], -1)
@@ -88,8 +88,8 @@ def softmax(call: Call, x: mx.array) -> mx.array:
 
 def log_softmax(call: Call, x: mx.array) -> mx.array:
     """LogSoftmax: the logarithm of Softmax."""
-    axis = call.integer("axis", -1 if call.opset >= 13 else 1) % x.ndim  # noqa: PLR2004
-    axes = [axis] if call.opset >= 13 else list(range(axis, x.ndim))  # noqa: PLR2004
+    axis = call.integer("axis", -1 if call.opset >= 13 else 1) % x.ndim
+    axes = [axis] if call.opset >= 13 else list(range(axis, x.ndim))
     wide = x.astype(mx.float32)
     return (wide - mx.logsumexp(wide, axis=axes, keepdims=True)).astype(x.dtype)
 

@@ -95,7 +95,7 @@ def _global_pool(function: Reduction) -> Operator:
         axes = tuple(range(1, x.ndim - 1)) if call.nhwc else tuple(range(2, x.ndim))
         if not axes:
             raise Unsupported(f"a picture of {x.ndim} axes")
-        return function(x.astype(mx.float32), axes, True).astype(x.dtype)  # noqa: FBT003
+        return function(x.astype(mx.float32), axes, True).astype(x.dtype)
 
     return Operator(apply)
 

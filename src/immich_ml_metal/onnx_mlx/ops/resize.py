@@ -85,11 +85,11 @@ def _coordinates(call: Call, old: int, new: int, scale: float) -> Reals:
 
 
 def _default_convention(call: Call) -> str:
-    return "half_pixel" if call.node.op == "Resize" and call.opset > 10 else "asymmetric"  # noqa: PLR2004
+    return "half_pixel" if call.node.op == "Resize" and call.opset > 10 else "asymmetric"
 
 
 def _nearest(call: Call, where: Reals, old: int) -> NDArray[np.int64]:
-    match call.text("nearest_mode", "round_prefer_floor" if call.opset > 10 else "floor"):  # noqa: PLR2004
+    match call.text("nearest_mode", "round_prefer_floor" if call.opset > 10 else "floor"):
         case "round_prefer_floor":
             index = np.ceil(where - 0.5)
         case "round_prefer_ceil":
@@ -135,7 +135,8 @@ def _cubic(distance: Reals, call: Call) -> Reals:
     a = call.number("cubic_coeff_a", -0.75)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((distance - 5) * distance + 8) * distance * a - 4 * a
-    return np.where(distance <= 1, near, np.where(distance < LINEAR_TAPS, far, 0))
+    inside: Reals = np.where(distance < CUBIC_TAPS / 2, far, 0.0)
+    return np.where(distance <= 1, near, inside)
 
 
 TABLE: Table = {

@@ -97,7 +97,8 @@ def split(call: Call, x: mx.array, given: Tensor | None = None) -> Sequence[mx.a
         each = -(-x.shape[axis] // parts)  # the last part may be shorter
         lengths = [each] * (parts - 1)
         lengths.append(x.shape[axis] - sum(lengths))
-    return mx.split(x, np.cumsum(lengths)[:-1].tolist(), axis=axis)
+    cuts = [sum(lengths[:index]) for index in range(1, len(lengths))]
+    return list(mx.split(x, cuts, axis=axis))
 
 
 def slice_(

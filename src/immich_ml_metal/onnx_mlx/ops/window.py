@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from immich_ml_metal.onnx_mlx.ops.call import Call, Operator, Table, Unsupported
+from immich_ml_metal.types import Tensor
 
 Pads = list[tuple[int, int]]
 
@@ -71,7 +72,10 @@ def to_second(x: mx.array) -> mx.array:
 
 
 def conv(call: Call, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Conv: weighted sums under the window; (O, I / group, ...) weights, `nhwc`: (O, ..., I / group)."""
+    """Conv: weighted sums under the window.
+
+    Weights are (O, I / group, ...), with `nhwc` (O, ..., I / group).
+    """
     if not call.nhwc:
         x, weight = to_last(x), to_last(weight)
     window = read_window(call, weight.shape[1:-1], x.shape[1:-1])
@@ -90,7 +94,7 @@ def conv(call: Call, x: mx.array, weight: mx.array, bias: mx.array | None = None
 def conv_transpose(
     call: Call, x: mx.array, weight: mx.array, bias: mx.array | None = None
 ) -> mx.array:
-    """ConvTranspose: each pixel spreads under the window; (I, O / group, ...) weights in either layout."""
+    """ConvTranspose: each pixel spreads under the window; weights are (I, O / group, ...)."""
     rank = weight.ndim - 2
     x = x if call.nhwc else to_last(x)
     window = read_window(call, weight.shape[2:], x.shape[1:-1])
@@ -227,10 +231,12 @@ def _average(x: mx.array, call: Call, window: Window, size: list[int]) -> mx.arr
 
 def _taps_inside(
     window: Window, axis: int, places: int, before: int, inside: tuple[int, int]
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+) -> Tensor:
+    """How many taps of each window lie inside the picture: (places,)."""
     starts = np.arange(places)[:, None] * window.stride[axis] - before
     taps = starts + np.arange(window.kernel[axis]) * window.dilation[axis]
-    return ((taps >= inside[0]) & (taps < inside[1])).sum(1).astype(np.float64)
+    counts: Tensor = np.count_nonzero((taps >= inside[0]) & (taps < inside[1]), axis=1)
+    return counts
 
 
 TABLE: Table = {

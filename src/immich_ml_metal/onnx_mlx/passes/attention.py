@@ -9,7 +9,7 @@ NaN of a row that sees nothing into zeros (as PyTorch exports it) is kept as an 
 from dataclasses import dataclass, replace
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.facts import factor_of, is_last_axis
+from immich_ml_metal.onnx_mlx.passes.facts import constant_list, factor_of, is_last_axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def fuse_attention(program: Program) -> Program:
 
 
 def _is_over_last(editor: Editor, softmax: Node, opset: int) -> bool:
-    axis = softmax.attributes.get("axis", -1 if opset >= 13 else 1)  # noqa: PLR2004
+    axis = softmax.attributes.get("axis", -1 if opset >= 13 else 1)
     return isinstance(axis, int) and is_last_axis(editor, softmax.inputs[0], axis)
 
 
@@ -70,7 +70,8 @@ def _scores(editor: Editor, name: str) -> Scores | None:
     if node is None:
         return None
     if node.op == "MatMul":
-        return Scores(*node.inputs, scale=1.0, mask="")
+        left, right = node.inputs
+        return Scores(left, right, scale=1.0, mask="")
     if node.op != "Add":
         scaled = factor_of(editor, node)
         inner = _scores(editor, scaled[0]) if scaled else None
@@ -92,10 +93,10 @@ def _unscaled(editor: Editor, name: str, scale: float) -> tuple[str, float]:
 
 
 def _keys(editor: Editor, right: str) -> tuple[str, dict[str, int | float], list[Node]]:
-    """k for the k^T that the product takes: undo its transposition if that is visible."""
+    """K for the k^T that the product takes: undo its transposition if that is visible."""
     turned = editor.producer(right, "Transpose")
-    perm = turned.attributes.get("perm") if turned else None
-    if turned is None or not isinstance(perm, tuple):
+    perm = constant_list(editor, turned, "perm", 1) if turned else None
+    if turned is None or perm is None:
         return right, {"transposed_keys": 1}, []
     order = (*perm[:-2], perm[-1], perm[-2])
     if order == tuple(range(len(order))):

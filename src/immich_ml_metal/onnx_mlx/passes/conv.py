@@ -28,7 +28,7 @@ def _parameters(conv: Node, norm: Node) -> list[str]:
 def _merge_norm(editor: Editor, conv: Node, norm: Node) -> None:
     scale, shift, mean, variance = (_wide(editor, name) for name in norm.inputs[1:5])
     epsilon = norm.attributes.get("epsilon", 1e-5)
-    factor = scale / np.sqrt(variance + np.float64(epsilon))  # type: ignore[arg-type]
+    factor = scale / np.sqrt(variance + np.asarray(epsilon, np.float64))
     weight = _wide(editor, conv.inputs[1])
     bias = _wide(editor, conv.inputs[BIAS]) if _has_bias(conv) else 0.0
     weight = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))

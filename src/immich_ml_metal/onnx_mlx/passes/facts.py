@@ -1,12 +1,10 @@
-"""What the graph itself says about a value: its rank, whether an axis is its last, its parameters."""
+"""What the graph itself says of a value: its rank, whether an axis is its last, its parameters."""
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node
+from immich_ml_metal.onnx_mlx.passes.families import BROADCAST, UNARY
 
 # operators whose result has the rank of their first input that is not a constant
-_SAME_RANK = frozenset(
-    "Add Sub Mul Div Pow Cast Softmax Where Relu Sigmoid Erf Sqrt LayerNormalization Identity "
-    "Slice Linear Swish Gelu HardSwish Clip Dropout".split()
-)
+_SAME_RANK = UNARY | (BROADCAST - {"PRelu"}) | {"Softmax", "LayerNormalization", "Slice", "Linear"}
 _DEPTH = 32  # nodes to look back through
 
 
@@ -20,23 +18,30 @@ def rank_of(editor: Editor, name: str, depth: int = _DEPTH) -> int | None:
     perm = node.attributes.get("perm")
     if isinstance(perm, tuple):
         return len(perm)
-    if node.op == "Reshape" and node.inputs[1] in editor.constants:
-        return editor.constants[node.inputs[1]].size
-    if node.op == "MatMul":
-        ranks = [rank_of(editor, i, depth - 1) for i in node.inputs]
-        return None if None in ranks else max(r for r in ranks if r is not None)
+    if node.op == "Reshape":
+        shape = editor.constants.get(node.inputs[1])
+        return None if shape is None else shape.size
     if node.op in ("Squeeze", "Unsqueeze"):
-        rank, axes = rank_of(editor, node.inputs[0], depth - 1), constant_list(editor, node, "axes", 1)
-        if rank is None or axes is None:
-            return None
-        return rank - len(axes) if node.op == "Squeeze" else rank + len(axes)
+        return _changed_rank(editor, node, depth)
+    ranks = [rank_of(editor, i, depth - 1) for i in _sources(editor, node)]
+    return None if None in ranks else max((r for r in ranks if r is not None), default=None)
+
+
+def _sources(editor: Editor, node: Node) -> tuple[str, ...]:
+    """The inputs whose highest rank the result has; none where that is not known."""
+    if node.op == "MatMul":
+        return node.inputs
     if node.op not in _SAME_RANK:
+        return ()
+    return (next((i for i in node.inputs if i not in editor.constants), node.inputs[0]),)
+
+
+def _changed_rank(editor: Editor, node: Node, depth: int) -> int | None:
+    rank = rank_of(editor, node.inputs[0], depth - 1)
+    axes = constant_list(editor, node, "axes", 1)
+    if rank is None or axes is None:
         return None
-    return rank_of(editor, _variable(editor, node), depth - 1)
-
-
-def _variable(editor: Editor, node: Node) -> str:
-    return next((i for i in node.inputs if i not in editor.constants), node.inputs[0])
+    return rank - len(axes) if node.op == "Squeeze" else rank + len(axes)
 
 
 def is_last_axis(editor: Editor, name: str, axis: int) -> bool:

@@ -7,19 +7,10 @@ import numpy as np
 from onnx import TensorProto
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
+from immich_ml_metal.onnx_mlx.passes.families import FLOATING, SAME_TYPE
 
 FLOATS = frozenset(
     {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
-)
-# operators that take and give floats only, whatever the table of constants holds
-COMPUTED = frozenset(
-    "MatMul Gemm Conv ConvTranspose LayerNormalization BatchNormalization Softmax Attention Sigmoid "
-    "Tanh Erf Sqrt Gelu Relu HardSigmoid HardSwish GlobalAveragePool AveragePool MaxPool ReduceMean "
-    "ReduceL2 Exp Log".split()
-)
-SAME_TYPE = frozenset(
-    "Add Sub Mul Div Reshape Transpose Squeeze Unsqueeze Slice Flatten Expand Identity Clip Neg "
-    "Abs Split".split()
 )
 _DEPTH = 32
 
@@ -48,7 +39,7 @@ def _is_idle(editor: Editor, node: Node, inputs: tuple[str, ...]) -> bool:
 
 
 def _is_neutral(editor: Editor, node: Node, inputs: tuple[str, ...]) -> bool:
-    """x + 0 and x * 1, as Paddle's `scale` leaves them; the constant has no axes to give to x."""
+    """X + 0 and x * 1, as Paddle's `scale` leaves them; the constant has no axes to give to x."""
     constant = editor.constants.get(inputs[1])
     if constant is None or constant.ndim or inputs[0] in editor.constants:
         return False
@@ -60,7 +51,7 @@ def _is_computed_float(editor: Editor, name: str) -> bool:
         if name in editor.constants:
             return editor.constants[name].dtype == np.float32
         node = editor.producer(name)
-        if node is None or node.op in COMPUTED:
+        if node is None or node.op in FLOATING:
             return node is not None
         if node.op == "Cast":
             return node.attributes.get("to") in FLOATS

@@ -78,7 +78,7 @@ def _deviation(editor: Editor, name: str, source: str) -> float | None:
 
 def _square_of(editor: Editor, name: str, source: str) -> bool:
     power = editor.producer(name, "Pow")
-    if power is not None and editor.scalar(power.inputs[1]) == 2:  # noqa: PLR2004
+    if power is not None and editor.scalar(power.inputs[1]) == 2:
         return _centred(editor, power.inputs[0]) == source
     product = editor.producer(name, "Mul")
     return product is not None and all(_centred(editor, i) == source for i in product.inputs)

@@ -1,9 +1,9 @@
 """Pictures channels-last from end to end, because that is what MLX's convolutions want.
 
-ONNX pictures are (N, C, H, W). Each value is given in one of two layouts or both: as ONNX has it, or
-as (N, H, W, C) under a name of its own. A convolution asks for the second; operators that do not mind
-follow their inputs; all others ask for the first. Asking for what is not there inserts a Transpose,
-marked `layout`, once for each value; `transpose` then merges or drops what it can.
+ONNX pictures are (N, C, H, W). Each value is given in one of two layouts or both: as ONNX has it,
+or as (N, H, W, C) under a name of its own. A convolution asks for the second; operators that do not
+mind follow their inputs; all others ask for the first. Asking for what is not there inserts a
+Transpose, marked `layout`, once for each value; `transpose` then merges or drops what it can.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from immich_ml_metal.onnx_mlx.graph import Attribute, Node, Program, prune, replace_body
+from immich_ml_metal.onnx_mlx.passes.families import (
+    BROADCAST,
+    GLOBAL_POOLS,
+    REDUCTIONS,
+    UNARY,
+    WINDOWS,
+)
 from immich_ml_metal.types import Tensor
 
 TO_LAST, TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -18,14 +25,7 @@ RANK = 4
 STORED = (0, 3, 1, 2)  # where each axis of ONNX is stored
 MARK = "@nhwc"  # after the name of a value that is kept channels-last
 
-WINDOWS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool"})
-FOLLOW = frozenset(
-    "Relu LeakyRelu Elu Sigmoid HardSigmoid HardSwish Swish Gelu Mish Softplus Tanh Erf Exp Log Sqrt "
-    "Abs Neg Reciprocal Floor Ceil Round Cast Clip Identity Dropout "
-    "BatchNormalization GlobalAveragePool GlobalMaxPool Resize".split()
-)
-BROADCAST = frozenset("Add Sub Mul Div Pow Max Min Sum Where PRelu".split())
-REDUCE = frozenset("ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2".split())
+FOLLOW = UNARY | GLOBAL_POOLS | {"BatchNormalization", "Resize"}
 AXIS = frozenset({"Concat", "Softmax"})
 
 
@@ -45,7 +45,7 @@ class _Layout:
             **dict.fromkeys(WINDOWS, self._window),
             **dict.fromkeys(FOLLOW, self._follow),
             **dict.fromkeys(BROADCAST, self._broadcast),
-            **dict.fromkeys(REDUCE, self._reduce),
+            **dict.fromkeys(REDUCTIONS, self._reduce),
             **dict.fromkeys(AXIS, self._axis),
             "Pad": self._pad,
             "Transpose": self._transpose,
@@ -144,28 +144,30 @@ class _Layout:
         )
 
     def _reduce(self, node: Node) -> bool:
-        if node.inputs[0] not in self._last:
-            return False
-        axes = node.attributes.get("axes")
-        if len(node.inputs) > 1:
-            given = self._constants.get(node.inputs[1])
-            axes = None if given is None else tuple(int(v) for v in given.ravel())
-        if not isinstance(axes, tuple):
-            return False
-        positive = tuple(int(axis) % RANK for axis in axes)
-        stored = tuple(STORED[axis] for axis in positive)
-        attributes = {**node.attributes, "axes": stored}
-        if node.attributes.get("keepdims", 1):
-            return self._emit_last(node, (self._last[node.inputs[0]],), attributes)
-        if set(positive) != {2, 3}:
+        axes = self._integers(node, "axes")
+        if node.inputs[0] not in self._last or not axes:
             return False
         source = (self._last[node.inputs[0]],)
+        stored = tuple(STORED[axis % RANK] for axis in axes)
+        attributes: dict[str, Attribute] = {**node.attributes, "axes": stored}
+        if node.attributes.get("keepdims", 1):
+            return self._emit_last(node, source, attributes)
+        if {axis % RANK for axis in axes} != {2, 3}:  # what remains would be in another order
+            return False
         self._nodes.append(Node(node.op, source, node.outputs, attributes, node.name))
         self._plain.update(node.outputs)
         return True
 
+    def _integers(self, node: Node, name: str) -> list[int]:
+        """A list in an attribute or in the constant second input; empty if in neither."""
+        given = node.attributes.get(name)
+        if isinstance(given, tuple):
+            return [int(v) for v in given]
+        value = self._constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        return [] if value is None else [int(v) for v in value.ravel()]
+
     def _axis(self, node: Node) -> bool:
-        if self._program.opset < 13 and node.op == "Softmax":  # noqa: PLR2004 - it was over all axes
+        if self._program.opset < 13 and node.op == "Softmax":
             return False
         if not all(name in self._last for name in node.inputs):
             return False
@@ -176,22 +178,17 @@ class _Layout:
         return self._emit_last(node, tuple(self._last[name] for name in node.inputs), attributes)
 
     def _pad(self, node: Node) -> bool:
-        if node.inputs[0] not in self._last or len(node.inputs) > 3:  # noqa: PLR2004 - with axes
+        pads = self._integers(node, "pads")
+        has_axes = len(node.inputs) > 3
+        if node.inputs[0] not in self._last or len(pads) != 2 * RANK or has_axes:
             return False
-        pads = node.attributes.get("pads")
-        given = self._constants.get(node.inputs[1]) if len(node.inputs) > 1 else np.asarray(pads)
-        if given is None or given.size != 2 * RANK:
-            return False
-        turned = given.reshape(2, RANK)[:, list(TO_LAST)].ravel()
-        attributes = {**node.attributes, "pads": tuple(int(v) for v in turned)}
-        inputs = (
-            self._last[node.inputs[0]],
-            *(["", *node.inputs[2:]] if len(node.inputs) > 2 else []),
-        )  # noqa: PLR2004
-        return self._emit_last(node, inputs, attributes)
+        turned = tuple(pads[side * RANK + axis] for side in (0, 1) for axis in TO_LAST)
+        fill = ("", *node.inputs[2:]) if len(node.inputs) > 2 else ()
+        inputs = (self._last[node.inputs[0]], *fill)
+        return self._emit_last(node, inputs, {**node.attributes, "pads": turned})
 
     def _transpose(self, node: Node) -> bool:
-        """A Transpose that makes a picture of a channels-last value gives its other form for free."""
+        """Making a picture of a channels-last value gives its other form for free."""
         self._emit_plain(node)
         if node.attributes.get("perm") == TO_SECOND:
             self._last[node.outputs[0]] = node.inputs[0]

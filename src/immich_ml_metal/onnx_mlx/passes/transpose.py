@@ -1,6 +1,6 @@
 """Transpositions that follow each other become one, or none."""
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
+from immich_ml_metal.onnx_mlx.graph import Attribute, Editor, Node, Program
 
 Order = tuple[int, ...]
 
@@ -11,23 +11,41 @@ def merge_transposes(program: Program) -> Program:
     alias: dict[str, str] = {}
     for node in editor:
         inputs = tuple(alias.get(name, name) for name in node.inputs)
-        perm = node.attributes.get("perm")
-        if node.op == "Transpose" and isinstance(perm, tuple):
-            inner = editor.producer(inputs[0], "Transpose")
-            before = inner.attributes.get("perm") if inner else None
-            if inner is not None and isinstance(before, tuple):
-                perm = tuple(before[axis] for axis in perm)
-                inputs = inner.inputs
-            if perm == tuple(range(len(perm))) and node.outputs[0] not in program.output_names:
-                alias[node.outputs[0]] = inputs[0]
-                editor.replace(node)
-                continue
-            demanded = not node.attributes.get("layout") or inner is not None
-            kept = {"perm": perm} if demanded else node.attributes
-            node_now = Node("Transpose", inputs, node.outputs, kept, node.name)
-        elif inputs == node.inputs:
+        merged = _merged(editor, node, inputs)
+        if merged is None:
+            if inputs != node.inputs:
+                editor.replace(node, _with_inputs(node, inputs))
             continue
-        else:
-            node_now = Node(node.op, inputs, node.outputs, node.attributes, node.name)
-        editor.replace(node, node_now)
+        source, order, is_layout = merged
+        if order == tuple(range(len(order))) and node.outputs[0] not in program.output_names:
+            alias[node.outputs[0]] = source
+            editor.replace(node)
+            continue
+        attributes: dict[str, Attribute] = {"perm": order}
+        if is_layout:
+            attributes["layout"] = 1
+        editor.replace(node, Node("Transpose", (source,), node.outputs, attributes, node.name))
     return editor.finish()
+
+
+def _merged(editor: Editor, node: Node, inputs: tuple[str, ...]) -> tuple[str, Order, bool] | None:
+    """(source, order, whether only the layout wants it) of a Transpose and the one before it."""
+    order = _order(node)
+    if order is None:
+        return None
+    is_layout = bool(node.attributes.get("layout"))
+    inner = editor.producer(inputs[0], "Transpose")
+    before = _order(inner) if inner else None
+    if inner is None or before is None:
+        return inputs[0], order, is_layout
+    both = is_layout and bool(inner.attributes.get("layout"))
+    return inner.inputs[0], tuple(before[axis] for axis in order), both
+
+
+def _order(node: Node) -> Order | None:
+    perm = node.attributes.get("perm") if node.op == "Transpose" else None
+    return tuple(int(axis) for axis in perm) if isinstance(perm, tuple) else None
+
+
+def _with_inputs(node: Node, inputs: tuple[str, ...]) -> Node:
+    return Node(node.op, inputs, node.outputs, node.attributes, node.name)
