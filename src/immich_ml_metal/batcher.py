@@ -111,9 +111,7 @@ class Batcher(Generic[ItemT, ResultT]):
 
     def _fail(self, batch: list[Entry[ItemT, ResultT]], exc: Exception) -> None:
         if len(batch) > 1:  # one bad item must not fail its neighbours
-            self._queue.extendleft(
-                replace(entry, alone=True) for entry in reversed(batch)
-            )
+            self._queue.extendleft(replace(entry, alone=True) for entry in reversed(batch))
             return
         error: Exception = exc
         if not isinstance(exc, ServiceError):

@@ -144,8 +144,7 @@ class Pipeline:
             regions.readings
             if regions.readings is not None
             else await _all(
-                self._pool.run(recognition.model, LineCrop(picture, quad))
-                for quad in regions.quads
+                self._pool.run(recognition.model, LineCrop(picture, quad)) for quad in regions.quads
             )
         )
         lines = keep_lines(

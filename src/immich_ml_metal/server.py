@@ -143,9 +143,7 @@ class Service:
         """Read the form, parse the entries, run the pipeline, render the answer."""
         with request_scope(request.headers.get(REQUEST_ID_HEADER)):
             form = await self._read_form(request)
-            tasks = parse_entries(
-                _entries_field(form), face_min_score=self.settings.face_min_score
-            )
+            tasks = parse_entries(_entries_field(form), face_min_score=self.settings.face_min_score)
             image, text = await _payload(form)
             return await _unless_gone(request, self._answer(tasks, image, text))
 
@@ -255,9 +253,7 @@ async def _on_service_error(_: Request, exc: Exception) -> JSONResponse:
 
 async def _on_unexpected_error(_: Request, exc: Exception) -> JSONResponse:
     log.error("request failed status=500", exc_info=exc)
-    return JSONResponse(
-        {"detail": f"internal error: {type(exc).__name__}: {exc}"}, status_code=500
-    )
+    return JSONResponse({"detail": f"internal error: {type(exc).__name__}: {exc}"}, status_code=500)
 
 
 def every_part(engine: Any) -> EngineTable:

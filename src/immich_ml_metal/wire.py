@@ -147,8 +147,7 @@ def _to_request(entries: _Entries, face_min_score: float) -> TaskRequest:
         return face_min_score if options.minScore is None else options.minScore
 
     return TaskRequest(
-        clip_visual=visual
-        and ClipVisual(model_key(visual.modelName, Task.CLIP, Part.VISUAL)),
+        clip_visual=visual and ClipVisual(model_key(visual.modelName, Task.CLIP, Part.VISUAL)),
         clip_textual=textual
         and ClipTextual(
             model_key(textual.modelName, Task.CLIP, Part.TEXTUAL), textual.options.language

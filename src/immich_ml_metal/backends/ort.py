@@ -1,7 +1,7 @@
 """ONNX Runtime: the portable engine, and the reference for the others.
 
-One session per model, with as many threads as cores but no spinning, so that inferences side by side
-do not fight for the cores. Large weights are prepared once (`backends/ort_prepared.py`) and mapped.
+Large weights are prepared once (`ort_prepared`) and mapped; sessions follow the load
+(`ort_adaptive`).
 """
 
 import logging
@@ -14,12 +14,13 @@ import numpy as np
 import onnxruntime as ort
 
 from immich_ml_metal.backends.base import AnyModel
+from immich_ml_metal.backends.ort_adaptive import AdaptiveGraph, CoreLoad
 from immich_ml_metal.backends.ort_prepared import prepared_graph
 from immich_ml_metal.backends.tensor import build_model
 from immich_ml_metal.config import Settings
 from immich_ml_metal.device import Device, core_count
 from immich_ml_metal.errors import InferenceError, LoadFailed
-from immich_ml_metal.types import ModelFiles, ModelKey, Tensor, TensorSpec
+from immich_ml_metal.types import ModelFiles, ModelKey, Part, Tensor, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +34,19 @@ _DTYPES: Mapping[str, Any] = {
     "tensor(bool)": np.bool_,
 }
 
+
 def session_options(threads: int) -> ort.SessionOptions:
     """How every session is set up.
 
-    No spinning: an idle thread that spins steals its core from the inference beside it (17.1
-    against 12.7 images/s with two callers on two cores). No arena: it keeps the peak for ever.
+    No arena: it keeps the peak for ever. Threads stop spinning when a run ends: one that spins on
+    takes its core from whatever the service does next.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # contract §7.5
     return options
 
@@ -105,14 +107,22 @@ class OrtEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._threads = settings.intra_op_threads or core_count()
+        self._cores = settings.intra_op_threads or core_count()
+        self._load = CoreLoad()
         self.device = Device("cpu", width=core_count())
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
         """Open the graph, from its prepared form where that pays, and bind it to its task."""
         assert files is not None, "the cpu engine needs files"
-        options = session_options(self._threads)
         path = prepared_graph(files.graph)
-        if path != files.graph:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return build_model(key, files, OrtGraph(path, options=options), self._settings)
+
+        def open_graph(threads: int) -> OrtGraph:
+            options = session_options(threads)
+            if path != files.graph:  # optimised when it was prepared
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return OrtGraph(path, options=options)
+
+        # Faces and lines come several at a time, even from a lone request: one core each.
+        cores = 1 if key.part is Part.RECOGNITION else self._cores
+        graph = AdaptiveGraph(open_graph, self._load, cores=cores)
+        return build_model(key, files, graph, self._settings)

@@ -12,8 +12,8 @@ from immich_ml_metal import __version__
 from immich_ml_metal.cli import config
 from immich_ml_metal.cli.bench import bench
 from immich_ml_metal.cli.demo import demo
-from immich_ml_metal.cli.serve import serve
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.serve import serve
 from immich_ml_metal.errors import ConfigError, ServiceError
 
 app = typer.Typer(

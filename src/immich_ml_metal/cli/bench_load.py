@@ -1,4 +1,4 @@
-"""The closed-loop client: so many callers, each sending its next request when the last is answered."""
+"""The closed-loop client: callers that send their next request when the last is answered."""
 
 import asyncio
 import itertools

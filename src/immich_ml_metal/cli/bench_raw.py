@@ -1,4 +1,4 @@
-"""The yardstick: ONNX Runtime alone on random input, all cores, defaults, in a process of its own."""
+"""The yardstick: ONNX Runtime alone on random input, all cores, in a process of its own."""
 
 import json
 import subprocess
@@ -30,7 +30,11 @@ def raw_rates(settings: Settings, *, seconds: float) -> list[RawRate]:
     """Measure every configured model whose files are here, in a child process."""
     arguments = json.dumps({"settings": settings.model_dump(mode="json"), "seconds": seconds})
     done = subprocess.run(
-        [sys.executable, "-m", __name__], input=arguments, capture_output=True, text=True, check=True
+        [sys.executable, "-m", __name__],
+        input=arguments,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return [RawRate(**row) for row in json.loads(done.stdout)]
 

@@ -65,5 +65,7 @@ def _ratio_table(ours: Measured, other: Measured) -> Table:
     rows = {name: (loads, other.loads[name]) for name, loads in ours.loads.items()}
     rows["whole import"] = (ours.imports, other.imports)
     for name, (mine, theirs) in rows.items():
-        table.add_row(name, *(f"{a.per_s / b.per_s:.2f}" for a, b in zip(mine, theirs, strict=True)))
+        table.add_row(
+            name, *(f"{a.per_s / b.per_s:.2f}" for a, b in zip(mine, theirs, strict=True))
+        )
     return table

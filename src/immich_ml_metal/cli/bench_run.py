@@ -17,6 +17,8 @@ from immich_ml_metal.cli.child import running_service
 from immich_ml_metal.cli.drawing import draw_preview
 from immich_ml_metal.config import Settings
 from immich_ml_metal.device import core_count
+from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.store import ModelStore
 
 Say = Callable[[str], None]
 
@@ -69,22 +71,13 @@ def measure_all(
 ) -> Result:
     """Run every measurement; `say` is told what runs."""
     pictures = read_pictures(photos) or [draw_preview(seed) for seed in range(DRAWN_PICTURES)]
-    requests = {
-        name: _requests(call, pictures) for name, call in standard_calls(settings).items()
-    }
-    options = {
-        "--models-dir": str(settings.models_dir),
-        "--log-level": "warning",
-    }
+    requests = _requests_by_task(settings, pictures, say)
+    options = {"--models-dir": str(settings.models_dir), "--log-level": "warning"}
+    first = next(iter(requests.values()))[:1]
     started = time.perf_counter()
     with running_service(options) as child:
         ours = Measured(child.url)
-        httpx.post(
-            f"{child.url}/predict",
-            content=requests["clip text"][0].content,
-            headers={"content-type": requests["clip text"][0].headers["content-type"]},
-            timeout=600,
-        ).raise_for_status()
+        asyncio.run(run_once(child.url, first, clients=1))
         ours.first_answer_s = time.perf_counter() - started
         measured = [ours, *([Measured(against)] if against else [])]
         for one in measured:  # load every model before anything is timed
@@ -114,6 +107,26 @@ def measure_all(
     )
 
 
+def _requests_by_task(
+    settings: Settings, pictures: Sequence[bytes], say: Say
+) -> dict[str, list[httpx.Request]]:
+    """Ready requests of every task whose models are here.
+
+    Raises:
+        ModelUnavailable: no configured model is here.
+    """
+    store = ModelStore(settings)
+    requests = {}
+    for name, call in standard_calls(settings).items():
+        if missing := call.missing(store):
+            say(f"{name} is not measured: {missing[0].name} is not in {settings.models_dir}")
+        else:
+            requests[name] = _requests(call, pictures)
+    if not requests:
+        raise ModelUnavailable(f"nothing to measure: no configured model in {settings.models_dir}")
+    return requests
+
+
 def _requests(call: Call, pictures: Sequence[bytes]) -> list[httpx.Request]:
     if call.takes_image:
         return [encode(call, image=picture) for picture in pictures]
@@ -123,14 +136,15 @@ def _requests(call: Call, pictures: Sequence[bytes]) -> list[httpx.Request]:
 def _measure_import(
     url: str, requests: dict[str, list[httpx.Request]], clients: int, seconds: float
 ) -> Load:
-    """Each photo through search, faces and text, as one import does; a rate in photos per second."""
-    photos = [list(group) for group in zip(*(requests[name] for name in IMPORT), strict=True)]
+    """Each photo through every task, as an import does; the rate is in photos per second."""
+    tasks = [name for name in IMPORT if name in requests]
+    photos = [list(group) for group in zip(*(requests[name] for name in tasks), strict=True)]
     once = [request for photo in photos for request in photo]
     trial = asyncio.run(run_once(url, once, clients=clients))
     rounds = max(1, round(seconds * trial.per_s / len(once)))
     load = asyncio.run(run_once(url, once * rounds, clients=clients))
     return Load(
-        clients, load.answers // len(IMPORT), load.per_s / len(IMPORT), load.p50_ms, load.p95_ms
+        clients, load.answers // len(tasks), load.per_s / len(tasks), load.p50_ms, load.p95_ms
     )
 
 

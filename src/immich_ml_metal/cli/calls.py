@@ -7,83 +7,79 @@ from typing import Any
 
 import httpx
 
+from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.store import ModelStore
+from immich_ml_metal.types import ModelKey, Part, Task
 
-# Immich's own defaults (contract §1.9)
-FACE_MIN_SCORE = 0.7
-TEXT_BOX_MIN_SCORE = 0.5
-TEXT_LINE_MIN_SCORE = 0.8
-MAX_RESOLUTION_PX = 736
+# Immich's own options (contract §1.9), by the half they are sent to
+_OPTIONS: dict[tuple[Task, Part], dict[str, Any]] = {
+    (Task.CLIP, Part.TEXTUAL): {"language": "en"},
+    (Task.FACES, Part.DETECTION): {"minScore": 0.7},
+    (Task.OCR, Part.DETECTION): {"minScore": 0.5, "maxResolution": 736},
+    (Task.OCR, Part.RECOGNITION): {"minScore": 0.8},
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kind of request: what it is called, and its `entries`."""
+    """One kind of request: what it is called, and the models it names."""
 
     name: str
-    entries: dict[str, Any]
-    takes_image: bool
+    keys: tuple[ModelKey, ...]
+
+    @property
+    def task(self) -> Task:
+        """The one task of this call; Immich never sends two."""
+        return self.keys[0].task
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether the payload is a picture; else it is a text."""
+        return self.keys[0].part is not Part.TEXTUAL
+
+    def entries(self) -> dict[str, Any]:
+        """The `entries` field, as Immich builds it."""
+        return {self.task: {key.part: _entry(key) for key in self.keys}}
 
     def form(self, *, image: bytes | None = None, text: str | None = None) -> dict[str, Any]:
         """Arguments of `httpx.post` for this call."""
-        fields: dict[str, Any] = {"data": {"entries": json.dumps(self.entries)}}
+        fields: dict[str, Any] = {"data": {"entries": json.dumps(self.entries())}}
         if self.takes_image:
             fields["files"] = {"image": ("blob", image, "application/octet-stream")}
         else:
             fields["data"]["text"] = text
         return fields
 
+    def missing(self, store: ModelStore) -> list[ModelKey]:
+        """The models of this call that are not on disk."""
+        return [key for key in self.keys if store.locate(key) is None]
+
+
+def _entry(key: ModelKey) -> dict[str, Any]:
+    options = _OPTIONS.get((key.task, key.part))
+    return {"modelName": key.name, **({"options": options} if options else {})}
+
 
 def standard_calls(settings: Settings) -> dict[str, Call]:
     """Search by picture and by text, faces, and text, with the configured models."""
-    clip, face, ocr = settings.clip_model, settings.face_model, settings.ocr_model
-    return {
-        "clip image": Call(
-            "clip image", {Task.CLIP: {Part.VISUAL: {"modelName": clip}}}, takes_image=True
-        ),
-        "clip text": Call(
-            "clip text",
-            {Task.CLIP: {Part.TEXTUAL: {"modelName": clip, "options": {"language": "en"}}}},
-            takes_image=False,
-        ),
-        "faces": Call(
-            "faces",
-            {
-                Task.FACES: {
-                    Part.DETECTION: {"modelName": face, "options": {"minScore": FACE_MIN_SCORE}},
-                    Part.RECOGNITION: {"modelName": face},
-                }
-            },
-            takes_image=True,
-        ),
-        "text": Call(
-            "text",
-            {
-                Task.OCR: {
-                    Part.DETECTION: {
-                        "modelName": ocr,
-                        "options": {
-                            "minScore": TEXT_BOX_MIN_SCORE,
-                            "maxResolution": MAX_RESOLUTION_PX,
-                        },
-                    },
-                    Part.RECOGNITION: {
-                        "modelName": ocr,
-                        "options": {"minScore": TEXT_LINE_MIN_SCORE},
-                    },
-                }
-            },
-            takes_image=True,
-        ),
-    }
+
+    def call(name: str, model: str, task: Task, *parts: Part) -> Call:
+        return Call(name, tuple(model_key(model, task, part) for part in parts))
+
+    both = (Part.DETECTION, Part.RECOGNITION)
+    calls = (
+        call("clip image", settings.clip_model, Task.CLIP, Part.VISUAL),
+        call("clip text", settings.clip_model, Task.CLIP, Part.TEXTUAL),
+        call("faces", settings.face_model, Task.FACES, *both),
+        call("text", settings.ocr_model, Task.OCR, *both),
+    )
+    return {one.name: one for one in calls}
 
 
 def encode(call: Call, *, image: bytes | None = None, text: str | None = None) -> httpx.Request:
     """The call as a ready request to `/predict` of an unnamed host: its bytes are made once."""
-    request = httpx.Request(
-        "POST", "http://service/predict", **call.form(image=image, text=text)
-    )
+    request = httpx.Request("POST", "http://service/predict", **call.form(image=image, text=text))
     request.read()
     return request
 

@@ -10,11 +10,13 @@ def demo(
     picture: Annotated[
         Path | None, typer.Argument(help="A picture of yours; one drawn by the project if none.")
     ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Where to save the picture with its boxes.")
-    ] = Path("demo-output/demo.png"),
+    output: Annotated[Path, typer.Option(help="Where to save the picture with its boxes.")] = Path(
+        "demo-output/demo.png"
+    ),
     models_dir: Annotated[Path | None, typer.Option(help="Model folder.")] = None,
-    pull: Annotated[bool, typer.Option("--pull", help="Download the models that are missing.")] = False,
+    pull: Annotated[
+        bool, typer.Option("--pull", help="Download the models that are missing.")
+    ] = False,
 ) -> None:
     """Show what the service answers: search, faces and text of one picture."""
     from rich.console import Console

@@ -13,11 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from immich_ml_metal.catalog import model_key
 from immich_ml_metal.cli.calls import Call, standard_calls
 from immich_ml_metal.config import Settings
 from immich_ml_metal.store import ModelStore
-from immich_ml_metal.types import ModelKey, Part, Task
+from immich_ml_metal.types import Task
 
 QUERIES = ("a portrait of a person", "a plate of spaghetti", "a sign with text on it")
 _TIMEOUT_S = 600.0  # with --pull, the first answer waits for a download
@@ -35,18 +34,22 @@ class _Asked:
 def show_demo(
     settings: Settings, url: str, image: bytes, output: Path, console: Console, *, pull: bool
 ) -> None:
-    """Ask the service at `url` everything it has models for, print the answers, save the picture."""
+    """Ask the service at `url` everything it has models for; print the answers, draw the boxes."""
     calls = standard_calls(settings)
+    store = ModelStore(settings)
     canvas = Image.open(io.BytesIO(image)).convert("RGB")
     console.print(f"Asking {url} about a picture of {canvas.width}x{canvas.height} pixels\n")
-    for title, show in (("Search", _show_search), ("Faces", _show_faces), ("Text", _show_text)):
-        missing = [] if pull else _missing(settings, title)
+    for title, needed, show in (
+        ("Search", ("clip image", "clip text"), _show_search),
+        ("Faces", ("faces",), _show_faces),
+        ("Text", ("text",), _show_text),
+    ):
         console.print(f"[bold]{title}[/]")
-        if missing:
+        missing = [key.name for name in needed for key in calls[name].missing(store)]
+        if missing and not pull:
             console.print(
-                f"  not shown: {', '.join(missing)} is not in {settings.models_dir}\n"
-                f"  get it: [bold]immich-ml-metal models pull {missing[0]}[/], "
-                "or run this again with --pull\n"
+                f"  not shown: {missing[0]} is not in {settings.models_dir}\n"
+                f"  get it with: immich-ml-metal models pull {missing[0]}\n"
             )
             continue
         show(calls, url, image, canvas, console)
@@ -54,21 +57,6 @@ def show_demo(
     output.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(output)
     console.print(f"Boxes drawn in [bold]{output}[/]")
-
-
-def _missing(settings: Settings, title: str) -> list[str]:
-    """Configured models of a task that are not on disk."""
-    task, name = {
-        "Search": (Task.CLIP, settings.clip_model),
-        "Faces": (Task.FACES, settings.face_model),
-        "Text": (Task.OCR, settings.ocr_model),
-    }[title]
-    store = ModelStore(settings)
-    parts = (
-        (Part.VISUAL, Part.TEXTUAL) if task is Task.CLIP else (Part.DETECTION, Part.RECOGNITION)
-    )
-    keys: list[ModelKey] = [model_key(name, task, part) for part in parts]
-    return [name] if any(store.locate(key) is None for key in keys) else []
 
 
 def _ask(url: str, call: Call, *, image: bytes | None = None, text: str | None = None) -> _Asked:
@@ -93,9 +81,7 @@ def _show_search(
     for query in QUERIES:
         asked = _ask(url, calls["clip text"], text=query)
         words = np.array(json.loads(asked.body[Task.CLIP]))
-        console.print(
-            f"  {float(picture @ words):6.3f}  {query!r} ({asked.milliseconds:.0f} ms)"
-        )
+        console.print(f"  {float(picture @ words):6.3f}  {query!r} ({asked.milliseconds:.0f} ms)")
 
 
 def _show_faces(

@@ -8,8 +8,11 @@ from immich_ml_metal.types import Bytes, Floats, Tensor
 
 def bgr_planes(pixels: Bytes) -> Floats:
     """(H, W, 3) RGB bytes → (3, H, W) float32 BGR in -1..1, as PP-OCR was trained."""
-    planes = pixels[:, :, ::-1].transpose(2, 0, 1)
-    return planes * np.float32(1 / 127.5) - np.float32(1)
+    planes = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+    for plane, channel in zip(planes, (2, 1, 0), strict=True):
+        np.multiply(pixels[:, :, channel], np.float32(1 / 127.5), out=plane)
+    planes -= 1
+    return planes
 
 
 def check_finite(raw: Tensor, *, name: str) -> Floats:
