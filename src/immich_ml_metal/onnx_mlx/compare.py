@@ -86,7 +86,7 @@ def compare_outputs(
     lowered = lower(program).program
     executor = Executor(lowered, place(lowered, dtype), dtype)
     ours = executor({name: to_device(value, dtype) for name, value in feeds.items()})
-    theirs = _session(path.read_bytes(), path).run(None, feeds)
+    theirs = _run(_session(path.read_bytes(), path), feeds)
     return [
         difference(spec.name, "", _to_numpy(a), b)
         for spec, a, b in zip(program.outputs, ours, theirs, strict=True)
@@ -131,7 +131,12 @@ def _every_value(path: Path, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     extra = [name for name in names if name not in known]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in extra)
     session = _session(model.SerializeToString(), path, optimise=False)
-    return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
+    outputs = (output.name for output in session.get_outputs())
+    return dict(zip(outputs, _run(session, feeds), strict=True))
+
+
+def _run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    return [np.asarray(value) for value in session.run(None, dict(feeds))]
 
 
 def _session(model: bytes, path: Path, *, optimise: bool = True) -> ort.InferenceSession:

@@ -95,7 +95,7 @@ def _mask(q: mx.array, k: mx.array, mask: Value | None, *, causal: bool) -> mx.a
 
 def _lower_triangle(rows: int, columns: int) -> mx.array:
     """(L, S) booleans: row i sees columns 0..i. MLX's own "causal" aligns the last row instead."""
-    return mx.array(np.tri(rows, columns, dtype=np.bool_))
+    return mx.arange(rows)[:, None] >= mx.arange(columns)[None]
 
 
 TABLE: Table = {

@@ -25,7 +25,12 @@ def resize(
     scales: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> mx.array:
-    """Resize: each axis to its size, or to its length times its scale, rounded down."""
+    """Resize: each axis to its size, or to its length times its scale, rounded down.
+
+    Opset 10 gives the scales in place of the region, which only crops use.
+    """
+    if call.opset == 10:
+        scales = roi
     if call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise Unsupported("Resize that keeps the aspect ratio")
     stored = (0, x.ndim - 1, *range(1, x.ndim - 1)) if call.nhwc else range(x.ndim)
@@ -127,7 +132,8 @@ def _weights(call: Call, where: Reals, old: int, scale: float) -> Reals:
             weight = np.where(inside, weight, 0)
         index = np.clip(first + tap, 0, old - 1)
         np.add.at(matrix, (np.arange(len(where)), index), weight)
-    return matrix / matrix.sum(1, keepdims=True)
+    normalised: Reals = matrix / matrix.sum(1, keepdims=True)
+    return normalised
 
 
 def _cubic(distance: Reals, call: Call) -> Reals:
@@ -135,8 +141,9 @@ def _cubic(distance: Reals, call: Call) -> Reals:
     a = call.number("cubic_coeff_a", -0.75)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((distance - 5) * distance + 8) * distance * a - 4 * a
-    inside: Reals = np.where(distance < CUBIC_TAPS / 2, far, 0.0)
-    return np.where(distance <= 1, near, inside)
+    far = np.where(distance < CUBIC_TAPS / 2, far, 0.0)
+    weight: Reals = np.where(distance <= 1, near, far)
+    return weight
 
 
 TABLE: Table = {

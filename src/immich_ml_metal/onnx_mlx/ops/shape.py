@@ -124,7 +124,7 @@ def _bounded(start: int, end: int, step: int, length: int) -> slice:
     """The slice with both ends inside the axis, or None beyond it, as Python wants it."""
     if step > 0:
         return slice(min(max(start, -length), length), min(max(end, -length), length), step)
-    begin = None if start >= length else max(start, -length - 1)
+    begin = None if start >= length else max(start, -length)
     return slice(begin, None if end < -length else min(end, length), step)
 
 

@@ -183,8 +183,7 @@ class _Layout:
         if node.inputs[0] not in self._last or len(pads) != 2 * RANK or has_axes:
             return False
         turned = tuple(pads[side * RANK + axis] for side in (0, 1) for axis in TO_LAST)
-        fill = ("", *node.inputs[2:]) if len(node.inputs) > 2 else ()
-        inputs = (self._last[node.inputs[0]], *fill)
+        inputs = (self._last[node.inputs[0]], "", *node.inputs[2:])
         return self._emit_last(node, inputs, {**node.attributes, "pads": turned})
 
     def _transpose(self, node: Node) -> bool:
