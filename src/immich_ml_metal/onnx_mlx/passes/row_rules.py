@@ -40,7 +40,7 @@ def _reshape(rows: Rows, node: Node) -> int:
     source, target = node.inputs[0], node.outputs[0]
     axis = rows.carried(node)
     before = math.prod(rows.shape(source)[:axis]) * rows.outer(source)
-    found = _place(rows.shape(target), before)
+    found = place_rows(rows.shape(target), before)
     rows.refuse_if(found is None, node)
     axis, outer = found or (0, 1)
     if outer > 1:
@@ -51,7 +51,7 @@ def _reshape(rows: Rows, node: Node) -> int:
     return axis
 
 
-def _place(shape: tuple[int, ...], before: int) -> tuple[int, int] | None:
+def place_rows(shape: tuple[int, ...], before: int) -> tuple[int, int] | None:
     """(axis, outer) for rows that follow `before` elements of a value with this shape for one row.
 
     An axis of length 1 is theirs; else they come first on the axis that starts there (batch times
