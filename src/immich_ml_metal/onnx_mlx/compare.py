@@ -67,7 +67,7 @@ def difference(name: str, operator: str, ours: Tensor, theirs: Tensor) -> Differ
     """Measure two arrays of the same shape against each other."""
     a, b = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
     same = (a == b) | (np.isnan(a) & np.isnan(b))  # infinities of masks included
-    gap = np.where(same, 0, np.abs(a - b))
+    gap = np.abs(np.where(same, 0, a) - np.where(same, 0, b))
     largest = float(gap.max(initial=0))
     finite = np.isfinite(a) & np.isfinite(b)
     a, b = a[finite], b[finite]
