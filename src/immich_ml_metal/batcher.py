@@ -97,10 +97,10 @@ class Batcher(Generic[ItemT, ResultT]):
         except Exception as exc:  # noqa: BLE001 - every waiter must be answered
             self._fail(batch, exc)
             return
-        self._report(batch, started)
         for entry, result in zip(batch, results, strict=True):
             if not entry.future.done():
                 entry.future.set_result(result)
+        self._report(batch, started)
 
     def _report(self, batch: list[Entry[ItemT, ResultT]], started: float) -> None:
         if self._watch is None:

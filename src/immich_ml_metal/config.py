@@ -151,7 +151,7 @@ class Settings(BaseModel):
     max_image_side_px: int = _setting(
         65_535, "ML_MAX_IMAGE_SIDE", ge=1, help="Longest side of a picture, in pixels."
     )
-    image_cache_bytes: int = _setting(
+    image_cache_bytes: Annotated[int, BeforeValidator(_parse_size)] = _setting(
         64 * MIB,
         "ML_IMAGE_CACHE",
         ge=0,
@@ -162,6 +162,7 @@ class Settings(BaseModel):
         0,
         "ML_REQUEST_THREADS",
         "MACHINE_LEARNING_REQUEST_THREADS",
+        ge=0,
         help="Threads that decode and prepare pictures; 0 is one per core.",
     )
     intra_op_threads: int = _setting(
@@ -175,6 +176,7 @@ class Settings(BaseModel):
         300.0,
         "ML_MODEL_TTL",
         "MACHINE_LEARNING_MODEL_TTL",
+        ge=0,
         help="Seconds after which an unused model is unloaded; 0 keeps models.",
     )
     keepalive_s: float = _setting(

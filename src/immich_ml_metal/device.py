@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from immich_ml_metal.batcher import Batcher
+from immich_ml_metal.errors import InferenceError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -29,6 +30,25 @@ def core_count() -> int:
     return os.cpu_count() or 1
 
 
+def contained(func: Callable[[], T]) -> T:
+    """Call `func` on a thread; what no caller could be given becomes an ordinary error.
+
+    A panic in a Rust library (tokenizers) is no Exception, so nobody would answer for it; asyncio
+    futures refuse StopIteration, so its caller would wait for ever.
+
+    Raises:
+        InferenceError: in place of the two.
+    """
+    try:
+        return func()
+    except StopIteration as exc:
+        raise InferenceError("an iterator ended early (StopIteration)") from exc
+    except Exception:
+        raise
+    except BaseException as exc:  # a panic, see above
+        raise InferenceError(f"{type(exc).__name__}: {exc}") from exc
+
+
 class Device:
     """Runs batches and other jobs on its own threads, `width` at a time, models taking turns.
 
@@ -38,6 +58,8 @@ class Device:
     def __init__(
         self, name: str, *, width: int = 1, on_exit: Callable[[], None] | None = None
     ) -> None:
+        """`on_exit` runs last on the thread of a device that has only one."""
+        assert on_exit is None or width == 1, "which of several threads should run it?"
         self.name = name
         self.width = width
         self._on_exit = on_exit
@@ -83,27 +105,37 @@ class Device:
         if batcher not in self._ready:
             self._ready.append(batcher)
         if len(self._workers) < self.width:
-            worker = asyncio.create_task(self._work())
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            self._workers.add(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
-        while self._ready:
-            batcher = self._ready.popleft()
-            batch = batcher.next_batch()
-            if len(batcher):  # the rest waits behind the other models
-                self._ready.append(batcher)
-            if batch:
-                await batcher.answer(batch, self._run)
-            if len(batcher) and batcher not in self._ready:  # a failed batch came back
-                self._ready.append(batcher)
+        try:
+            while self._ready:
+                await self._turn()
+        finally:
+            # Here and not in a done callback: that one comes after the callers whose answers were
+            # just given, and what they queue next would find a worker that is already gone.
+            worker = asyncio.current_task()
+            assert worker is not None
+            self._workers.discard(worker)
+
+    async def _turn(self) -> None:
+        """Answer one batch of the model whose turn it is."""
+        batcher = self._ready.popleft()
+        batch = batcher.next_batch()
+        if len(batcher):  # the rest waits behind the other models
+            self._ready.append(batcher)
+        if batch:
+            await batcher.answer(batch, self._run)
+        if len(batcher) and batcher not in self._ready:  # a failed batch came back
+            self._ready.append(batcher)
 
     async def _run(self, func: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, func)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: contained(func))
 
     def close(self) -> None:
-        """Let what runs finish, give each thread its `on_exit`, and end the threads."""
-        if self._on_exit is not None and self.width == 1:
+        """Let what runs finish, give the thread its `on_exit`, and end the threads. Blocks."""
+        if self._on_exit is not None:
             self._threads.submit(self._on_exit)
         self._threads.shutdown(wait=True)
 
@@ -120,7 +152,7 @@ class CpuThreads:
         """Await `func()` on a thread of the pool, with the caller's context variables."""
         context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: context.run(func))
+        return await loop.run_in_executor(self._threads, lambda: context.run(contained, func))
 
     def close(self) -> None:
         """Let what runs finish and end the threads."""

@@ -24,18 +24,17 @@ from immich_ml_metal.types import Bytes
 # Pillow keeps RGB as 4 bytes a pixel, and `Picture.pixels` is a second copy of 3.
 _BYTES_PER_PIXEL = 7
 
-# What Pillow's decoders raise on files that break off or lie about themselves.
+# What Pillow's decoders raise on files that break off or lie about themselves; found by fuzzing.
 _BROKEN = (
-    UnidentifiedImageError,
-    OSError,
+    OSError,  # most, and UnidentifiedImageError
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     TypeError,
     OverflowError,
-    NotImplementedError,
+    AttributeError,
+    RuntimeError,  # AVIF, and NotImplementedError
     struct.error,
     zlib.error,
 )
@@ -78,26 +77,43 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
     """Decode a file's bytes.
 
     Raises:
-        InvalidImage: not a picture, cut off, or with a side of zero pixels.
-        ImageTooLarge: over the limits; found before decoding.
+        InvalidImage: not a picture, cut off, or with zero width or height.
+        ImageTooLarge: over the limits; found on the header, before decoding.
     """
     if not data:
         raise InvalidImage("the image is empty")
+    _raise_pillow_limit(limits.max_pixels)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image.size, limits)
             image.load()
-            return Picture(image if image.mode == "RGB" else image.convert("RGB"))
-    except Image.DecompressionBombError as exc:
+            _check_size(image.size, limits)  # icon files hold a picture of a size of its own
+            return Picture(_to_rgb(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ImageTooLarge(f"the image is over {limits.max_pixels} pixels") from exc
     except _BROKEN as exc:
         raise InvalidImage(f"the image cannot be decoded: {_reason(exc)}") from exc
 
 
+def _raise_pillow_limit(max_pixels: int) -> None:
+    """Let Pillow open what our own limit allows, without a warning: its limit is process-wide.
+
+    It is never lowered, so threads with different limits do not disturb each other.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """In mode RGB; alpha and transparent colours are dropped, not blended."""
+    if image.mode == "RGB":
+        return image
+    image.info.pop("transparency", None)  # unused for RGB, but Pillow would warn about a palette's
+    return image.convert("RGB")
+
+
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     width, height = size
-    if width < 1 or height < 1:
-        raise InvalidImage(f"the image has zero width or height ({width}x{height})")
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
             f"the image has {width * height} pixels ({width}x{height}), limit {limits.max_pixels}"
@@ -109,8 +125,8 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def _reason(exc: BaseException) -> str:
-    if isinstance(exc, UnidentifiedImageError):
-        return "unknown format"
+    if isinstance(exc, UnidentifiedImageError):  # what Pillow says of a zero side as well
+        return "unknown format, or zero width or height"
     return str(exc) or type(exc).__name__
 
 
@@ -159,6 +175,9 @@ class PictureCache:
         del self._pending[digest]
         if task.cancelled() or task.exception() is not None:
             return
-        self._kept[digest] = task.result()
-        while self._kept and self.size_bytes > self._max_bytes:
+        picture = task.result()
+        if picture.size_bytes > self._max_bytes:  # keeping it would cost all the others
+            return
+        self._kept[digest] = picture
+        while self.size_bytes > self._max_bytes:
             self._kept.popitem(last=False)

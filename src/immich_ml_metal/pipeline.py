@@ -5,7 +5,7 @@ Knows nothing about HTTP or hardware. A failure in any stage fails the request: 
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -79,10 +79,13 @@ class Pipeline:
         await _all(self._pool.get(key) for key in model_keys(request) if self._pool.serves(key))
 
     async def _timed(self, work: Coroutine[None, None, Answer]) -> Answer:
+        limit = asyncio.timeout(self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with limit:
                 return await work
         except TimeoutError as exc:
+            if not limit.expired():  # not ours: a library's own
+                raise
             raise TimedOut(f"no answer within {self._timeout_s:g} s") from exc
 
     async def _read_query(self, request: TaskRequest, text: str) -> Answer:
@@ -92,14 +95,17 @@ class Pipeline:
         return Answer(clip=await self._pool.run(query.model, item))
 
     async def _look(self, request: TaskRequest, picture: Picture) -> Answer:
-        clip, faces, text = await _all(
-            (
-                self._embed(request, picture),
-                self._find_faces(request.face_detection, request.face_recognition, picture),
-                self._find_text(request.text_detection, request.text_recognition, picture),
-            )
+        clip = asyncio.create_task(self._embed(request, picture))
+        faces = asyncio.create_task(
+            self._find_faces(request.face_detection, request.face_recognition, picture)
         )
-        return Answer(size=picture.size, clip=clip, faces=faces, text=text)
+        text = asyncio.create_task(
+            self._find_text(request.text_detection, request.text_recognition, picture)
+        )
+        await _all((clip, faces, text))
+        return Answer(
+            size=picture.size, clip=clip.result(), faces=faces.result(), text=text.result()
+        )
 
     async def _embed(self, request: TaskRequest, picture: Picture) -> Floats | None:
         if request.clip_visual is None:
@@ -160,7 +166,7 @@ def keep_lines(
     """The lines read with a score strictly above `min_score`, boxes in 0..1 of `size`."""
     kept = [row for row, reading in enumerate(readings) if reading.score > min_score]
     return TextLines(
-        quads=regions.quads[kept] / np.array(size, dtype=np.float32),
+        quads=(regions.quads[kept] / np.array(size)).astype(np.float32),
         box_scores=regions.scores[kept],
         texts=tuple(readings[row].text for row in kept),
         text_scores=np.array([readings[row].score for row in kept], dtype=np.float32),
@@ -197,7 +203,7 @@ def _check_request(request: TaskRequest, *, has_image: bool) -> None:
             )
 
 
-async def _all(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
+async def _all(work: Iterable[Awaitable[T]]) -> list[T]:
     """Await everything, then raise the first error: no work is left running behind an answer."""
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:

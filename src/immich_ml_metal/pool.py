@@ -31,6 +31,10 @@ class Store(Protocol):
         """The files of a model, fetched first when they are not here. Blocks."""
         ...
 
+    def close(self) -> None:
+        """End running downloads soon."""
+        ...
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -66,6 +70,7 @@ class Pool:
         self._files_threads = CpuThreads(_FETCHES_AT_ONCE)
         self._clock = clock
         self._models: dict[ModelKey, asyncio.Task[Loaded]] = {}
+        self._closing: set[asyncio.Future[list[None]]] = set()
         self.progress = 0  # grows with every step any model makes
 
     @property
@@ -186,22 +191,35 @@ class Pool:
         for loaded in idle:  # first all out of reach, then the slow part
             loaded.is_closed = True
             del self._models[loaded.key]
-        for loaded in idle:
-            await loaded.engine.device.call(loaded.model.close)
-            self._metrics.model_evictions.labels("idle").inc()
             self._metrics.model_bytes.remove(str(loaded.key))
-            log.info("unloaded model=%s engine=%s", loaded.key, loaded.engine.name)
+        closing = asyncio.gather(*(self._close_model(loaded) for loaded in idle))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await asyncio.shield(closing)  # nobody else can reach these models to close them
         return [loaded.key for loaded in idle]
 
+    async def _close_model(self, loaded: Loaded) -> None:
+        try:
+            await loaded.engine.device.call(loaded.model.close)
+        except Exception:  # the others must be unloaded all the same
+            log.exception("unloading failed model=%s engine=%s", loaded.key, loaded.engine.name)
+            return
+        self._metrics.model_evictions.labels("idle").inc()
+        log.info("unloaded model=%s engine=%s", loaded.key, loaded.engine.name)
+
     async def close(self) -> None:
-        """Unload everything and end the engines' threads."""
-        for task in self._models.values():
-            task.cancel()
+        """Break off downloads, unload everything and end the engines' threads.
+
+        A load that runs cannot be broken off: it is waited for, so that its model is freed on the
+        thread that made it.
+        """
+        self._store.close()
         await asyncio.gather(*self._models.values(), return_exceptions=True)
         await self.unload_idle(float("-inf"))
-        for engine in set(self._engines.values()):
-            engine.device.close()
-        self._files_threads.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        for device in {engine.device for engine in self._engines.values()}:
+            await self._threads.run(device.close)
+        await self._threads.run(self._files_threads.close)
 
 
 class _BatchWatch:

@@ -5,12 +5,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
 from immich_ml_metal.config import Settings
@@ -41,7 +44,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.Overloaded: 503,
 }
 _CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
-_FORM_OVERHEAD_BYTES = 2**20  # entries, text and boundaries around the largest upload
+_FORM_OVERHEAD_BYTES = 2**20  # entries, text and boundaries around the largest picture
 _UNLOAD_EVERY_S = 10.0
 
 
@@ -60,8 +63,6 @@ def create_app(settings: Settings, engines: EngineTable, store: Store) -> FastAP
     app.get("/health")(service.health)
     app.get("/metrics")(service.render_metrics)
     app.post("/predict")(service.predict)
-    app.exception_handler(errors.ServiceError)(_on_service_error)
-    app.exception_handler(Exception)(_on_unexpected_error)
     return app
 
 
@@ -88,6 +89,13 @@ class Service:
         self._in_flight = 0
         self._answered = 0
         self._unloader: asyncio.Task[None] | None = None
+        self._describe_engines()
+
+    def _describe_engines(self) -> None:
+        for (task, part), engine in self._engines.items():
+            self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
+        for device in {engine.device for engine in self._engines.values()}:
+            self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "Service":
         if self.settings.model_ttl_s > 0:
@@ -142,44 +150,58 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Read the form, parse the entries, run the pipeline, render the answer."""
         with request_scope(request.headers.get(REQUEST_ID_HEADER)):
-            form = await self._read_form(request)
-            tasks = parse_entries(_entries_field(form), face_min_score=self.settings.face_min_score)
-            image, text = await _payload(form)
-            return await _unless_gone(request, self._answer(tasks, image, text))
+            try:
+                form = await self._read_form(request)
+                tasks = parse_entries(form.entries, face_min_score=self.settings.face_min_score)
+                return await _unless_gone(request, self._answer(tasks, form.image, form.text))
+            except ClientDisconnect:
+                return Response(status_code=_CLIENT_GONE)
+            except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
+                return _render_error(exc)
 
     async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
         self._in_flight += 1
-        status = 500
+        self.metrics.in_flight.inc()
+        status = _CLIENT_GONE  # what remains when this is cancelled
         try:
             async with self._admitted:
                 answer = await self._pipeline.answer(tasks, image, text)
             body = render(answer)
             status = 200
             return Response(body, media_type="application/json")
-        except errors.ServiceError as exc:
-            status = STATUS[type(exc)]
+        except Exception as exc:
+            status = _status_of(exc)
             raise
         finally:
             self._in_flight -= 1
+            self.metrics.in_flight.dec()
             self._answered += 1
             for task in sorted({key.task for key in model_keys(tasks)}):
                 self.metrics.requests.labels(task, str(status)).inc()
 
-    async def _read_form(self, request: Request) -> FormData:
-        limit = self.settings.max_image_size_bytes
+    async def _read_form(self, request: Request) -> "Form":
         with self.metrics.stage("request", "read"):
-            return await read_form(request, limit_bytes=limit)
+            return await read_form(request, limit_bytes=self.settings.max_image_size_bytes)
 
 
 # -- the form --------------------------------------------------------------------------------------
 
 
-async def read_form(request: Request, *, limit_bytes: int) -> FormData:
-    """Parse the body while it arrives, and stop reading at the limit.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a caller sent; an empty text counts as none."""
+
+    entries: str
+    image: bytes | None
+    text: str | None
+
+
+async def read_form(request: Request, *, limit_bytes: int) -> Form:
+    """Parse the body while it arrives, and stop reading soon after the limit.
 
     Raises:
-        ImageTooLarge: more than `limit_bytes` of upload.
-        InvalidEntries: the body is not a form.
+        ImageTooLarge: the picture has more than `limit_bytes`.
+        InvalidEntries: the body is not a form, or has no `entries`.
     """
     allowed = limit_bytes + _FORM_OVERHEAD_BYTES
     length = request.headers.get("content-length", "")
@@ -197,9 +219,12 @@ async def read_form(request: Request, *, limit_bytes: int) -> FormData:
 
     counted = Request(request.scope, limited)
     try:
-        return await counted.form(max_part_size=limit_bytes)
-    except (MultiPartException, ValueError) as exc:
-        raise errors.InvalidEntries(f"the body is not a form: {exc}") from exc
+        async with counted.form(max_part_size=_FORM_OVERHEAD_BYTES) as form:
+            return Form(
+                _entries_field(form), await _image_field(form, limit_bytes), _text_field(form)
+            )
+    except HTTPException as exc:  # Starlette's word for a body that breaks its own format
+        raise errors.InvalidEntries(f"the body is not a form: {exc.detail}") from exc
 
 
 def _entries_field(form: FormData) -> str:
@@ -211,14 +236,19 @@ def _entries_field(form: FormData) -> str:
     raise errors.InvalidEntries("the form field 'entries' is a file, it must be a text")
 
 
-async def _payload(form: FormData) -> tuple[bytes | None, str | None]:
-    """The image's bytes and the text; an empty text counts as none."""
-    image, text = form.get("image"), form.get("text")
-    if isinstance(image, UploadFile):
-        return await image.read(), None
-    if isinstance(image, str):
-        return image.encode(), None
-    return None, text if isinstance(text, str) and text else None
+async def _image_field(form: FormData, limit_bytes: int) -> bytes | None:
+    field = form.get("image")
+    if field is None:
+        return None
+    image = await field.read() if isinstance(field, UploadFile) else field.encode()
+    if len(image) > limit_bytes:
+        raise errors.ImageTooLarge(f"the image has {len(image)} bytes, limit {limit_bytes}")
+    return image
+
+
+def _text_field(form: FormData) -> str | None:
+    text = form.get("text")
+    return text if isinstance(text, str) and text else None
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
@@ -244,16 +274,19 @@ async def _wait_for_hang_up(request: Request) -> None:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-async def _on_service_error(_: Request, exc: Exception) -> JSONResponse:
-    status = STATUS[type(exc)]  # type: ignore[index]  # registered for ServiceError only
+def _status_of(exc: Exception) -> int:
+    return STATUS[type(exc)] if isinstance(exc, errors.ServiceError) else 500
+
+
+def _render_error(exc: Exception) -> JSONResponse:
+    """The reason as JSON; what is our fault goes to the log as well, once."""
+    status = _status_of(exc)
     if status >= 500:
         log.error("request failed status=%d", status, exc_info=exc)
-    return JSONResponse({"detail": str(exc)}, status_code=status)
-
-
-async def _on_unexpected_error(_: Request, exc: Exception) -> JSONResponse:
-    log.error("request failed status=500", exc_info=exc)
-    return JSONResponse({"detail": f"internal error: {type(exc).__name__}: {exc}"}, status_code=500)
+    reason = str(exc)
+    if not isinstance(exc, errors.ServiceError):
+        reason = f"internal error: {type(exc).__name__}: {exc}"
+    return JSONResponse({"detail": reason}, status_code=status)
 
 
 def every_part(engine: Any) -> EngineTable:

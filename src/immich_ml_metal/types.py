@@ -53,7 +53,8 @@ class ModelFiles:
 
     Attributes:
         graph: the ONNX file.
-        folder: holds the half's side files (`preprocess_cfg.json`, `tokenizer.json`, `charset.txt`).
+        folder: holds the half's side files (`preprocess_cfg.json`, `tokenizer.json`,
+            `charset.txt`).
         root: holds the files that both halves share (`config.json`).
     """
 
@@ -97,7 +98,11 @@ class FaceRecognition:
 
 @dataclass(frozen=True, slots=True)
 class TextDetection:
-    """Find text boxes scoring at least `min_score`, the short side reduced to `max_resolution` px."""
+    """Find text boxes scoring at least `min_score` (0..1).
+
+    Attributes:
+        max_resolution: what the picture's short side is reduced to, pixels.
+    """
 
     model: ModelKey
     min_score: float = 0.5
@@ -106,7 +111,7 @@ class TextDetection:
 
 @dataclass(frozen=True, slots=True)
 class TextRecognition:
-    """Read each text box, keeping lines scoring strictly above `min_score`."""
+    """Read each text box, keeping lines scoring strictly above `min_score` (0..1)."""
 
     model: ModelKey
     min_score: float = 0.9
@@ -169,7 +174,7 @@ class TextRegions:
     Attributes:
         quads: (N, 4, 2) xy, pixels, clockwise from the top-left corner.
         scores: (N,) in 0..1.
-        readings: the text of each region where the detector reads as well (Apple Vision), else None.
+        readings: the text of each region where the detector reads too (Apple Vision), else None.
     """
 
     quads: Floats
@@ -218,28 +223,37 @@ class TensorSpec:
 
 
 class Graph(Protocol):
-    """A tensor program: an ONNX file on some engine.
-
-    Attributes:
-        max_batch: the most rows one `run` takes; rows are independent of each other.
-        fixed_shapes: True where every new input shape costs a compilation, so that callers should
-            pad to a short list of shapes; False where shapes are free.
-        size_bytes: memory held by the weights.
-        metadata: the file's own key-value pairs (PP-OCR keeps its character list there).
-    """
+    """A tensor program: an ONNX file on some engine."""
 
     @property
-    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` is fed."""
+        ...
+
     @property
-    def outputs(self) -> tuple[TensorSpec, ...]: ...
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` returns, in order."""
+        ...
+
     @property
-    def metadata(self) -> Mapping[str, str]: ...
+    def metadata(self) -> Mapping[str, str]:
+        """The file's own key-value pairs: PP-OCR keeps its character list there."""
+        ...
+
     @property
-    def max_batch(self) -> int: ...
+    def max_batch(self) -> int:
+        """The most rows one `run` takes; rows are independent of each other."""
+        ...
+
     @property
-    def fixed_shapes(self) -> bool: ...
+    def fixed_shapes(self) -> bool:
+        """Whether each new input shape costs a compilation: callers pad to a short list of them."""
+        ...
+
     @property
-    def size_bytes(self) -> int: ...
+    def size_bytes(self) -> int:
+        """Memory held by the weights."""
+        ...
 
     def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute every output for `feeds` (input name → array), on the engine's own thread."""

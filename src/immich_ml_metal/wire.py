@@ -11,7 +11,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from immich_ml_metal.catalog import model_key
-from immich_ml_metal.errors import InvalidEntries
+from immich_ml_metal.errors import InvalidEntries, InvalidOutput
 from immich_ml_metal.types import (
     Answer,
     ClipTextual,
@@ -20,6 +20,7 @@ from immich_ml_metal.types import (
     FaceRecognition,
     Faces,
     Floats,
+    ModelKey,
     Part,
     RecognisedFaces,
     Task,
@@ -30,9 +31,10 @@ from immich_ml_metal.types import (
     TextRegions,
 )
 
-# -- entries → TaskRequest --------------------------------------------------------------------------
+# -- entries → TaskRequest -------------------------------------------------------------------------
 
 _Score = Annotated[float, Field(ge=0, le=1)]
+_MAX_PROBLEMS = 5  # named in one error message
 
 
 class _Options(BaseModel):
@@ -44,7 +46,7 @@ class _LanguageOptions(_Options):
 
 
 class _FaceOptions(_Options):
-    minScore: _Score | None = None  # noqa: N815 - Immich's spelling
+    minScore: _Score = 0.7  # noqa: N815 - Immich's spelling
 
 
 class _BoxOptions(_Options):
@@ -62,33 +64,65 @@ class _Strict(BaseModel):
 
 class _Entry(_Strict):
     modelName: StrictStr  # noqa: N815
+
+    def key(self, task: Task, part: Part) -> ModelKey:
+        return model_key(self.modelName, task, part)
+
+
+class _VisualEntry(_Entry):
     options: _Options = _Options()
+
+    def request(self) -> ClipVisual:
+        return ClipVisual(self.key(Task.CLIP, Part.VISUAL))
 
 
 class _TextualEntry(_Entry):
     options: _LanguageOptions = _LanguageOptions()
 
+    def request(self) -> ClipTextual:
+        return ClipTextual(self.key(Task.CLIP, Part.TEXTUAL), self.options.language)
+
 
 class _FaceEntry(_Entry):
     options: _FaceOptions = _FaceOptions()
+
+    def request(self, default_min_score: float) -> FaceDetection:
+        is_asked = "minScore" in self.options.model_fields_set
+        min_score = self.options.minScore if is_asked else default_min_score
+        return FaceDetection(self.key(Task.FACES, Part.DETECTION), min_score)
+
+
+class _FaceVectorEntry(_Entry):
+    options: _Options = _Options()
+
+    def request(self) -> FaceRecognition:
+        return FaceRecognition(self.key(Task.FACES, Part.RECOGNITION))
 
 
 class _BoxEntry(_Entry):
     options: _BoxOptions = _BoxOptions()
 
+    def request(self) -> TextDetection:
+        options = self.options
+        key = self.key(Task.OCR, Part.DETECTION)
+        return TextDetection(key, options.minScore, options.maxResolution)
+
 
 class _LineEntry(_Entry):
     options: _LineOptions = _LineOptions()
 
+    def request(self) -> TextRecognition:
+        return TextRecognition(self.key(Task.OCR, Part.RECOGNITION), self.options.minScore)
+
 
 class _Clip(_Strict):
-    visual: _Entry | None = None
+    visual: _VisualEntry | None = None
     textual: _TextualEntry | None = None
 
 
 class _Faces(_Strict):
     detection: _FaceEntry | None = None
-    recognition: _Entry | None = None
+    recognition: _FaceVectorEntry | None = None
 
 
 class _Ocr(_Strict):
@@ -128,9 +162,15 @@ def parse_entries(text: str, *, face_min_score: float) -> TaskRequest:
 def _explain(exc: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(str(part) for part in error['loc']) or 'top level'}: "
-        f"{error['msg'][:1].lower()}{error['msg'][1:]} (got {_shorten(error['input'])})"
-        for error in exc.errors()
+        f"{_reason(error['type'], error['msg'])} (got {_shorten(error['input'])})"
+        for error in exc.errors()[:_MAX_PROBLEMS]
     )
+
+
+def _reason(kind: str, message: str) -> str:
+    if kind == "model_type":  # pydantic would name our own class
+        return "must be an object"
+    return message[:1].lower() + message[1:]
 
 
 def _shorten(value: object, limit: int = 60) -> str:
@@ -139,43 +179,26 @@ def _shorten(value: object, limit: int = 60) -> str:
 
 
 def _to_request(entries: _Entries, face_min_score: float) -> TaskRequest:
-    visual, textual = entries.clip.visual, entries.clip.textual
-    face, crop = entries.faces.detection, entries.faces.recognition
-    box, line = entries.ocr.detection, entries.ocr.recognition
-
-    def score(options: _FaceOptions) -> float:
-        return face_min_score if options.minScore is None else options.minScore
-
+    clip, faces, ocr = entries.clip, entries.faces, entries.ocr
     return TaskRequest(
-        clip_visual=visual and ClipVisual(model_key(visual.modelName, Task.CLIP, Part.VISUAL)),
-        clip_textual=textual
-        and ClipTextual(
-            model_key(textual.modelName, Task.CLIP, Part.TEXTUAL), textual.options.language
-        ),
-        face_detection=face
-        and FaceDetection(
-            model_key(face.modelName, Task.FACES, Part.DETECTION), score(face.options)
-        ),
-        face_recognition=crop
-        and FaceRecognition(model_key(crop.modelName, Task.FACES, Part.RECOGNITION)),
-        text_detection=box
-        and TextDetection(
-            model_key(box.modelName, Task.OCR, Part.DETECTION),
-            box.options.minScore,
-            box.options.maxResolution,
-        ),
-        text_recognition=line
-        and TextRecognition(
-            model_key(line.modelName, Task.OCR, Part.RECOGNITION), line.options.minScore
-        ),
+        clip_visual=clip.visual.request() if clip.visual else None,
+        clip_textual=clip.textual.request() if clip.textual else None,
+        face_detection=faces.detection.request(face_min_score) if faces.detection else None,
+        face_recognition=faces.recognition.request() if faces.recognition else None,
+        text_detection=ocr.detection.request() if ocr.detection else None,
+        text_recognition=ocr.recognition.request() if ocr.recognition else None,
     )
 
 
-# -- Answer → response body -------------------------------------------------------------------------
+# -- Answer → response body ------------------------------------------------------------------------
 
 
 def render(answer: Answer) -> bytes:
-    """The response body: compact JSON, float32 in its shortest exact form."""
+    """The response body: compact JSON, float32 in its shortest exact form.
+
+    Raises:
+        InvalidOutput: a number is not finite; JSON could only say `null`.
+    """
     body: dict[str, Any] = {}
     if answer.clip is not None:
         body[Task.CLIP.value] = _vector(answer.clip)
@@ -184,40 +207,52 @@ def render(answer: Answer) -> bytes:
     if answer.text is not None:
         body[Task.OCR.value] = _render_text(answer.text)
     if answer.size is not None:
-        body["imageWidth"], body["imageHeight"] = answer.size
+        width, height = answer.size
+        body |= {"imageHeight": height, "imageWidth": width}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _vector(values: Floats) -> str:
     """A vector as Immich stores it: a string that is a JSON array, put into SQL as it is."""
+    return orjson.dumps(_floats(values), option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+
+def _floats(values: Floats) -> Floats:
+    """`values` as orjson takes them, or an error: it would write NaN and infinity as `null`."""
     contiguous = np.ascontiguousarray(values, dtype=np.float32)
-    return orjson.dumps(contiguous, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    if not np.isfinite(contiguous).all():
+        raise InvalidOutput("a number of the answer is not finite")
+    return contiguous
 
 
 def _render_faces(faces: Faces | RecognisedFaces) -> Any:
     if isinstance(faces, Faces):
         return {
-            "boxes": faces.boxes.tolist(),
-            "scores": np.ascontiguousarray(faces.scores),
-            "landmarks": np.ascontiguousarray(faces.landmarks),
+            "boxes": _floats(faces.boxes),
+            "scores": _floats(faces.scores),
+            "landmarks": _floats(faces.landmarks),
         }
     found = faces.faces
     return [
         {
-            "boundingBox": dict(zip(("x1", "y1", "x2", "y2"), box.tolist(), strict=True)),
+            "boundingBox": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
             "embedding": _vector(embedding),
             "score": score,
         }
-        for box, score, embedding in zip(found.boxes, found.scores, faces.embeddings, strict=True)
+        for box, score, embedding in zip(
+            _floats(found.boxes), _floats(found.scores), faces.embeddings, strict=True
+        )
     ]
 
 
 def _render_text(text: TextRegions | TextLines) -> Any:
     if isinstance(text, TextRegions):
-        return {"boxes": np.ascontiguousarray(text.quads), "scores": text.scores}
+        return {"boxes": _floats(text.quads), "scores": _floats(text.scores)}
+    lengths = {len(text.quads), len(text.texts), len(text.box_scores), len(text.text_scores)}
+    assert len(lengths) == 1, "Immich reads the four lists side by side"
     return {
-        "box": np.ascontiguousarray(text.quads).reshape(-1),
-        "text": list(text.texts),
-        "boxScore": text.box_scores,
-        "textScore": text.text_scores,
+        "box": _floats(text.quads).reshape(-1),
+        "text": text.texts,
+        "boxScore": _floats(text.box_scores),
+        "textScore": _floats(text.text_scores),
     }

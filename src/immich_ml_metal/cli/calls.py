@@ -85,11 +85,15 @@ def encode(call: Call, *, image: bytes | None = None, text: str | None = None) -
 
 
 def read_pictures(paths: list[Path]) -> list[bytes]:
-    """The bytes of every named picture; a folder stands for the files in it."""
-    files = [
-        file
-        for path in paths
-        for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-        if file.is_file()
-    ]
-    return [file.read_bytes() for file in files]
+    """The bytes of every named picture; a folder stands for the visible files in it.
+
+    Raises:
+        OSError: a path does not exist or cannot be read.
+    """
+    return [file.read_bytes() for path in paths for file in _files(path)]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")

@@ -30,23 +30,28 @@ _FILTERS = {
 }
 _PUNCTUATION = str.maketrans("", "", string.punctuation)  # the 32 ASCII marks SigLIP drops
 
+# What the text towers call their inputs (contract §3.2): OpenCLIP's, and M-CLIP's two.
+_TOKEN_INPUTS = ("text", "input_ids")
+_MASK_INPUT = "attention_mask"
+
 # FLORES-200 codes by the language tags of Immich's web client (contract §2.5). `jpn_Hira` is not a
 # real code, but it is what the official service sends.
-NLLB_CODES: Mapping[str, str] = dict(
-    pair.split()
-    for pair in (
-        "af afr_Latn, ar arb_Arab, az azj_Latn, be bel_Cyrl, bg bul_Cyrl, ca cat_Latn, "
-        "cs ces_Latn, da dan_Latn, de deu_Latn, el ell_Grek, en eng_Latn, es spa_Latn, "
-        "et est_Latn, fa pes_Arab, fi fin_Latn, fr fra_Latn, he heb_Hebr, hi hin_Deva, "
-        "hr hrv_Latn, hu hun_Latn, hy hye_Armn, id ind_Latn, it ita_Latn, ja jpn_Hira, "
-        "kmr kmr_Latn, ko kor_Hang, lb ltz_Latn, lt lit_Latn, lv lav_Latn, mfa zsm_Latn, "
-        "mk mkd_Cyrl, mn khk_Cyrl, mr mar_Deva, ms zsm_Latn, nb-NO nob_Latn, nn nno_Latn, "
-        "nl nld_Latn, pl pol_Latn, pt-BR por_Latn, pt por_Latn, ro ron_Latn, ru rus_Cyrl, "
-        "sk slk_Latn, sl slv_Latn, sr-Cyrl srp_Cyrl, sv swe_Latn, ta tam_Taml, te tel_Telu, "
-        "th tha_Thai, tr tur_Latn, uk ukr_Cyrl, ur urd_Arab, vi vie_Latn, zh-CN zho_Hans, "
-        "zh-Hans zho_Hans, zh-TW zho_Hant"
-    ).split(", ")
-)
+# fmt: off
+NLLB_CODES: Mapping[str, str] = {
+    "af": "afr_Latn", "ar": "arb_Arab", "az": "azj_Latn", "be": "bel_Cyrl", "bg": "bul_Cyrl",
+    "ca": "cat_Latn", "cs": "ces_Latn", "da": "dan_Latn", "de": "deu_Latn", "el": "ell_Grek",
+    "en": "eng_Latn", "es": "spa_Latn", "et": "est_Latn", "fa": "pes_Arab", "fi": "fin_Latn",
+    "fr": "fra_Latn", "he": "heb_Hebr", "hi": "hin_Deva", "hr": "hrv_Latn", "hu": "hun_Latn",
+    "hy": "hye_Armn", "id": "ind_Latn", "it": "ita_Latn", "ja": "jpn_Hira", "kmr": "kmr_Latn",
+    "ko": "kor_Hang", "lb": "ltz_Latn", "lt": "lit_Latn", "lv": "lav_Latn", "mfa": "zsm_Latn",
+    "mk": "mkd_Cyrl", "mn": "khk_Cyrl", "mr": "mar_Deva", "ms": "zsm_Latn", "nb-NO": "nob_Latn",
+    "nn": "nno_Latn", "nl": "nld_Latn", "pl": "pol_Latn", "pt-BR": "por_Latn", "pt": "por_Latn",
+    "ro": "ron_Latn", "ru": "rus_Cyrl", "sk": "slk_Latn", "sl": "slv_Latn", "sr-Cyrl": "srp_Cyrl",
+    "sv": "swe_Latn", "ta": "tam_Taml", "te": "tel_Telu", "th": "tha_Thai", "tr": "tur_Latn",
+    "uk": "ukr_Cyrl", "ur": "urd_Arab", "vi": "vie_Latn", "zh-CN": "zho_Hans",
+    "zh-Hans": "zho_Hans", "zh-TW": "zho_Hant",
+}
+# fmt: on
 _NLLB_FALLBACK = "eng_Latn"
 
 
@@ -81,14 +86,17 @@ class VisualConfig:
         try:
             size = config["size"]
             mean, std = (tuple(float(x) for x in config[key]) for key in ("mean", "std"))
-            mode = config.get("resize_mode") or "shortest"
+            mode: ResizeMode = config.get("resize_mode") or "shortest"
             filter_name = config.get("interpolation") or "bicubic"
             if compat == "3.2":
                 mode, filter_name = "shortest", "bicubic"
+            side_px = int(size[0] if isinstance(size, list) else size)
             if mode not in ("shortest", "squash"):
                 raise LoadFailed(f"preprocess_cfg.json: unknown resize_mode {mode!r}")
+            if side_px < 1 or min(std) <= 0:
+                raise LoadFailed(f"preprocess_cfg.json: size {size} or std {std} is not positive")
             return cls(
-                side_px=int(size[0] if isinstance(size, list) else size),
+                side_px=side_px,
                 mean=(mean[0], mean[1], mean[2]),
                 std=(std[0], std[1], std[2]),
                 resample=_FILTERS[filter_name],
@@ -144,7 +152,8 @@ class ClipVisualModel:
         square = np.asarray(resize_square(item.image, self._config))  # (S, S, 3)
         if self._input.dtype == np.uint8:
             return square
-        return square.transpose(2, 0, 1) * self._scale + self._offset  # (3, S, S)
+        blob: Floats = square.transpose(2, 0, 1) * self._scale + self._offset  # (3, S, S)
+        return blob
 
     def infer(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
         """N squares → N vectors (D,)."""
@@ -180,14 +189,21 @@ class TextConfig:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], *, name: str) -> "TextConfig":
-        """Read the model's `config.json`; `name` is the cleaned model name."""
-        text = config.get("text_cfg") or {}
-        cleaning = (text.get("tokenizer_kwargs") or {}).get("clean")
-        return cls(
-            context_length=int(text.get("context_length") or DEFAULT_CONTEXT_LENGTH),
-            canonicalize=cleaning == "canonicalize",
-            language_prefix=name.startswith("nllb"),
-        )
+        """Read the model's `config.json`; `name` is the cleaned model name.
+
+        Raises:
+            LoadFailed: a value is malformed.
+        """
+        try:
+            text = config.get("text_cfg") or {}
+            cleaning = (text.get("tokenizer_kwargs") or {}).get("clean")
+            return cls(
+                context_length=int(text.get("context_length") or DEFAULT_CONTEXT_LENGTH),
+                canonicalize=cleaning == "canonicalize",
+                language_prefix=name.startswith("nllb"),
+            )
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise LoadFailed(f"config.json: malformed text_cfg: {exc}") from exc
 
 
 def clean_text(query: TextQuery, config: TextConfig) -> str:
@@ -230,6 +246,10 @@ class ClipTextualModel:
     def __init__(
         self, graph: Graph, config: TextConfig, tokenizer: Tokenizer, *, name: str, dim: int | None
     ) -> None:
+        """Raises LoadFailed when the graph wants more than tokens and their mask."""
+        unknown = {spec.name for spec in graph.inputs} - {*_TOKEN_INPUTS, _MASK_INPUT}
+        if unknown:
+            raise LoadFailed(f"{name}: nothing is known for the inputs {sorted(unknown)}")
         self._graph = graph
         self._config = config
         self._tokenizer = tokenizer
@@ -241,9 +261,11 @@ class ClipTextualModel:
     def preprocess(self, item: TextQuery) -> dict[str, Tensor]:
         """Text → what each of the graph's inputs takes, (context length,) integers each."""
         encoding = self._tokenizer.encode(clean_text(item, self._config))
-        values = {"attention_mask": encoding.attention_mask}
         return {
-            spec.name: np.array(values.get(spec.name, encoding.ids), dtype=spec.dtype)
+            spec.name: np.array(
+                encoding.attention_mask if spec.name == _MASK_INPUT else encoding.ids,
+                dtype=spec.dtype,
+            )
             for spec in self._graph.inputs
         }
 

@@ -1,7 +1,7 @@
 """Faces: SCRFD detection, five-point alignment, ArcFace vectors.
 
-The rules are Immich's (contract §5): they must not drift by a pixel, because people are clustered by
-vectors that were cut out with them.
+The rules are Immich's (contract §5): they must not drift by a pixel, because people are clustered
+by vectors that were cut out with them.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from immich_ml_metal.types import Bytes, Faces, Floats, Graph, Tensor
 CANVAS_PX = 640  # SCRFD's square input
 STRIDES = (8, 16, 32)  # pixels of the canvas per cell, one head each
 ANCHORS_PER_CELL = 2
+HEAD_ROWS = [(CANVAS_PX // stride) ** 2 * ANCHORS_PER_CELL for stride in STRIDES]
 NMS_IOU = 0.4
 
 CROP_PX = 112  # ArcFace's square input
@@ -32,6 +33,9 @@ ARCFACE_TEMPLATE: Floats = np.array(
     ],
     dtype=np.float32,
 )
+
+# Below it, the landmarks lie on one point but for rounding; a face one pixel wide has about 100.
+MIN_OVERLAP_PX2 = 1e-3
 
 
 # -- detection -------------------------------------------------------------------------------------
@@ -75,7 +79,9 @@ def decode_heads(heads: Sequence[Tensor], *, min_score: float, scale: float) -> 
         min_score: 0..1, inclusive.
         scale: canvas pixels per picture pixel.
     """
-    scores, boxes, landmarks = [], [], []
+    scores: list[Floats] = []
+    boxes: list[Floats] = []
+    landmarks: list[Floats] = []
     for stride, (score, distance, offset) in zip(STRIDES, _by_stride(heads), strict=True):
         (kept,) = np.nonzero(score[:, 0] >= min_score)
         centres = _anchor_centres(kept, stride)  # (n, 2)
@@ -84,9 +90,9 @@ def decode_heads(heads: Sequence[Tensor], *, min_score: float, scale: float) -> 
         boxes.append(np.hstack([centres - reach[:, :2], centres + reach[:, 2:]]))
         landmarks.append(centres[:, None, :] + (offset[kept] * stride).reshape(-1, 5, 2))
     found = Faces(
-        boxes=np.concatenate(boxes) / np.float32(scale),
+        boxes=np.concatenate(boxes) / scale,
         scores=np.concatenate(scores),
-        landmarks=np.concatenate(landmarks) / np.float32(scale),
+        landmarks=np.concatenate(landmarks) / scale,
     )
     best = _suppress(found)
     return Faces(np.round(found.boxes[best]), found.scores[best], found.landmarks[best])
@@ -99,7 +105,7 @@ def _by_stride(heads: Sequence[Tensor]) -> list[tuple[Floats, Floats, Floats]]:
         sorted((head for head in flat if head.shape[1] == width), key=len, reverse=True)
         for width in (1, 4, 10)
     ]
-    if [len(kind) for kind in kinds] != [3, 3, 3]:
+    if any([len(head) for head in kind] != HEAD_ROWS for kind in kinds):
         shapes = [head.shape for head in heads]
         raise InferenceError(f"the face detector's outputs are not SCRFD's: {shapes}")
     return list(zip(*kinds, strict=True))
@@ -158,7 +164,10 @@ class FaceDetector:
         """Heads → faces in the picture's pixels."""
         height = item.picture.size[1]
         scale = fit_canvas(item.picture.size)[1] / height  # of both axes, as the official service
-        return decode_heads(raw, min_score=item.min_score, scale=scale)
+        faces = decode_heads(raw, min_score=item.min_score, scale=scale)
+        check_finite(faces.boxes, name=self._name)  # finite heads may overflow on the way here
+        check_finite(faces.landmarks, name=self._name)
+        return faces
 
     def close(self) -> None:
         """Free the graph."""
@@ -187,12 +196,17 @@ def similarity_transform(points: Floats, template: Floats = ARCFACE_TEMPLATE) ->
 
     Returns:
         (2, 3), to be applied to column vectors (x, y, 1).
+
+    Raises:
+        InferenceError: the points lie on one another, so that no scale fits them.
     """
     source = points.astype(np.float64) @ np.array([1, 1j])
     target = template.astype(np.float64) @ np.array([1, 1j])
     centred = source - source.mean()
-    spread = np.vdot(centred, centred).real
-    turn = np.vdot(centred, target - target.mean()) / spread if spread > 0 else 0j
+    overlap = np.vdot(centred, target - target.mean())
+    if abs(overlap) < MIN_OVERLAP_PX2:
+        raise InferenceError(f"the landmarks of a face lie on one another: {points.tolist()}")
+    turn = overlap / np.vdot(centred, centred).real
     shift = target.mean() - turn * source.mean()
     return np.array(
         [[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]], dtype=np.float32

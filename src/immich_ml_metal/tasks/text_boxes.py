@@ -3,6 +3,7 @@
 The rules are those of Immich 3.3 (contract §6.1 to §6.3).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from immich_ml_metal.errors import InferenceError
 from immich_ml_metal.images import Picture
 from immich_ml_metal.tasks.vectors import bgr_planes, check_finite
 from immich_ml_metal.types import Floats, Graph, Tensor, TextRegions
@@ -17,8 +19,8 @@ from immich_ml_metal.types import Floats, Graph, Tensor, TextRegions
 MIN_SIDE_PX = 32  # smaller pictures hold no text, and the network halves its input five times
 MULTIPLE_PX = 32
 # The official service bounds the short side only. This bounds the area, so that a panorama cannot
-# take gigabytes; an ordinary 736 px detection has at most 1.1 million pixels at 2:1.
-MAX_DETECTION_PIXELS = 4_000_000
+# take gigabytes: the largest of the official canvases (contract §6.1).
+MAX_DETECTION_PIXELS = 2880 * 1440
 # Canvases of engines that compile a graph per shape: long side by short side (contract §6.1).
 CANVAS_RATIOS = (1, 4 / 3, 3 / 2, 16 / 9, 2)
 
@@ -41,10 +43,13 @@ class TextQuery:
 
 
 def detection_size(size: tuple[int, int], max_resolution: int) -> tuple[int, int]:
-    """(width, height) a picture is resized to: never larger, both sides multiples of 32."""
+    """(width, height) a picture is resized to: both sides the nearest multiples of 32.
+
+    The short side is reduced to `max_resolution` px, never enlarged; the area is bounded.
+    """
     width, height = size
     ratio = min(1.0, max_resolution / min(width, height))
-    ratio = min(ratio, (MAX_DETECTION_PIXELS / (width * height)) ** 0.5)
+    ratio = min(ratio, math.sqrt(MAX_DETECTION_PIXELS / (width * height)))
 
     def snap(side: int) -> int:
         return max(MULTIPLE_PX, round(side * ratio / MULTIPLE_PX) * MULTIPLE_PX)
@@ -107,6 +112,8 @@ class TextDetector:
         if blob is None:
             return np.zeros((0, 0), dtype=np.float32)
         output = self._graph.run({self._input.name: blob.tensor[None]})[0]
+        if output.size != blob.tensor.size // 3:
+            raise InferenceError(f"{self._name} maps {blob.tensor.shape} to {output.shape}")
         width, height = blob.content
         probability = check_finite(output, name=self._name).reshape(output.shape[-2:])
         return probability[:height, :width]
@@ -122,7 +129,7 @@ class TextDetector:
         self._graph.close()
 
 
-# -- probability map → boxes ------------------------------------------------------------------------
+# -- probability map → boxes -----------------------------------------------------------------------
 
 
 def find_regions(probability: Floats, *, size: tuple[int, int], min_score: float) -> TextRegions:
@@ -134,19 +141,19 @@ def find_regions(probability: Floats, *, size: tuple[int, int], min_score: float
         min_score: lowest mean probability inside a box, inclusive.
     """
     binary = (probability > BINARY_THRESHOLD).astype(np.uint8)
-    binary = cv2.dilate(binary, np.ones((2, 2), dtype=np.uint8))
-    contours, _ = cv2.findContours(binary, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    closed = cv2.dilate(binary, np.ones((2, 2), dtype=np.uint8))
+    contours, _ = cv2.findContours(closed, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     to_picture = np.array(size, np.float32) / np.array(probability.shape[::-1], np.float32)
     quads, scores = [], []
     for contour in contours[:MAX_CONTOURS]:
         rect = cv2.minAreaRect(contour)
         if min(rect[1]) < MIN_RECT_PX:
             continue
-        score = _mean_inside(probability, cv2.boxPoints(rect))
+        score = _mean_inside(probability, _corners(rect))
         grown = grow(rect)
         if score < min_score or min(grown[1]) < MIN_GROWN_PX:
             continue
-        quad = order_corners(np.round(cv2.boxPoints(grown) * to_picture).clip(0, size))
+        quad = order_corners(np.round(_corners(grown) * to_picture).clip(0, size))
         quad = quad.clip(0, np.array(size, np.float32) - 1)
         if _is_large_enough(quad):
             quads.append(quad)
@@ -162,15 +169,20 @@ Rect = tuple[Sequence[float], Sequence[float], float]  # OpenCV's: centre xy, si
 
 
 def grow(rect: Rect) -> Rect:
-    """Grow a rectangle by area · 1.6 / perimeter on every side: the network is taught shrunk text."""
+    """Grow a rectangle by area · 1.6 / perimeter on every side: the network sees text shrunk."""
     centre, (width, height), angle = rect
     growth = width * height * UNCLIP_RATIO / (width + height)  # both sides of one axis together
     return centre, (width + growth, height + growth), angle
 
 
+def _corners(rect: Rect) -> Floats:
+    """(4, 2) corners, in OpenCV's order."""
+    return np.asarray(cv2.boxPoints(rect), dtype=np.float32)
+
+
 def order_corners(quad: Floats) -> Floats:
     """(4, 2) corners → clockwise from top-left: the two left-most by x, each pair by y."""
-    by_x = quad[np.argsort(quad[:, 0], kind="stable")]
+    by_x = quad[np.lexsort((quad[:, 1], quad[:, 0]))]  # ties by y: any order in, one order out
     left = by_x[:2][np.argsort(by_x[:2, 1], kind="stable")]
     right = by_x[2:][np.argsort(by_x[2:, 1], kind="stable")]
     return np.array([left[0], right[0], right[1], left[1]], dtype=np.float32)

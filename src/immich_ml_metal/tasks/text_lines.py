@@ -90,7 +90,8 @@ def decode_ctc(classes: Tensor, confidences: Floats, charset: Sequence[str]) -> 
     is_kept = (classes != BLANK) & np.concatenate([[True], classes[1:] != classes[:-1]])
     if not is_kept.any():
         return Reading("", 0.0)
-    text = "".join(charset[index] for index in classes[is_kept])
+    kept: list[int] = classes[is_kept].tolist()
+    text = "".join(charset[index] for index in kept)
     return Reading(text, float(confidences[is_kept].mean(dtype=np.float32)))
 
 
@@ -113,7 +114,8 @@ class TextRecogniser:
         ratio = crop.shape[1] / crop.shape[0]
         width = tensor_width(ratio, fixed=self._graph.fixed_shapes)
         line_width = max(1, min(math.ceil(LINE_HEIGHT_PX * ratio), width))
-        line = cv2.resize(crop, (line_width, LINE_HEIGHT_PX), interpolation=cv2.INTER_LINEAR)
+        size = (line_width, LINE_HEIGHT_PX)
+        line = np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
         if self._input.dtype == np.uint8:
             canvas = np.full((LINE_HEIGHT_PX, width, 3), PAD_BYTE, dtype=np.uint8)
             canvas[:, :line_width] = line
@@ -138,16 +140,24 @@ class TextRecogniser:
         """The graph's outputs → best class and its probability, (N, T) each."""
         if self._output == "ctc_indices":
             classes, confidences = outputs[0].astype(np.intp), outputs[1].astype(np.float32)
+            self._check_indices(classes)
         else:
             scores = outputs[0].astype(np.float32, copy=False)  # (N, T, C)
-            self._check_classes(scores.shape[-1])
+            self._check_class_count(scores.shape[-1])
             classes = scores.argmax(axis=-1)
             confidences = np.take_along_axis(scores, classes[..., None], axis=-1)[..., 0]
             if self._output == "ctc_logits":  # softmax of the best class
                 confidences = 1 / np.exp(scores - confidences[..., None]).sum(axis=-1)
         return classes, check_finite(confidences, name=self._name)
 
-    def _check_classes(self, count: int) -> None:
+    def _check_indices(self, classes: Tensor) -> None:
+        if classes.min(initial=0) < 0 or classes.max(initial=0) >= len(self._charset):
+            raise InferenceError(
+                f"{self._name} gave the classes {classes.min()} to {classes.max()}, "
+                f"its character list has {len(self._charset)}"
+            )
+
+    def _check_class_count(self, count: int) -> None:
         if count != len(self._charset):
             raise InferenceError(
                 f"{self._name} knows {count} classes, its character list has {len(self._charset)}"

@@ -9,14 +9,14 @@ from immich_ml_metal.types import Bytes, Floats, Tensor
 def bgr_planes(pixels: Bytes) -> Floats:
     """(H, W, 3) RGB bytes → (3, H, W) float32 BGR in -1..1, as PP-OCR was trained."""
     planes = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
-    for plane, channel in zip(planes, (2, 1, 0), strict=True):
-        np.multiply(pixels[:, :, channel], np.float32(1 / 127.5), out=plane)
+    for channel in range(3):
+        np.multiply(pixels[:, :, 2 - channel], np.float32(1 / 127.5), out=planes[channel])
     planes -= 1
     return planes
 
 
 def check_finite(raw: Tensor, *, name: str) -> Floats:
-    """`raw` as float32, or an error: every comparison with NaN is false, which looks like *nothing*.
+    """`raw` as float32, or an error: comparing with NaN is false, which looks like *nothing found*.
 
     Raises:
         InferenceError: a value is not finite.

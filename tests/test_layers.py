@@ -1,0 +1,156 @@
+"""Who may import what, and what an import may do: the arrows of the architecture, as a test."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import immich_ml_metal
+
+ROOT = Path(immich_ml_metal.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in ROOT.rglob("*.py")
+    if path.name != "__main__.py"
+)
+HARDWARE = {"mlx", "onnxruntime", "coreml", "Vision", "Quartz", "CoreML", "Foundation", "objc"}
+HARDWARE |= {"coremltools", "torch", "open_clip"}
+HEAVY = {"numpy", "cv2", "PIL", "onnx", "tokenizers", "fastapi", "huggingface_hub"} | HARDWARE
+# The pure core: what it may know of the rest of the package.
+CORE = {
+    "errors": set(),
+    "types": set(),
+    "images": {"device", "errors", "types"},
+    "wire": {"catalog", "errors", "types"},
+    "tasks": {"errors", "images", "tasks", "types"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, at the top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == ROOT.name:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def own(path: Path) -> set[str]:
+    """The parts of this package a file imports: `tasks` for `immich_ml_metal.tasks.clip`."""
+    prefix = f"{ROOT.name}."
+    return {name.split(".")[1] for name in imports(path) if name.startswith(prefix)}
+
+
+def test_only_backends_and_onnx_mlx_import_hardware_libraries() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if path.relative_to(ROOT).parts[0] not in {"backends", "onnx_mlx"}
+        and packages(path) & HARDWARE
+    }
+    # the yardstick measures the bare library, in a process of its own
+    assert users <= {"cli/bench_raw.py"}
+
+
+def test_only_server_imports_fastapi() -> None:
+    users = {path.name for path in ROOT.rglob("*.py") if "fastapi" in packages(path)}
+    # the composition root names the type of what `server` builds
+    assert "server.py" in users
+    assert users <= {"server.py", "compose.py"}
+
+
+def test_only_wire_and_server_speak_of_immichs_fields() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if any(name in path.read_text(encoding="utf-8") for name in ('"boundingBox"', '"boxScore"'))
+    }
+    assert "wire.py" in users
+    assert all(name == "wire.py" or name.startswith("cli/") for name in users), users
+
+
+@pytest.mark.parametrize("part", CORE)
+def test_the_core_knows_only_what_lies_below_it(part: str) -> None:
+    files = sorted((ROOT / part).glob("*.py")) or [ROOT / f"{part}.py"]
+    for path in files:
+        assert own(path) <= CORE[part], path
+
+
+def test_the_tasks_touch_no_files_no_network_and_no_clock() -> None:
+    forbidden = {"os", "pathlib", "socket", "time", "threading", "subprocess", "httpx", "asyncio"}
+    for path in (ROOT / "tasks").glob("*.py"):
+        assert not packages(path) & forbidden, path
+
+
+def test_no_module_outgrows_500_lines() -> None:
+    sizes = {
+        path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")
+    }
+    assert not {name: lines for name, lines in sizes.items() if lines > 500}
+
+
+# Imports each module in turn and reports what it did beside defining names.
+PROBE = """
+import importlib, json, logging, os, sys, threading, warnings
+modules = json.load(sys.stdin)
+opened = []
+def watch(event, args):
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        opened.append(str(args[0]))
+    if event in ("socket.connect", "socket.bind", "subprocess.Popen", "os.mkdir", "os.remove"):
+        opened.append(event)
+sys.dont_write_bytecode = True
+sys.addaudithook(watch)
+report = {}
+for name in modules:
+    before = (threading.active_count(), dict(os.environ), len(logging.root.handlers),
+              len(warnings.filters), os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ImportError as exc:
+        report[name] = f"not installed: {exc.name}"
+        continue
+    after = (threading.active_count(), dict(os.environ), len(logging.root.handlers),
+             len(warnings.filters), os.getcwd())
+    report[name] = "" if before == after and not opened else f"{before} {after} {opened}"
+    opened.clear()
+json.dump([report, sorted({module.split(".")[0] for module in sys.modules})], sys.stdout)
+"""
+
+
+def probe(modules: list[str]) -> tuple[dict[str, str], set[str]]:
+    """Import in a clean process: what each module did, and every package that was loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n{PROBE}"],
+        input=json.dumps(modules),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    report, loaded = json.loads(done.stdout)
+    assert done.stderr == ""
+    return report, set(loaded)
+
+
+def test_imports_have_no_effects() -> None:
+    others = [*sorted(HEAVY - HARDWARE), "onnxruntime", "mlx.core", "uvicorn", "rich", "httpx"]
+    report, _ = probe([*others, *MODULES])  # other people's imports have theirs first
+    assert {name: did for name, did in report.items() if did and name in MODULES} == {}
+
+
+def test_the_command_line_starts_without_heavy_imports() -> None:
+    report, loaded = probe(["immich_ml_metal.cli"])
+    assert report == {"immich_ml_metal.cli": ""}
+    assert not loaded & HEAVY
