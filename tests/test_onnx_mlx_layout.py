@@ -60,6 +60,7 @@ BETWEEN: dict[str, tuple[list[onnx.NodeProto], dict[str, Array]]] = {
     "mean pool": ([node("AveragePool", "c", "z", kernel_shape=[3, 3], pads=PAD)], {}),
     "upsampling": ([node("Resize", "c - s", "z", mode="nearest")], {"s": np.array([1, 1, 2, 2], np.float32)}),
     "concat": ([node("Relu", "c", "r"), node("Concat", "c r", "cc", axis=1), node("Conv", "cc u", "z")], {"u": randn(6, 12, 1, 1)}),
+    "upsampling to the size of another": ([node("Shape", "x", "n", start=2), node("Shape", "c", "m", end=2), node("Concat", "m n", "o", axis=0), node("AveragePool", "c", "p", kernel_shape=[2, 2], strides=[2, 2]), node("Resize", "p - - o", "z", mode="nearest")], {}),
     "squeeze and excite": ([node("GlobalAveragePool", "c", "g"), node("HardSigmoid", "g", "h"), node("Mul", "c h", "z")], {}),
     "mean over pixels kept": ([node("ReduceMean", "c", "g", axes=[2, 3]), node("Sub", "c g", "z")], {}),
     "channel softmax": ([node("Softmax", "c", "z", axis=1)], {}),
@@ -123,14 +124,15 @@ def test_means_that_leave_another_order_of_axes_stay_right(tmp_path: Path) -> No
 def test_any_chain_of_picture_operators_keeps_its_result(tmp_path: Path, kinds: list[str]) -> None:
     nodes, constants, last = [FIRST], dict(WEIGHTS), "c"
     for step, kind in enumerate(kinds):
-        if kind == "one number for each pixel" and step:
-            continue  # it fits the first picture only
+        if kind in ("one number for each pixel", "upsampling to the size of another") and step:
+            continue  # they fit the first picture only
         extra, given_constants = BETWEEN[kind]
         names = {"c": last}
         for proto in extra:
             copy = onnx.NodeProto()
             copy.CopyFrom(proto)
-            renamed = {n: names.get(n, f"{n}{step}" if n else "") for n in (*copy.input, *copy.output)}
+            names |= {"": "", "x": "x"}
+            renamed = {n: names.get(n, f"{n}{step}") for n in copy.input}
             copy.input[:] = [renamed[n] for n in proto.input]
             copy.output[:] = [f"{n}{step}" for n in proto.output]
             copy.name = f"{copy.name}{step}"

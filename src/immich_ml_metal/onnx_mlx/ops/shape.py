@@ -20,8 +20,9 @@ from immich_ml_metal.types import Tensor
 
 def shape_of(call: Call, x: mx.array) -> Tensor:
     """Shape: the lengths of the axes `start` to `end`, known before anything is computed."""
+    lengths = (x.shape[0], x.shape[-1], *x.shape[1:-1]) if call.nhwc else tuple(x.shape)
     end = call.integer("end") if call.has("end") else None
-    return np.asarray(x.shape[call.integer("start") : end], np.int64)
+    return np.asarray(lengths[call.integer("start") : end], np.int64)
 
 
 def size_of(call: Call, x: mx.array) -> Tensor:

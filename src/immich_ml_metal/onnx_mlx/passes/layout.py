@@ -48,6 +48,7 @@ class _Layout:
             **dict.fromkeys(REDUCTIONS, self._reduce),
             **dict.fromkeys(AXIS, self._axis),
             "Pad": self._pad,
+            "Shape": self._shape,
             "Transpose": self._transpose,
         }
 
@@ -185,6 +186,16 @@ class _Layout:
         turned = tuple(pads[side * RANK + axis] for side in (0, 1) for axis in TO_LAST)
         inputs = (self._last[node.inputs[0]], "", *node.inputs[2:])
         return self._emit_last(node, inputs, {**node.attributes, "pads": turned})
+
+    def _shape(self, node: Node) -> bool:
+        """Asking for the lengths is no reason to turn a picture."""
+        if node.inputs[0] not in self._last:
+            return False
+        attributes: dict[str, Attribute] = {**node.attributes, "nhwc": 1}
+        source = (self._last[node.inputs[0]],)
+        self._nodes.append(Node(node.op, source, node.outputs, attributes, node.name))
+        self._plain.update(node.outputs)
+        return True
 
     def _transpose(self, node: Node) -> bool:
         """Making a picture of a channels-last value gives its other form for free."""
