@@ -203,6 +203,20 @@ def test_a_written_out_gelu_is_recognised(inner: str, order: str, tmp_path: Path
     assert ops(path) == {"Gelu": 1}
 
 
+def test_a_gelu_keeps_the_factor_of_the_file(tmp_path: Path) -> None:
+    """Files in half precision have 1.4140625 for the root of two: 1e-4 off, and so is the result."""
+    nodes = [
+        node("Div", "x c", "i"),
+        node("Erf", "i", "e"),
+        node("Add", "e one", "a"),
+        *GELU_ORDERS["half x times erf"],
+    ]
+    constants = {"c": scalar(1.4140625), "one": scalar(1), "half": scalar(0.5)}
+    model = make_model(nodes, [value("x", FLOAT, [None, 400])], ["y"], constants)
+    path = check(model, tmp_path, {"x": randn(3, 400)}, "gelu")
+    assert ops(path) == {"Gelu": 1}
+
+
 def test_erf_with_another_factor_is_not_a_gelu(tmp_path: Path) -> None:
     nodes = [
         node("Div", "x c", "i"),

@@ -218,8 +218,9 @@ def test_the_detectors_own_last_step_is_nearer_to_the_truth_than_onnx_runtimes(
     theirs, logits = run_ort(model, feeds)
     exact = 1 / (1 + np.exp(-logits.astype(np.float64)))
     (ours,) = MlxGraph(path, PLAIN).run(feeds)
-    assert np.abs(ours - exact).max() < np.abs(theirs - exact).max()
-    assert difference("map", "", ours, exact).relative <= RELATIVE
+    off, off_there = (np.abs(found - exact) / exact for found in (ours, theirs))
+    assert np.median(off) <= 1e-5
+    assert np.median(off_there) > 1e-2  # most of the map is background, far below 1e-6
 
 
 @pytest.mark.parametrize("name", ["ppocrv6_tiny_rec", "PP-OCRv6_rec_small"])

@@ -152,11 +152,14 @@ def swish(call: Call, x: mx.array) -> mx.array:
 
 
 def gelu(call: Call, x: mx.array) -> mx.array:
-    """Gelu: x * Phi(x), exactly or by the tanh approximation."""
+    """Gelu: x * Phi(x), exactly or by the tanh approximation.
+
+    `erf_scale` is the root of 1/2 as the file has it, where the operator was written out.
+    """
     if call.text("approximate", "none") == "tanh":
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
         return 0.5 * x * (1 + mx.tanh(inner))
-    return 0.5 * x * (1 + mx.erf(x * math.sqrt(0.5)))
+    return 0.5 * x * (1 + mx.erf(x * call.number("erf_scale", math.sqrt(0.5))))
 
 
 def softplus(x: mx.array) -> mx.array:

@@ -5,7 +5,8 @@ import math
 from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
 from immich_ml_metal.onnx_mlx.passes.facts import factor_of
 
-TOLERANCE = 1e-3  # exporters round sqrt(2), 1/6 and the like, to float16 in some files
+TOLERANCE = 1e-6  # exporters round 1/6 to float32
+TOLERANCE_ERF = 1e-3  # or sqrt(2) to float16; the factor itself is kept
 
 
 def fuse_gelu(program: Program) -> Program:
@@ -21,13 +22,16 @@ def _fuse_gelu_at(editor: Editor, erf: Node) -> None:
     inner = editor.private_producer(erf.inputs[0], "Mul", "Div")
     scaled = factor_of(editor, inner) if inner else None
     add = editor.user(erf.outputs[0], "Add")
-    if scaled is None or add is None or not _close(scaled[1], math.sqrt(0.5)):
+    if scaled is None or add is None:
+        return
+    if not math.isclose(scaled[1], math.sqrt(0.5), rel_tol=TOLERANCE_ERF):
         return
     if not any(_close(editor.scalar(name), 1) for name in add.inputs):
         return
     last = _product_with_half(editor, add.outputs[0], scaled[0])
     if last is not None:
-        editor.replace(last, Node("Gelu", (scaled[0],), last.outputs, {}, erf.name))
+        attributes = {"erf_scale": scaled[1]}
+        editor.replace(last, Node("Gelu", (scaled[0],), last.outputs, attributes, erf.name))
 
 
 def _product_with_half(editor: Editor, name: str, x: str) -> Node | None:
