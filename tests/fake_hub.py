@@ -154,8 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault.redirect:
             self._status(302, {"Location": fault.redirect + self.path})
         elif fault.status:
-            wait = fault.retry_after_s
-            self._status(fault.status, {} if wait is None else {"Retry-After": str(wait)})
+            headers = {"X-Error-Code": "RepoNotFound"} if fault.status == 404 else {}
+            if fault.retry_after_s is not None:
+                headers["Retry-After"] = str(fault.retry_after_s)
+            self._status(fault.status, headers)
         elif fault.html:
             self._body(b"<html>please log in</html>", 200, {"Content-Type": "text/html"}, fault)
         else:

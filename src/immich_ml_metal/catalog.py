@@ -116,6 +116,11 @@ def all_models() -> tuple[ModelSpec, ...]:
     return tuple(_catalog().values())
 
 
+def get_model(name: str) -> ModelSpec | None:
+    """The model of exactly that name; None when no official model has it."""
+    return _catalog().get(name)
+
+
 def find_by_name(raw_name: str) -> ModelSpec:
     """The model of that name, whatever its task.
 
@@ -123,7 +128,7 @@ def find_by_name(raw_name: str) -> ModelSpec:
         UnknownModel: no official model has this name.
     """
     name = clean_name(raw_name)
-    spec = _catalog().get(name)
+    spec = get_model(name)
     if spec is None:
         close = difflib.get_close_matches(name, list(_catalog()), n=3)
         hint = f"; near names: {', '.join(close)}" if close else ""

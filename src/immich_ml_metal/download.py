@@ -17,7 +17,7 @@ from immich_ml_metal.catalog import Family, ModelSpec
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.hub import Hub, Listing
-from immich_ml_metal.manifest import FileRecord, load_manifest, save_manifest, sha256_of
+from immich_ml_metal.manifest import describe_file, load_manifest, save_manifest
 from immich_ml_metal.modelscope import list_pinned
 from immich_ml_metal.progress import Tracker, format_bytes
 from immich_ml_metal.shelf import GRAPH, Shelf, State, check_part
@@ -157,14 +157,12 @@ class Download:
         Ended in between, the next start finds files missing and takes them from the staging folder.
         """
         root = self.shelf.root(self.key)
-        now = time.time()
-        records = {}
-        for file in wanted:
-            size, digest = (staging / file.path).stat().st_size, file.sha256
-            digest = digest or sha256_of(staging / file.path)
-            records[file.path] = FileRecord(
-                size, digest, listing.source, listing.revision, now, now
+        records = {
+            file.path: describe_file(
+                staging / file.path, listing.source, listing.revision, sha256=file.sha256
             )
+            for file in wanted
+        }
         with FileLock(self.shelf.lock_path(self.key, "manifest")):
             save_manifest(root, load_manifest(root).with_files(records))
         for file in sorted(wanted, key=lambda file: file.path.endswith(GRAPH)):

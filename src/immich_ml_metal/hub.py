@@ -66,7 +66,7 @@ class Hub:
         files = tuple(
             self._remote_file(sibling, repository, commit, headers)
             for sibling in found.siblings or ()
-            if _belongs(sibling.rfilename, part)
+            if is_for_us(sibling.rfilename, part)
         )
         if not any(file.path == f"{part}/model.onnx" for file in files):
             raise ModelUnavailable(
@@ -123,7 +123,7 @@ class Hub:
         )
 
 
-def _belongs(path: str, part: Part) -> bool:
+def is_for_us(path: str, part: Part) -> bool:
     """Whether a file is needed for one half; external data lies in the half's folder."""
     wanted = path == "config.json" or path.startswith(f"{part}/")
     return wanted and not _NOT_OURS.search(path) and ".." not in path.split("/")

@@ -72,6 +72,21 @@ def save_manifest(root: Path, manifest: Manifest) -> None:
     write_atomically(root / NAME, json.dumps(data, indent=1).encode())
 
 
+def describe_file(
+    path: Path, source: str, revision: str, *, sha256: str | None = None
+) -> FileRecord:
+    """The record of a file that was just found intact; its digest is computed when not known."""
+    found = path.stat()
+    return FileRecord(
+        size_bytes=found.st_size,
+        sha256=sha256 or sha256_of(path),
+        source=source,
+        revision=revision,
+        fetched_at=found.st_mtime,
+        verified_at=time.time(),
+    )
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

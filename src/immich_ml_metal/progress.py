@@ -60,15 +60,22 @@ Listener = Callable[[DownloadProgress], None]
 class Tracker:
     """The progress of one download; several threads may advance it."""
 
-    def __init__(self, key: ModelKey, listener: Listener | None = None) -> None:
+    def __init__(
+        self,
+        key: ModelKey,
+        listener: Listener | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.key = key
+        self._clock = clock
         self._listener = listener
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._phase = Phase.STARTING
         self._total = self._done = self._inherited = 0
         self._note: str | None = None
-        self._started = self._logged = time.monotonic()
+        self._started = self._logged = self._clock()
 
     def wait(self) -> None:
         """Say that another download of the same files is being waited for."""
@@ -79,7 +86,7 @@ class Tracker:
         """Start counting: `present_bytes` of `total_bytes` are on disk from an earlier attempt."""
         with self._lock:
             self._total, self._done, self._inherited = total_bytes, present_bytes, present_bytes
-            self._started = self._logged = time.monotonic()
+            self._started = self._logged = self._clock()
         self._set(Phase.DOWNLOADING)
 
     def advance(self, size_bytes: int) -> None:
@@ -87,9 +94,9 @@ class Tracker:
         with self._lock:
             self._done += size_bytes
             self._phase, self._note = Phase.DOWNLOADING, None
-            due = time.monotonic() - self._logged >= LOG_EVERY_S
+            due = self._clock() - self._logged >= LOG_EVERY_S
             if due:
-                self._logged = time.monotonic()
+                self._logged = self._clock()
         self._tell()
         if due:
             self._log()
@@ -123,7 +130,7 @@ class Tracker:
     def snapshot(self) -> DownloadProgress:
         """The state now."""
         with self._lock:
-            elapsed_s = time.monotonic() - self._started
+            elapsed_s = self._clock() - self._started
             rate = max(0, self._done - self._inherited) / elapsed_s if elapsed_s > 0 else 0.0
             return DownloadProgress(
                 self.key, self._phase, self._done, self._total, elapsed_s, rate, self._note

@@ -8,10 +8,16 @@ from immich_ml_metal.manifest import sha256_of
 from immich_ml_metal.types import ModelFiles, Part
 
 
-def find_in_wheel(spec: ModelSpec, part: Part) -> ModelFiles | None:
-    """The half's file in the wheel, if it is there and has the official file's digest."""
+def find_in_wheel(spec: ModelSpec, part: Part, folder: Path | None = None) -> ModelFiles | None:
+    """The half's file in the wheel, if it is there and has the official file's digest.
+
+    Args:
+        spec: which model.
+        part: which half.
+        folder: the wheel's folder of models; where it is installed when None.
+    """
     pinned = spec.pinned.get(part)
-    folder = _models_folder()
+    folder = folder or _models_folder()
     if pinned is None or folder is None:
         return None
     graph = folder / Path(pinned.path).name

@@ -29,6 +29,41 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PartStatus:
+    """What is known of one half.
+
+    Attributes:
+        files: the state of each file, by path relative to the model's folder.
+        size_bytes: what its files occupy.
+        elsewhere: the state of the same file in another place, which then serves: the rapidocr
+            wheel, or the folder where an older server kept what several text models share.
+    """
+
+    key: ModelKey
+    files: Mapping[str, State]
+    size_bytes: int
+    elsewhere: State | None = None
+
+    @property
+    def state(self) -> State:
+        """The half as a whole: usable only when every file is, verified only when every file is."""
+        if self.elsewhere is not None:
+            return self.elsewhere
+        found = set(self.files.values())
+        if found == {State.VERIFIED}:
+            return State.VERIFIED
+        for state in (State.DAMAGED, State.MISSING):
+            if state in found:
+                return state
+        return State.UNVERIFIED
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be loaded."""
+        return self.elsewhere is not None or is_usable(self.files)
+
+
+@dataclass(frozen=True, slots=True)
 class Shelf:
     """The model folder at one revision."""
 
@@ -49,6 +84,13 @@ class Shelf:
         """Where a half is downloaded before it is renamed into place."""
         return self.root(key) / STAGING / key.part
 
+    def status(self, spec: ModelSpec, part: Part, *, digests: bool = False) -> PartStatus:
+        """What is on disk of one half; `digests` as in `check_part`."""
+        key = spec.key(part)
+        states = check_part(self.root(key), spec, part, digests=digests)
+        size = sum(_size(self.root(key) / path) for path in states)
+        return PartStatus(key, states, size)
+
     def lock_path(self, key: ModelKey, what: str) -> Path:
         """The lock file for one half (`what` is the part), or for the manifest."""
         name = f"{key.task}--{key.name}--{self.revision}--{what}.lock"
@@ -68,12 +110,19 @@ def check_part(
     """
     records = load_manifest(root).files
     paths = {*_required(spec, part), *(p for p in records if p.startswith(f"{part}/"))}
+    paths |= {p for p in records if "/" not in p and (root / p).exists()}  # both halves' files
     sides = _side_files(root / part / GRAPH)
     paths |= {f"{part}/{name}" for name in sides}
     return {
         path: _state(root / path, records.get(path), sides.get(path.partition("/")[2]), digests)
         for path in sorted(paths)
     }
+
+
+def weight_bytes(files: ModelFiles) -> int:
+    """Size of a half's graph with its side files: about what it takes in memory once loaded."""
+    sides = _side_files(files.graph)
+    return sum(_size(path) for path in (files.graph, *(files.folder / name for name in sides)))
 
 
 def is_usable(states: Mapping[str, State]) -> bool:
@@ -100,16 +149,19 @@ def _side_files(graph: Path) -> dict[str, int]:
 
 
 def _state(path: Path, record: FileRecord | None, min_bytes: int | None, digests: bool) -> State:
-    try:
-        size = path.stat().st_size
-    except OSError:
+    if not path.is_file():
         return State.MISSING
+    size = _size(path)
     if record is not None and size == record.size_bytes:
         intact = not digests or sha256_of(path) == record.sha256
         return State.VERIFIED if intact else State.DAMAGED
     if size < (min_bytes or 0) or not _is_sound(path):
         return State.DAMAGED
     return State.UNVERIFIED
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _is_sound(path: Path) -> bool:

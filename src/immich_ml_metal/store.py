@@ -5,8 +5,10 @@ when it is whole and its digest has been checked.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
@@ -14,9 +16,10 @@ from immich_ml_metal.catalog import ModelSpec, find_model
 from immich_ml_metal.config import Settings
 from immich_ml_metal.download import Download
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
+from immich_ml_metal.manifest import FileRecord, describe_file, load_manifest, save_manifest
 from immich_ml_metal.progress import DownloadProgress, Downloads, Listener, Tracker
 from immich_ml_metal.rapidocr_wheel import find_in_wheel
-from immich_ml_metal.shelf import Shelf, check_part, is_usable
+from immich_ml_metal.shelf import PartStatus, Shelf, State
 from immich_ml_metal.transfer import Retry, explain_os_error
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
@@ -41,14 +44,9 @@ class ModelStore:
             UnknownModel: the catalogue has no such model.
         """
         spec = find_model(key.name, key.task, key.part)
-        if is_usable(check_part(self.shelf.root(key), spec, key.part)):
+        if self.shelf.status(spec, key.part).is_usable:
             return self.shelf.files(key)
-        older = _older_detector(key)
-        if older is not None and (files := self.locate(older)) is not None:
-            return files
-        if self._settings.model_revision == "main" or self._settings.offline:
-            return find_in_wheel(spec, key.part)
-        return None
+        return self._find_elsewhere(spec, key)
 
     def ensure(self, key: ModelKey, listener: Listener | None = None) -> ModelFiles:
         """Where a half lies, downloading what is missing of it first. Blocks.
@@ -63,17 +61,61 @@ class ModelStore:
             DownloadFailed: fetching failed; what was received is kept for the next try.
         """
         files = self.locate(key)
-        if files is not None:
-            return files
+        if files is None:
+            self._fetch(key, listener)
+            files = self.shelf.files(key)
+        return files
+
+    def status(self, key: ModelKey, *, digests: bool = False) -> PartStatus:
+        """What is here of one half; with `digests`, after reading every byte of it. No network.
+
+        Raises:
+            UnknownModel: the catalogue has no such model.
+        """
         spec = find_model(key.name, key.task, key.part)
-        if self._settings.offline:
-            raise ModelUnavailable(self._how_to_place(spec, key))
-        with self._downloads.track(key, listener) as tracker, self._alone(key, tracker):
-            files = self.locate(key)  # whoever held the lock may have brought it
-            if files is not None:
-                return files
-            Download(self._settings, self.shelf, spec, key, tracker, self._retry).run()
-        return self.shelf.files(key)
+        status = self.shelf.status(spec, key.part, digests=digests)
+        if status.is_usable or self._find_elsewhere(spec, key) is None:
+            return status
+        older = _older_detector(key)
+        shared = None if older is None else self.status(older)
+        if shared is not None and shared.is_usable:
+            return replace(status, elsewhere=shared.state)
+        return replace(status, elsewhere=State.VERIFIED)
+
+    def verify(self, key: ModelKey, *, online: bool = False) -> PartStatus:
+        """Read every file of a half and compare digests; remember what was found intact.
+
+        Args:
+            key: which half.
+            online: ask the source about files placed by hand; those that are the official ones
+                count as verified from then on.
+
+        Raises:
+            UnknownModel: the catalogue has no such model.
+            ModelUnavailable, DownloadFailed: the source did not answer.
+        """
+        status = self.status(key, digests=True)
+        records = {}
+        if online and State.UNVERIFIED in status.files.values():
+            records = self._official_records(key, status)
+        intact = [path for path, state in status.files.items() if state is State.VERIFIED]
+        if intact or records:
+            self._remember(key, intact, records)
+        return self.status(key, digests=True) if records else status
+
+    def repair(self, key: ModelKey, listener: Listener | None = None) -> bool:
+        """Check every digest of a half and fetch only what is damaged or missing anew.
+
+        Returns:
+            Whether anything was fetched.
+
+        Raises:
+            UnknownModel, ModelUnavailable, DownloadFailed: as `ensure`.
+        """
+        if self.status(key, digests=True).is_usable:
+            return False
+        self._fetch(key, listener, digests=True)
+        return True
 
     def downloads(self) -> tuple[DownloadProgress, ...]:
         """The running downloads, oldest first."""
@@ -82,6 +124,52 @@ class ModelStore:
     def close(self) -> None:
         """End running downloads soon; what was received stays for the next time."""
         self._downloads.close()
+
+    def _find_elsewhere(self, spec: ModelSpec, key: ModelKey) -> ModelFiles | None:
+        """The same file under an older name, or in the installed rapidocr wheel."""
+        older = _older_detector(key)
+        if older is not None and (files := self.locate(older)) is not None:
+            return files
+        if self._settings.model_revision == "main" or self._settings.offline:
+            return find_in_wheel(spec, key.part)
+        return None
+
+    def _fetch(self, key: ModelKey, listener: Listener | None, *, digests: bool = False) -> None:
+        spec = find_model(key.name, key.task, key.part)
+        if self._settings.offline:
+            state = self.shelf.status(spec, key.part, digests=digests).state
+            raise ModelUnavailable(self._how_to_place(spec, key, state))
+        with self._downloads.track(key, listener) as tracker, self._alone(key, tracker):
+            if self.shelf.status(spec, key.part, digests=digests).is_usable:
+                return  # whoever held the lock has brought it
+            self._download(spec, key, tracker, digests=digests).run()
+
+    def _download(
+        self, spec: ModelSpec, key: ModelKey, tracker: Tracker, *, digests: bool = False
+    ) -> Download:
+        return Download(self._settings, self.shelf, spec, key, tracker, self._retry, digests)
+
+    def _official_records(self, key: ModelKey, status: PartStatus) -> dict[str, FileRecord]:
+        """Records for the files placed by hand that are the official ones."""
+        spec, root = find_model(key.name, key.task, key.part), self.shelf.root(key)
+        listing = self._download(spec, key, Tracker(key)).list_files()
+        placed = {path for path, state in status.files.items() if state is State.UNVERIFIED}
+        return {
+            file.path: describe_file(root / file.path, listing.source, listing.revision)
+            for file in listing.files
+            if file.path in placed and file.matches(root / file.path)
+        }
+
+    def _remember(self, key: ModelKey, intact: list[str], records: dict[str, FileRecord]) -> None:
+        root = self.shelf.root(key)
+        lock = self.shelf.lock_path(key, "manifest")
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                known = load_manifest(root).touched(dict.fromkeys(intact, time.time()))
+                save_manifest(root, known.with_files(records))
+        except OSError as exc:  # a read-only folder can be checked all the same
+            logger.info("not remembered: %s", explain_os_error(exc, root))
 
     @contextmanager
     def _alone(self, key: ModelKey, tracker: Tracker) -> Iterator[None]:
@@ -97,10 +185,10 @@ class ModelStore:
         finally:
             lock.release()
 
-    def _how_to_place(self, spec: ModelSpec, key: ModelKey) -> str:
+    def _how_to_place(self, spec: ModelSpec, key: ModelKey, state: State) -> str:
         """What a person can do about a model that is not here."""
         return (
-            f"model {key} is not on disk and downloads are switched off; fetch "
+            f"model {key} is {state} on disk and downloads are switched off; fetch "
             f"{self._settings.model_organization}/{spec.name} with "
             f"`immich-ml-metal models pull {spec.name}` on a connected machine and copy "
             f"{self.shelf.root(key)}, so that {self.shelf.files(key).graph} exists"

@@ -19,7 +19,6 @@ from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
 from immich_ml_metal.manifest import git_sha1_of, sha256_of
 from immich_ml_metal.progress import Tracker, format_bytes
 
-CHUNK_BYTES = 2**18  # small enough for a lively progress bar, large enough to be cheap
 PARTIAL = ".partial"
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_RETRY_AFTER_S = 120.0  # a server that asks for more is treated as asking for this
@@ -158,7 +157,7 @@ class Transfer:
         return have
 
     def _copy(self, file: RemoteFile, answer: httpx2.Response, out: BinaryIO, have: int) -> None:
-        for chunk in answer.iter_bytes(CHUNK_BYTES):
+        for chunk in answer.iter_bytes():  # as they arrive: none is lost in a buffer
             self._tracker.raise_if_stopped()
             have += len(chunk)
             if file.size_bytes is not None and have > file.size_bytes:

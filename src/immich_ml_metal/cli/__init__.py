@@ -9,7 +9,7 @@ import sys
 import typer
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli import config
+from immich_ml_metal.cli import config, models
 from immich_ml_metal.cli.bench import bench
 from immich_ml_metal.cli.demo import demo
 from immich_ml_metal.cli.exits import Exit
@@ -26,6 +26,7 @@ app.command("serve")(serve)
 app.command("demo")(demo)
 app.command("bench")(bench)
 app.add_typer(config.app, name="config")
+app.add_typer(models.app, name="models")
 
 
 @app.callback()

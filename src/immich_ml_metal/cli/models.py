@@ -1,0 +1,233 @@
+"""`models …`: get, check, keep, move and choose models."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from immich_ml_metal.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from immich_ml_metal.config import Settings
+    from immich_ml_metal.prune import Waste
+    from immich_ml_metal.shelf import Shelf
+    from immich_ml_metal.store import ModelStore
+
+app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_help=True)
+
+Names = Annotated[list[str] | None, typer.Argument(help="Model names, as in Immich's settings.")]
+SomeNames = Annotated[list[str], typer.Argument(help="Model names, as in Immich's settings.")]
+FolderOption = Annotated[Path | None, typer.Option("--models-dir", help="Model folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@app.command("list")
+def list_models(
+    here: Annotated[bool, typer.Option("--here", help="Only models on this disk.")] = False,
+    task: Annotated[str | None, typer.Option(help="clip, facial-recognition or ocr.")] = None,
+    language: Annotated[str | None, typer.Option(help="Only models that read it: de, zh.")] = None,
+    models_dir: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every official model: what it is, and what is here of it."""
+    from immich_ml_metal.advice import reads
+    from immich_ml_metal.catalog import all_models
+    from immich_ml_metal.cli.models_show import print_list
+
+    _, store = _open(models_dir)
+    rows = [
+        (spec, [store.status(spec.key(part)) for part in spec.parts])
+        for spec in all_models()
+        if (task is None or spec.task == task)
+        and (language is None or reads(spec, frozenset({language})))
+    ]
+    if here:
+        rows = [row for row in rows if any(status.is_usable for status in row[1])]
+    print_list(rows, as_json=as_json)
+
+
+@app.command("pull")
+def pull(
+    names: Names = None,
+    configured: Annotated[
+        bool, typer.Option("--configured", help="The models of the settings.")
+    ] = False,
+    all_faces: Annotated[bool, typer.Option("--all-faces", help="Every face model.")] = False,
+    models_dir: FolderOption = None,
+) -> None:
+    """Download models; what is here already is not fetched again."""
+    from immich_ml_metal.catalog import Family, all_models, find_by_name
+    from immich_ml_metal.cli.models_pull import pull_models
+
+    settings, store = _open(models_dir)
+    wanted = [find_by_name(name) for name in names or []]
+    if configured:
+        wanted += [find_by_name(name) for name in _configured(settings)]
+    if all_faces:
+        wanted += [spec for spec in all_models() if spec.family is Family.INSIGHTFACE]
+    if not wanted:
+        raise typer.BadParameter("name a model, or give --configured or --all-faces")
+    keys = dict.fromkeys(spec.key(part) for spec in wanted for part in spec.parts)
+    if not pull_models(store, list(keys)):
+        raise typer.Exit(Exit.UNREACHABLE)
+
+
+@app.command("verify")
+def verify(
+    names: Names = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Also compare files placed by hand with the hub's.")
+    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Fetch what is damaged again.")] = False,
+    models_dir: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every file and compare its digest; exit 1 when something is damaged."""
+    from immich_ml_metal.catalog import all_models, find_by_name
+    from immich_ml_metal.cli.models_pull import verify_models
+    from immich_ml_metal.cli.models_show import print_verified
+    from immich_ml_metal.shelf import State
+
+    _, store = _open(models_dir)
+    specs = [find_by_name(name) for name in names] if names else all_models()
+    statuses = verify_models(store, specs, online=online, repair=repair)
+    print_verified(statuses, as_json=as_json)
+    if any(status.state is State.DAMAGED for status in statuses):
+        raise typer.Exit(Exit.FINDING)
+
+
+@app.command("rm")
+def remove(names: SomeNames, yes: YesOption = False, models_dir: FolderOption = None) -> None:
+    """Delete models from the disk, every revision of them."""
+    from immich_ml_metal.catalog import find_by_name
+    from immich_ml_metal.errors import ModelUnavailable
+    from immich_ml_metal.prune import folder_of
+
+    _, store = _open(models_dir)
+    found = []
+    for name in names:
+        waste = folder_of(store.shelf, find_by_name(name))
+        if waste is None:
+            raise ModelUnavailable(f"{name} is not on disk")
+        found.append(waste)
+    _delete(store.shelf, found, yes=yes)
+
+
+@app.command("prune")
+def prune(
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Also every model that the settings do not name.")
+    ] = False,
+    yes: YesOption = False,
+    models_dir: FolderOption = None,
+) -> None:
+    """Delete unfinished downloads and files for other hardware."""
+    from immich_ml_metal.prune import find_waste
+
+    settings, store = _open(models_dir)
+    keep = frozenset(_configured(settings)) if unused else None
+    _delete(store.shelf, find_waste(store.shelf, keep), yes=yes)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A folder or a ZIP file.")],
+    models_dir: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy models from an Immich cache, an InsightFace pack or an export."""
+    from immich_ml_metal.cli.models_show import print_imported
+    from immich_ml_metal.errors import ModelUnavailable
+    from immich_ml_metal.model_import import find_models, import_model, open_tree
+
+    _, store = _open(models_dir)
+    with open_tree(source.expanduser().absolute()) as tree:
+        found = find_models(tree)
+        if not found:
+            raise ModelUnavailable(f"no official model found in {source}")
+        done = [import_model(store.shelf, half) for half in found]
+    print_imported(done, as_json=as_json)
+    if any(half.outcome == "refused" for half in done):
+        raise typer.Exit(Exit.FINDING)
+
+
+@app.command("export")
+def export(
+    names: SomeNames,
+    to: Annotated[Path, typer.Option("--to", help="A folder, or a name that ends in .zip.")],
+    models_dir: FolderOption = None,
+) -> None:
+    """Copy models for another machine, which takes them with `models import`."""
+    from immich_ml_metal.catalog import find_by_name
+    from immich_ml_metal.model_import import export_models
+
+    _, store = _open(models_dir)
+    cleaned = [find_by_name(name).name for name in names]
+    files = export_models(store.shelf, cleaned, to.expanduser())
+    typer.echo(f"Wrote {len(files)} files to {to}")
+
+
+@app.command("info")
+def info(
+    name: Annotated[str, typer.Argument(help="A model name.")],
+    models_dir: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a model is, what it needs, and what changing to it means."""
+    from immich_ml_metal.catalog import find_by_name
+    from immich_ml_metal.cli.models_show import print_info
+
+    settings, store = _open(models_dir)
+    spec = find_by_name(name)
+    statuses = [store.status(spec.key(part)) for part in spec.parts]
+    print_info(spec, statuses, settings, as_json=as_json)
+
+
+@app.command("recommend")
+def recommend(
+    language: Annotated[
+        list[str] | None, typer.Option(help="A language your users search in; repeat it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Models that suit this machine's memory and your users' languages."""
+    import sys
+
+    import psutil
+
+    from immich_ml_metal import advice
+    from immich_ml_metal.cli.models_show import print_advice
+
+    engine = "mlx" if sys.platform == "darwin" else "cpu"
+    memory = psutil.virtual_memory().total
+    print_advice(advice.recommend(memory, language or ["en"], engine), memory, as_json=as_json)
+
+
+def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
+    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.store import ModelStore
+
+    settings = load_settings({"models_dir": models_dir})
+    return settings, ModelStore(settings)
+
+
+def _configured(settings: "Settings") -> tuple[str, ...]:
+    return settings.clip_model, settings.face_model, settings.ocr_model
+
+
+def _delete(shelf: "Shelf", found: "list[Waste]", *, yes: bool) -> None:
+    from immich_ml_metal.progress import format_bytes
+    from immich_ml_metal.prune import remove as remove_one
+
+    if not found:
+        typer.echo("Nothing to delete.")
+        return
+    for waste in found:
+        typer.echo(f"{format_bytes(waste.size_bytes):>8}  {waste.path}  ({waste.reason})")
+    total = format_bytes(sum(waste.size_bytes for waste in found))
+    if not yes:
+        typer.confirm(f"Delete these, {total}?", abort=True)
+    for waste in found:
+        remove_one(shelf, waste)
+    typer.echo(f"Freed {total}.")
