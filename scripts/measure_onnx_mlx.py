@@ -1,8 +1,9 @@
-"""Measure models on MLX and on ONNX Runtime: load, first call, steady time, memory; prints Markdown.
+"""Measure models on MLX and on ONNX Runtime: load, first call, steady time, memory; as Markdown.
 
     python scripts/measure_onnx_mlx.py MODEL.onnx [NAME=1,3,48,320] ...
 
-Each figure comes from a process of its own. Steady time is the median of the calls of five seconds.
+Each row comes from a process of its own. Times are processor time of all its threads, so that other
+work on the machine does not count; steady time is the median over three seconds of calls.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-STEADY_S = 5.0
+STEADY_S = 3.0
 ROWS = 8
 
 
@@ -54,12 +55,12 @@ def measure(engine: str, path: Path, shapes: list[str]) -> dict[str, str]:
     program = read(path)
     feeds = random_feeds(program, guess_shapes(program, dict(map(parse_shape, shapes))))
     del program
-    started = time.perf_counter()
+    started = time.process_time()
     run, max_rows = _load_mlx(path) if engine.startswith("mlx") else _load_ort(path)
-    load_s = time.perf_counter() - started
+    load_s = time.process_time() - started
     first_ms = _time_ms(run, feeds)
     one_ms = _steady_ms(run, feeds)
-    many = "–"
+    many = "-"
     if max_rows >= ROWS:
         several = {name: np.repeat(array, ROWS, 0) for name, array in feeds.items()}
         _time_ms(run, several)
@@ -92,13 +93,14 @@ def _load_ort(path: Path) -> tuple[Callable[[Any], Any], int]:
 
 
 def _time_ms(run: Callable[[Any], Any], feeds: Any) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     run(feeds)
-    return 1000 * (time.perf_counter() - started)
+    return 1000 * (time.process_time() - started)
 
 
 def _steady_ms(run: Callable[[Any], Any], feeds: Any) -> float:
-    times, until = [], time.perf_counter() + STEADY_S
+    times: list[float] = []
+    until = time.perf_counter() + STEADY_S
     while not times or time.perf_counter() < until:
         times.append(_time_ms(run, feeds))
     return statistics.median(times)

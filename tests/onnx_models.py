@@ -35,8 +35,8 @@ def ints(*values: int) -> Array:
     return np.array(values, np.int64)
 
 
-def value(name: str, kind: int, shape: Sequence[int | str | None]) -> onnx.ValueInfoProto:
-    """The description of an input or output."""
+def value(name: str, kind: int, shape: Sequence[int | str | None] | None) -> onnx.ValueInfoProto:
+    """The description of an input or output; no shape means an unknown rank."""
     return helper.make_tensor_value_info(name, kind, shape)
 
 
@@ -52,7 +52,10 @@ def make_model(
         list(nodes),
         "tiny",
         list(inputs),
-        [helper.make_tensor_value_info(o, FLOAT, None) if isinstance(o, str) else o for o in outputs],
+        [
+            helper.make_tensor_value_info(o, FLOAT, None) if isinstance(o, str) else o
+            for o in outputs
+        ],
         [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()],
     )
     ir = 8 if opset < 20 else 10

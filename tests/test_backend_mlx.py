@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ async def test_unloading_returns_the_memory(files: ModelFiles) -> None:
         for _ in range(3):
             model = await load(engine, files)
             blob = model.preprocess(picture(0))
-            await engine.device.call(lambda m=model, b=blob: m.infer([b]))
+            await engine.device.call(partial(model.infer, [blob]))
             assert engine.memory().active_bytes >= before + model.size_bytes
             await engine.device.call(model.close)
             assert engine.memory().active_bytes <= before
@@ -135,9 +136,7 @@ async def test_weights_are_prepared_unless_told_otherwise(files: ModelFiles) -> 
 
 
 def test_the_limits_of_the_settings_are_those_of_mlx() -> None:
-    engine = MlxEngine(
-        Settings(mlx_cache_limit_bytes=7 * MIB, mlx_memory_limit_bytes=900 * MIB)
-    )
+    engine = MlxEngine(Settings(mlx_cache_limit_bytes=7 * MIB, mlx_memory_limit_bytes=900 * MIB))
     assert engine.memory().cache_limit_bytes == 7 * MIB
     assert mx.set_cache_limit(512 * MIB) == 7 * MIB  # each gives the limit before
     assert mx.set_memory_limit(64 * 1024 * MIB) == 900 * MIB
@@ -165,6 +164,7 @@ def test_the_engine_fits_the_seam() -> None:
 
 PROGRAM = """
 import asyncio, sys
+from functools import partial
 from pathlib import Path
 import numpy as np
 from immich_ml_metal.backends.mlx import MlxEngine

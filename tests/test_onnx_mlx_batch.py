@@ -212,7 +212,9 @@ def test_a_convolution_network_keeps_its_rows_apart(tmp_path: Path) -> None:
     check(model, tmp_path, {"x": randn(ROWS, 3, 8, 8)})
 
 
-def single(op: str, inputs: str, constants: dict[str, Array], **attributes: object) -> onnx.ModelProto:
+def single(
+    op: str, inputs: str, constants: dict[str, Array], **attributes: object
+) -> onnx.ModelProto:
     x = value("x", FLOAT, [1, 4, 6])
     y = value("y", FLOAT, None)
     return make_model([node(op, inputs, "y", **attributes)], [x], [y], constants)

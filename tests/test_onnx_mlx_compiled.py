@@ -78,7 +78,9 @@ def test_a_compiled_function_gives_what_onnx_runtime_gives(path: Path) -> None:
 
 
 def test_the_oldest_shape_is_dropped_when_there_are_too_many(tmp_path: Path) -> None:
-    model = make_model([node("Neg", "x", "y")], [value("x", FLOAT, [1, None])], [value("y", FLOAT, [1, None])])
+    model = make_model(
+        [node("Neg", "x", "y")], [value("x", FLOAT, [1, None])], [value("y", FLOAT, [1, None])]
+    )
     graph = MlxGraph(save(model, tmp_path), PLAIN)
     for length in range(1, SHAPES + 5):
         graph.run({"x": randn(1, length)})
@@ -181,7 +183,9 @@ def test_an_unknown_form_of_an_operator_is_refused_at_load(tmp_path: Path) -> No
 
 
 def test_a_shape_that_depends_on_the_data_is_refused_at_load(tmp_path: Path) -> None:
-    model = make_model([node("NonZero", "x", "y")], [value("x", FLOAT, [4])], [value("y", INT64, None)])
+    model = make_model(
+        [node("NonZero", "x", "y")], [value("x", FLOAT, [4])], [value("y", INT64, None)]
+    )
     assert "depends on the data" in refuse(model, tmp_path)
 
 

@@ -39,7 +39,9 @@ def turns(program: Program) -> int:
 def check(model: onnx.ModelProto, folder: Path, feeds: dict[str, Array]) -> Program:
     program = lowered(save(model, folder))
     assert_close(run_program(program, feeds), run_ort(model, feeds))
-    assert_close(run_program(lowered(folder / "model.onnx", {"layout"}), feeds), run_ort(model, feeds))
+    assert_close(
+        run_program(lowered(folder / "model.onnx", {"layout"}), feeds), run_ort(model, feeds)
+    )
     return program
 
 
@@ -58,16 +60,47 @@ BETWEEN: dict[str, tuple[list[onnx.NodeProto], dict[str, Array]]] = {
     "prelu": ([node("PRelu", "c t", "z")], {"t": T}),
     "pool": ([node("MaxPool", "c", "z", kernel_shape=[2, 2], strides=[2, 2])], {}),
     "mean pool": ([node("AveragePool", "c", "z", kernel_shape=[3, 3], pads=PAD)], {}),
-    "upsampling": ([node("Resize", "c - s", "z", mode="nearest")], {"s": np.array([1, 1, 2, 2], np.float32)}),
-    "concat": ([node("Relu", "c", "r"), node("Concat", "c r", "cc", axis=1), node("Conv", "cc u", "z")], {"u": randn(6, 12, 1, 1)}),
-    "upsampling to the size of another": ([node("Shape", "x", "n", start=2), node("Shape", "c", "m", end=2), node("Concat", "m n", "o", axis=0), node("AveragePool", "c", "p", kernel_shape=[2, 2], strides=[2, 2]), node("Resize", "p - - o", "z", mode="nearest")], {}),
-    "squeeze and excite": ([node("GlobalAveragePool", "c", "g"), node("HardSigmoid", "g", "h"), node("Mul", "c h", "z")], {}),
-    "mean over pixels kept": ([node("ReduceMean", "c", "g", axes=[2, 3]), node("Sub", "c g", "z")], {}),
+    "upsampling": (
+        [node("Resize", "c - s", "z", mode="nearest")],
+        {"s": np.array([1, 1, 2, 2], np.float32)},
+    ),
+    "concat": (
+        [node("Relu", "c", "r"), node("Concat", "c r", "cc", axis=1), node("Conv", "cc u", "z")],
+        {"u": randn(6, 12, 1, 1)},
+    ),
+    "upsampling to the size of another": (
+        [
+            node("Shape", "x", "n", start=2),
+            node("Shape", "c", "m", end=2),
+            node("Concat", "m n", "o", axis=0),
+            node("AveragePool", "c", "p", kernel_shape=[2, 2], strides=[2, 2]),
+            node("Resize", "p - - o", "z", mode="nearest"),
+        ],
+        {},
+    ),
+    "squeeze and excite": (
+        [
+            node("GlobalAveragePool", "c", "g"),
+            node("HardSigmoid", "g", "h"),
+            node("Mul", "c h", "z"),
+        ],
+        {},
+    ),
+    "mean over pixels kept": (
+        [node("ReduceMean", "c", "g", axes=[2, 3]), node("Sub", "c g", "z")],
+        {},
+    ),
     "channel softmax": ([node("Softmax", "c", "z", axis=1)], {}),
     "padding": ([node("Pad", "c p", "z")], {"p": ints(0, 0, 1, 2, 0, 0, 0, 1)}),
-    "batch norm": ([node("Relu", "c", "r"), node("BatchNormalization", "r a b m q", "z")], {"a": randn(6), "b": randn(6), "m": randn(6), "q": np.ones(6, np.float32)}),
-    "transposed convolution": ([node("ConvTranspose", "c u", "z", strides=[2, 2])], {"u": randn(6, 6, 2, 2)}),
-}  # fmt: skip
+    "batch norm": (
+        [node("Relu", "c", "r"), node("BatchNormalization", "r a b m q", "z")],
+        {"a": randn(6), "b": randn(6), "m": randn(6), "q": np.ones(6, np.float32)},
+    ),
+    "transposed convolution": (
+        [node("ConvTranspose", "c u", "z", strides=[2, 2])],
+        {"u": randn(6, 6, 2, 2)},
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", BETWEEN)

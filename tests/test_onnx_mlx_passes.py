@@ -204,7 +204,7 @@ def test_a_written_out_gelu_is_recognised(inner: str, order: str, tmp_path: Path
 
 
 def test_a_gelu_keeps_the_factor_of_the_file(tmp_path: Path) -> None:
-    """Files in half precision have 1.4140625 for the root of two: 1e-4 off, and so is the result."""
+    """Half-precision files have 1.4140625 for the root of two: 1e-4 off, and so is the result."""
     nodes = [
         node("Div", "x c", "i"),
         node("Erf", "i", "e"),

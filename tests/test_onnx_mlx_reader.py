@@ -1,6 +1,7 @@
 """Reading ONNX files: weights beside the file, old and new forms of constants, damage."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -79,7 +80,7 @@ def test_an_unknown_opset_is_refused_with_the_known_ones(opset: int, tmp_path: P
     ],
 )
 def test_every_way_to_write_a_constant_is_read(
-    attribute: str, given: object, expected: np.ndarray, tmp_path: Path
+    attribute: str, given: Any, expected: Any, tmp_path: Path
 ) -> None:
     nodes = [helper.make_node("Constant", [], ["c"], **{attribute: given}), node("Neg", "x", "y")]
     found = read(save(make_model(nodes, [X], ["y"]), tmp_path)).constants["c"]

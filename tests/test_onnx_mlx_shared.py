@@ -1,4 +1,4 @@
-"""Full-size graphs of ../shared against ONNX Runtime: every export style and family that Immich uses.
+"""Full-size graphs of ../shared against ONNX Runtime: every export style and family of Immich.
 
 The weights are random (only their size and range are real), except in `models/real`. Slow without a
 fast BLAS under MLX (see docs/performance.md), never wrong.
@@ -62,7 +62,12 @@ SHAPES = {
     "PP-OCRv6_det_small": {"x": (1, 3, 160, 224)},
     "ch_ppocr_mobile_v2.0_cls_mobile": {"x": (2, 3, 48, 192)},
 }
-SMALL = ("XLM-R.depth2.textual", "mobilefacenet_512", "scrfd_500m", "ch_ppocr_mobile_v2.0_cls_mobile")
+SMALL = (
+    "XLM-R.depth2.textual",
+    "mobilefacenet_512",
+    "scrfd_500m",
+    "ch_ppocr_mobile_v2.0_cls_mobile",
+)
 
 
 def find(name: str, folder: Path) -> Path:
@@ -98,9 +103,13 @@ def feeds_for(path: Path, rows: int = 1) -> dict[str, Array]:
     return feeds
 
 
-GRAPHS = sorted({*TOWERS, *BACKBONES, "ch_ppocr_mobile_v2.0_cls_mobile"} - {
-    "ppocrv6_tiny_det", "PP-OCRv6_det_small",  # below, where their last operator is looked at
-})  # fmt: skip
+GRAPHS = sorted(
+    {*TOWERS, *BACKBONES, "ch_ppocr_mobile_v2.0_cls_mobile"}
+    - {
+        "ppocrv6_tiny_det",
+        "PP-OCRv6_det_small",  # below, where their last operator is looked at
+    }
+)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -108,7 +117,9 @@ def test_every_output_is_that_of_onnx_runtime(name: str, scratch: Path) -> None:
     path = find(name, scratch)
     feeds = feeds_for(path)
     graph = MlxGraph(path, PLAIN)
-    for spec, ours, theirs in zip(graph.outputs, graph.run(feeds), run_ort(path, feeds), strict=True):
+    for spec, ours, theirs in zip(
+        graph.outputs, graph.run(feeds), run_ort(path, feeds), strict=True
+    ):
         found = difference(spec.name, "", ours, theirs)
         assert found.cosine >= COSINE, found
         assert found.relative <= RELATIVE, found
@@ -133,7 +144,15 @@ def test_no_picture_is_turned_inside_a_backbone(name: str, scratch: Path) -> Non
     assert not [at for at in turns if at in inside]
 
 
-@pytest.mark.parametrize("name", ["XLM-R.depth2.textual", "SigLIP-B-16.depth2.visual", "ViT-B-32.ts19.textual", "mobilefacenet_512"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "XLM-R.depth2.textual",
+        "SigLIP-B-16.depth2.visual",
+        "ViT-B-32.ts19.textual",
+        "mobilefacenet_512",
+    ],
+)
 def test_one_three_and_eight_rows_give_the_same_vectors(name: str, scratch: Path) -> None:
     path = find(name, scratch)
     graph = MlxGraph(path, PLAIN)
@@ -192,8 +211,8 @@ READERS = {
 def test_text_networks_agree_up_to_their_last_operator(name: str, scratch: Path) -> None:
     """Each value before the final Sigmoid or Softmax.
 
-    After it, two things that are not ours count: ONNX Runtime's Sigmoid is off by up to 1e-7, all of
-    a probability of 1e-5; and a Softmax turns a relative 4e-6 of a logit of 20 into 1e-4.
+    After it, two things that are not ours count: ONNX Runtime's Sigmoid is off by up to 1e-7, which
+    is all of a small probability; and a Softmax turns a relative 4e-6 of a logit of 20 into 1e-4.
     """
     path = widened(find(name, scratch), scratch)
     last = None
