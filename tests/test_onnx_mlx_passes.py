@@ -87,13 +87,21 @@ def attention_model(nodes: Sequence[onnx.NodeProto], mask: Array | None = None) 
 QKV = {"q": randn(*HEADS), "k": randn(*HEADS, seed=1), "v": randn(*HEADS, seed=2)}
 
 
+SOME_MASK = np.where(randn(L, L, seed=8) > 0.5, np.float32(-np.inf), randn(L, L, seed=9))
+MASKS = {"no mask": None, "causal": None, "any": SOME_MASK, "for each head": randn(1, H, L, L)}
+
+
 @pytest.mark.parametrize("scale_on", ["scores", "both", "nothing"])
-@pytest.mark.parametrize("mask", ["", "bias"])
-def test_written_out_attention_is_fused(scale_on: str, mask: str, tmp_path: Path) -> None:
-    model = attention_model(attention_nodes(scale_on=scale_on, mask=mask))
+@pytest.mark.parametrize("kind", MASKS)
+def test_written_out_attention_is_fused(scale_on: str, kind: str, tmp_path: Path) -> None:
+    nodes = attention_nodes(scale_on=scale_on, mask="" if kind == "no mask" else "bias")
+    model = attention_model(nodes, MASKS[kind])
     path = check(model, tmp_path, QKV, "attention")
     assert ops(path) == {"Sdpa": 1}  # the turn of k, the scale and the mask are part of it
     assert ops(path, "attention")["Softmax"] == 1
+    (fused,) = lowered(path).nodes
+    assert bool(fused.attributes["causal"]) == (kind == "causal")
+    assert len(fused.inputs) == (4 if kind in ("any", "for each head") else 3)
 
 
 def test_a_row_that_sees_nothing_gives_zeros_where_the_export_guards_it(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ NaN of a row that sees nothing into zeros (as PyTorch exports it) is kept as an 
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
 from immich_ml_metal.onnx_mlx.passes.facts import constant_list, factor_of, is_last_axis
 
@@ -45,10 +47,22 @@ def _fuse_at(editor: Editor, softmax: Node) -> None:
     left, scale = _unscaled(editor, scores.left, scores.scale)
     right, scale = _unscaled(editor, scores.right, scale)
     keys, attributes, before = _keys(editor, right)
-    inputs = (left, keys, product.inputs[1], *([scores.mask] if scores.mask else []))
-    attributes |= {"scale": scale, "guarded": int(guarded)}
+    causal = _is_causal(editor, scores.mask)
+    masks = () if causal or not scores.mask else (scores.mask,)
+    inputs = (left, keys, product.inputs[1], *masks)
+    attributes |= {"scale": scale, "guarded": int(guarded), "causal": int(causal)}
     fused = Node("Sdpa", inputs, product.outputs, attributes, softmax.name)
     editor.replace(product, *before, fused)
+
+
+def _is_causal(editor: Editor, mask: str) -> bool:
+    """Whether the mask lets row i see the columns 0..i and no others: the kernel skips those."""
+    value = editor.constants.get(mask)
+    if value is None or value.ndim < 2 or value.dtype.kind != "f":
+        return False
+    rows, columns = value.shape[-2:]
+    wanted = np.where(np.tri(rows, dtype=np.bool_), 0, -np.inf)
+    return rows == columns and value.size == rows**2 and bool((value == wanted).all())
 
 
 def _guarded(editor: Editor, softmax: Node) -> tuple[str, bool]:
