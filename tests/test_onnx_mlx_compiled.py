@@ -145,6 +145,15 @@ def test_bytes_in_and_whole_numbers_out_keep_their_types(tmp_path: Path) -> None
     assert (best.dtype, best.tolist()) == (np.dtype(np.int64), [1])
 
 
+def test_large_whole_numbers_saturate_instead_of_wrapping(tmp_path: Path) -> None:
+    model = make_model(
+        [node("Neg", "x", "y")], [value("x", INT64, [None])], [value("y", INT64, [None])]
+    )
+    graph = MlxGraph(save(model, tmp_path), PLAIN)
+    (result,) = graph.run({"x": ints(5, 2**40)})
+    assert result.tolist() == [-5, -(2**31 - 1)]
+
+
 def test_closing_frees_the_weights(path: Path) -> None:
     before = mx.get_active_memory()
     graph = MlxGraph(path, PLAIN)

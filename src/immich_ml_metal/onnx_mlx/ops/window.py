@@ -95,33 +95,31 @@ def conv_transpose(
     call: Call, x: mx.array, weight: mx.array, bias: mx.array | None = None
 ) -> mx.array:
     """ConvTranspose: each pixel spreads under the window; weights are (I, O / group, ...)."""
-    rank = weight.ndim - 2
     x = x if call.nhwc else to_last(x)
     window = read_window(call, weight.shape[2:], x.shape[1:-1])
-    out = _spread(call, x, weight, window)
-    extra = call.integers("output_padding", [0] * rank)
-    wanted = call.integers("output_shape")
-    crops = _crops(call, x, window, extra, wanted)
-    longest = max(
-        0, *(high - length for (_, high), length in zip(crops, out.shape[1:], strict=False))
-    )
-    if longest:
-        out = mx.pad(out, [(0, 0)] + [(0, longest)] * rank + [(0, 0)])
-    out = out[(slice(None), *(slice(low, high) for low, high in crops))]
+    extra = call.integers("output_padding", [0] * len(window.kernel))
+    out = _spread(call, x, weight, window, extra)
+    crops = [
+        _crop(call, window, *axis) for axis in enumerate(zip(x.shape[1:-1], extra, strict=True))
+    ]
+    out = out[(slice(None), *crops)]
     out = out if bias is None else out + bias
     return out if call.nhwc else to_second(out)
 
 
-def _spread(call: Call, x: mx.array, weight: mx.array, window: Window) -> mx.array:
-    """The whole area that the windows touch: a convolution of the picture with zeros in between."""
+def _spread(
+    call: Call, x: mx.array, weight: mx.array, window: Window, extra: list[int]
+) -> mx.array:
+    """All that the windows touch, and `extra` zeros: a convolution over pixels set apart."""
     groups = call.integer("group", 1)
     inputs, outputs = weight.shape[0] // groups, weight.shape[1]
     kernel = weight.reshape(groups, inputs, outputs, *window.kernel)
     kernel = mx.moveaxis(kernel.swapaxes(1, 2), 2, -1)  # (G, O, ..., I)
+    around = [reach - 1 for reach in window.reach]
     return mx.conv_general(
         x,
         kernel.reshape(groups * outputs, *window.kernel, inputs),
-        padding=[reach - 1 for reach in window.reach],
+        padding=(around, [pad + more for pad, more in zip(around, extra, strict=True)]),
         kernel_dilation=window.dilation,
         input_dilation=window.stride,
         groups=groups,
@@ -129,25 +127,17 @@ def _spread(call: Call, x: mx.array, weight: mx.array, window: Window) -> mx.arr
     )
 
 
-def _crops(
-    call: Call, x: mx.array, window: Window, extra: list[int], wanted: list[int]
-) -> list[tuple[int, int]]:
-    """First and last element of each axis to keep."""
-    crops = []
-    for axis, length in enumerate(x.shape[1:-1]):
-        whole = (length - 1) * window.stride[axis] + window.reach[axis] + extra[axis]
-        before, after = window.pads[axis]
-        if wanted:
-            total = whole - wanted[axis]
-            upper = call.text("auto_pad", "NOTSET") == "SAME_UPPER"
-            before = total // 2 if upper else total - total // 2
-            after = total - before
-        elif call.text("auto_pad", "NOTSET").startswith("SAME"):
-            total = whole - length * window.stride[axis]
-            before = total // 2 if call.text("auto_pad") == "SAME_UPPER" else total - total // 2
-            after = total - before
-        crops.append((before, whole - after))
-    return crops
+def _crop(call: Call, window: Window, axis: int, lengths: tuple[int, int]) -> slice:
+    """The part of an axis to keep: `pads` name what to cut, or the wanted length does."""
+    length, extra = lengths
+    stride, (before, after) = window.stride[axis], window.pads[axis]
+    whole = (length - 1) * stride + window.reach[axis] + extra
+    mode, wanted = call.text("auto_pad", "NOTSET"), call.integers("output_shape")
+    if wanted or mode.startswith("SAME"):
+        total = whole - (wanted[axis] if wanted else length * stride)
+        before = total // 2 if mode == "SAME_UPPER" else total - total // 2
+        after = total - before
+    return slice(before, whole - after)
 
 
 def _pool(reduce: Callable[[mx.array, Call, Window, list[int]], mx.array]) -> Operator:
