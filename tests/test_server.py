@@ -24,7 +24,7 @@ PHOTO = draw_faces((160, 160), (400, 240))
 PAGE = draw_text("abc", "cb")
 
 
-# -- the small routes -------------------------------------------------------------------------------
+# -- the small routes ------------------------------------------------------------------------------
 
 
 def test_ping_is_bare_text_and_the_root_names_the_service(service: str) -> None:
@@ -77,7 +77,7 @@ def test_metrics_count_requests_and_name_engines(service: str) -> None:
         assert line in answer.text
 
 
-# -- answers ----------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 
 def test_a_picture_becomes_a_unit_vector_as_a_string(service: str) -> None:
@@ -185,7 +185,7 @@ def test_the_fused_exports_of_revision_v2_answer_the_same(service: str, models: 
                 assert numbers(a["embedding"]) == pytest.approx(numbers(b["embedding"]), abs=1e-4)
 
 
-# -- refusals ---------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_the_fused_exports_of_revision_v2_answer_the_same(service: str, models: 
             PHOTO,
             None,
             503,
-            "ViT-L-14__openai/visual is not on disk and downloads are switched off",
+            "on disk and downloads are switched off; fetch immich-app/ViT-L-14__openai",
         ),
     ],
 )
@@ -327,13 +327,38 @@ def test_a_chunked_upload_within_the_limit_is_read(service: str) -> None:
 def test_a_length_over_the_limit_is_refused_before_the_body_comes(service: str) -> None:
     with connect(service) as sock:
         sock.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n"
             b"Content-Length: 999999999\r\n\r\n"
         )
         assert sock.recv(64).startswith(b"HTTP/1.1 413 ")
 
 
-# -- the app around a fake engine -------------------------------------------------------------------
+# -- the app around a fake engine ------------------------------------------------------------------
+
+
+class VectorEngine(FakeEngine):
+    """Its models answer a vector of ones; `prepare` is called before each item."""
+
+    @staticmethod
+    def prepare() -> None:
+        """Nothing, unless a test puts something here."""
+
+    def load(self, key: Any, files: Any) -> Any:
+        model, engine = super().load(key, files), self
+
+        class Vectors(FakeModel):
+            def preprocess(self, item: Any) -> Any:
+                engine.prepare()
+                return super().preprocess(item)
+
+            def postprocess(self, raw: Any, item: Any) -> Any:
+                super().postprocess(raw, item)
+                return np.ones(3, np.float32)
+
+        self.models[-1] = Vectors(**self._model)
+        assert model is not self.models[-1]
+        return self.models[-1]
 
 
 class Rig:
@@ -341,7 +366,7 @@ class Rig:
 
     def __init__(self, **settings: Any) -> None:
         self.gate = Gate(is_open=True)
-        self.engine = FakeEngine(gate=self.gate, max_batch=1)
+        self.engine = VectorEngine(gate=self.gate, max_batch=1)
         self.store = FakeStore()
         self.app = create_app(Settings(**settings), every_part(self.engine), self.store)
 
@@ -374,33 +399,9 @@ async def until_health(
             await asyncio.sleep(0.005)
 
 
-class VectorEngine(FakeEngine):
-    """Its models answer a vector of ones, or wait at their gate first."""
-
-    def load(self, key: Any, files: Any) -> Any:
-        model = super().load(key, files)
-
-        class Vectors(FakeModel):
-            def postprocess(self, raw: Any, item: Any) -> Any:
-                super().postprocess(raw, item)
-                return np.ones(3, np.float32)
-
-        self.models[-1] = Vectors(**self._model)
-        assert model is not self.models[-1]
-        return self.models[-1]
-
-
 @pytest.fixture
 def rig() -> Rig:
-    return make_rig()
-
-
-def make_rig(**settings: Any) -> Rig:
-    rig = Rig(**settings)
-    rig.engine.device.close()
-    rig.engine = VectorEngine(gate=rig.gate, max_batch=1)
-    rig.app = create_app(Settings(**settings), every_part(rig.engine), rig.store)
-    return rig
+    return Rig()
 
 
 @pytest.fixture
@@ -467,7 +468,7 @@ async def test_a_caller_that_hangs_up_in_mid_upload_is_no_error(
 
 
 async def test_more_requests_than_allowed_at_once_wait_their_turn() -> None:
-    rig = make_rig(max_concurrent_requests=2, request_threads=8)
+    rig = Rig(max_concurrent_requests=2, request_threads=8)
     rig.gate.close()
     with serve(rig.app) as url:
         async with httpx.AsyncClient(base_url=url) as client:
@@ -480,8 +481,20 @@ async def test_more_requests_than_allowed_at_once_wait_their_turn() -> None:
             assert [answer.status_code for answer in await asyncio.gather(*work)] == [200] * 4
 
 
+@pytest.mark.parametrize("count", [1, 3])
+async def test_as_many_pictures_are_prepared_at_once_as_there_are_threads(count: int) -> None:
+    rig, gate = Rig(request_threads=count), Gate()
+    rig.engine.prepare = gate.pass_through
+    with serve(rig.app) as url:
+        async with httpx.AsyncClient(base_url=url) as client:
+            work = [asyncio.create_task(rig.ask(client, str(row))) for row in range(5)]
+            await until_health(client, lambda h: h["in_flight"] == 5 and gate.waiting == count)
+            gate.open()
+            assert [answer.status_code for answer in await asyncio.gather(*work)] == [200] * 5
+
+
 async def test_a_request_over_its_time_is_503_and_the_next_one_is_answered() -> None:
-    rig = make_rig(request_timeout_s=0.2)
+    rig = Rig(request_timeout_s=0.2)
     with serve(rig.app) as url:
         async with httpx.AsyncClient(base_url=url) as client:
             assert (await rig.ask(client)).status_code == 200
@@ -538,7 +551,7 @@ async def test_texts_are_never_logged(
 
 
 async def test_an_unused_model_is_unloaded_and_loaded_again() -> None:
-    rig = make_rig(model_ttl_s=0.05)
+    rig = Rig(model_ttl_s=0.05)
     with serve(rig.app) as url:
         async with httpx.AsyncClient(base_url=url) as client:
             await rig.ask(client)
@@ -549,7 +562,7 @@ async def test_an_unused_model_is_unloaded_and_loaded_again() -> None:
 
 
 async def test_a_life_of_zero_keeps_models() -> None:
-    rig = make_rig(model_ttl_s=0)
+    rig = Rig(model_ttl_s=0)
     with serve(rig.app) as url:
         async with httpx.AsyncClient(base_url=url) as client:
             await rig.ask(client)
@@ -559,7 +572,7 @@ async def test_a_life_of_zero_keeps_models() -> None:
 
 
 def test_a_stop_breaks_off_a_download_and_ends_within_seconds() -> None:
-    rig = make_rig()
+    rig = Rig()
     rig.store.gate.close()
     with serve(rig.app, timeout_graceful_shutdown=1) as url, connect(url) as sock:
         sock.sendall(raw_request(url, TEXTUAL, "cat"))
@@ -572,7 +585,7 @@ def test_a_stop_breaks_off_a_download_and_ends_within_seconds() -> None:
     assert rig.store.is_closed
 
 
-# -- the table of statuses --------------------------------------------------------------------------
+# -- the table of statuses -------------------------------------------------------------------------
 
 
 def leaves(root: type[Exception]) -> set[type[Exception]]:

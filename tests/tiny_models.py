@@ -1,8 +1,8 @@
 """Small ONNX graphs that really do their task, laid out as Immich lays out its cache.
 
 CLIP towers that average colours and words, a face detector that finds bright squares, a face
-recogniser that averages colours, a text detector that finds what is dark, and a reader of bars whose
-shades stand for letters. A few tens of KB, in both forms: float NCHW (`main`) and uint8 NHWC (`v2`).
+recogniser that averages colours, a text detector that finds what is dark, and a reader of bars
+whose shades stand for letters. Tens of KB, in both forms: float NCHW (`main`), uint8 NHWC (`v2`).
 """
 
 import io
@@ -19,13 +19,14 @@ from PIL import Image, ImageDraw
 CLIP, FACES, FACES_TOO, OCR = "ViT-B-32__openai", "buffalo_s", "buffalo_l", "PP-OCRv6_tiny"
 DIM = 512
 SIDE_PX = 32  # what the small visual tower sees
-WORDS = "a photo of dog cat tree house sunset over the sea red blue".split()
+WORDS = ("a", "photo", "of", "dog", "cat", "tree", "house", "sunset", "over", "the", "sea", "red")
 CONTEXT = 8
+VOCABULARY = 200  # rows of the table of words; `bench` draws from as many
 LETTERS = {"a": 0, "b": 43, "c": 85}  # shade of each letter, bytes
 _UNIT = {"a": -1.0, "b": -0.6628, "c": -0.3333}  # the same in -1..1
 
 
-# -- pictures ---------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def to_png(image: Image.Image) -> bytes:
@@ -35,7 +36,7 @@ def to_png(image: Image.Image) -> bytes:
 
 
 def draw_faces(*centres: tuple[int, int], size: tuple[int, int] = (640, 480)) -> bytes:
-    """Bright squares of 64 px around `centres` (multiples of 16) on black; each of its own shade."""
+    """Bright squares of 64 px on black around `centres` (multiples of 16), in different shades."""
     image = Image.new("RGB", size)
     draw = ImageDraw.Draw(image)
     for row, (x, y) in enumerate(centres):
@@ -54,7 +55,7 @@ def draw_text(*lines: str, size: tuple[int, int] = (640, 480)) -> bytes:
     return to_png(image)
 
 
-# -- graphs -----------------------------------------------------------------------------------------
+# -- graphs ----------------------------------------------------------------------------------------
 
 
 class Net:
@@ -134,7 +135,7 @@ def make_visual(path: Path, *, fused: bool = False, dim: int = DIM) -> None:
 
 def make_textual(path: Path) -> None:
     net = Net()
-    table = net.const(np.random.default_rng(2).normal(size=(len(WORDS) + 2, 16)))
+    table = net.const(np.random.default_rng(2).normal(size=(VOCABULARY, 16)))
     mean = net.add("ReduceMean", net.add("Gather", table, "text"), axes=[1], keepdims=0)
     vector = net.add("MatMul", mean, net.weights(16, seed=3))
     net.add("LpNormalization", vector, name="embedding", axis=1, p=2)
@@ -245,7 +246,7 @@ def make_text_recogniser(path: Path, *, fused: bool = False) -> None:
     net.save(path, image, [("fetch_name_0", FLOAT, ["n", "t", classes])], characters)
 
 
-# -- the folder -------------------------------------------------------------------------------------
+# -- the folder ------------------------------------------------------------------------------------
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -78,7 +78,7 @@ class Batcher(Generic[ItemT, ResultT]):
         """Pop up to `max_batch` entries whose callers are still waiting; empty when there are none."""
         batch: list[Entry[ItemT, ResultT]] = []
         while self._queue and len(batch) < self._max_batch:
-            if batch and (self._queue[0].alone or batch[0].alone):
+            if batch and batch[0].alone:  # those that failed are always in front
                 break
             entry = self._queue.popleft()
             if not entry.future.done():  # cancelled callers are not computed

@@ -2,7 +2,7 @@
 
 import logging
 
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from immich_ml_metal.catalog import find_by_name
 from immich_ml_metal.config import Settings
@@ -12,7 +12,7 @@ from immich_ml_metal.store import ModelStore
 log = logging.getLogger(__name__)
 
 
-def build_app(settings: Settings) -> FastAPI:
+def build_app(settings: Settings) -> ASGIApp:
     """The engine app as `serve` runs it; says which of the configured models are here."""
     from immich_ml_metal.backends.ort import OrtEngine
 

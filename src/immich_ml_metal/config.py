@@ -8,7 +8,6 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -264,14 +263,6 @@ class Settings(BaseModel):
     mlx_prepared: bool = _setting(
         True, "ML_MLX_PREPARED", help="Keep converted weights beside the model, for faster loading."
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One source of settings: what it is called, and its values by name as written there."""
-
-    name: str
-    values: Mapping[str, Any]
 
 
 def env_names(field: FieldInfo) -> list[str]:

@@ -7,12 +7,13 @@ frame. Limits are checked on the header, before any pixel is decoded. Knows noth
 import asyncio
 import hashlib
 import io
+import math
 import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,6 +24,8 @@ from immich_ml_metal.types import Bytes
 
 # Pillow keeps RGB as 4 bytes a pixel, and `Picture.pixels` is a second copy of 3.
 _BYTES_PER_PIXEL = 7
+
+_WIDEST_FILTER_PX = 3  # how far Lanczos reaches to each side, the widest of Pillow's filters
 
 # What Pillow's decoders raise on files that break off or lie about themselves; found by fuzzing.
 _BROKEN = (
@@ -84,7 +87,7 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise InvalidImage("the image is empty")
     _raise_pillow_limit(limits.max_pixels)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_size(image.size, limits)
             image.load()
             _check_size(image.size, limits)  # icon files hold a picture of a size of its own
@@ -93,6 +96,14 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageTooLarge(f"the image is over {limits.max_pixels} pixels") from exc
     except _BROKEN as exc:
         raise InvalidImage(f"the image cannot be decoded: {_reason(exc)}") from exc
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Every format Pillow knows but EPS, for which it starts Ghostscript on the upload."""
+    Image.preinit()  # the common ones first, as Pillow itself tries them
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def _raise_pillow_limit(max_pixels: int) -> None:
@@ -128,6 +139,33 @@ def _reason(exc: BaseException) -> str:
     if isinstance(exc, UnidentifiedImageError):  # what Pillow says of a zero side as well
         return "unknown format, or zero width or height"
     return str(exc) or type(exc).__name__
+
+
+def resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Resize an RGB picture, or `box` of it: across, then down.
+
+    That was Pillow's order up to version 12, which the official service runs. Pillow 13 takes the
+    cheaper order, and as the bytes in between are rounded, pixels differ by up to 15 levels.
+
+    Args:
+        image: the picture.
+        size: (width, height) of the result in pixels.
+        resample: Pillow's filter.
+        box: left, top, right, bottom in the picture's pixels; all of it by default.
+    """
+    left, top, right, bottom = box or (0, 0, *image.size)
+    width, height = size
+    reach = _WIDEST_FILTER_PX * max(1.0, (bottom - top) / height) + 1  # rows seen beyond the box
+    first, last = max(0, int(top - reach)), min(image.height, math.ceil(bottom + reach))
+    rows = image if last - first == image.height else image.crop((0, first, image.width, last))
+    across = rows.resize((width, rows.height), resample, box=(left, 0, right, rows.height))
+    return across.resize(size, resample, box=(0, top - first, width, bottom - first))
 
 
 class PictureCache:

@@ -164,12 +164,13 @@ def keep_lines(
     regions: TextRegions, readings: list[Reading], *, size: tuple[int, int], min_score: float
 ) -> TextLines:
     """The lines read with a score strictly above `min_score`, boxes in 0..1 of `size`."""
-    kept = [row for row, reading in enumerate(readings) if reading.score > min_score]
+    scores = np.array([reading.score for reading in readings], dtype=np.float32)
+    kept = np.flatnonzero(scores > np.float32(min_score))
     return TextLines(
         quads=(regions.quads[kept] / np.array(size)).astype(np.float32),
         box_scores=regions.scores[kept],
         texts=tuple(readings[row].text for row in kept),
-        text_scores=np.array([readings[row].score for row in kept], dtype=np.float32),
+        text_scores=scores[kept],
     )
 
 

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ MIN_BYTES = 32 * 2**20  # smaller models load in a moment as they are
 _SIDE_FILES = {".json", ".txt", ".lock"}  # not weights
 _MANIFEST = "manifest.json"
 _GRAPH, _WEIGHTS = "model.onnx", "model.data"
+_STAGING = ".staging-"
 _TIMEOUT_S = 600.0
 
 
@@ -48,8 +50,16 @@ def prepared_graph(path: Path) -> Path:
     try:
         return _prepare(path, sources)
     except (OSError, subprocess.SubprocessError) as exc:
-        log.warning("weights not prepared, loading them as they are: model=%s reason=%s", path, exc)
+        reason = _reason(exc)
+        log.warning("weights not prepared, loaded as they are model=%s reason=%s", path, reason)
         return path
+
+
+def _reason(exc: Exception) -> str:
+    """What went wrong, in the failed process's own last words where it had any."""
+    words = getattr(exc, "stderr", None) or b""
+    lines = words.decode(errors="replace").splitlines()
+    return lines[-1] if lines else str(exc)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -100,21 +110,28 @@ def _prepare(path: Path, sources: list[Path]) -> Path:
         raise OSError(f"less than {3 * size_bytes / 2**20:.0f} MiB free on {folder}")
     stamp, digest = _stamp(sources), _digest(sources)
     target = folder / f"{digest[:16]}-{_environment()}"
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+    _sweep(folder)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         command = [sys.executable, "-m", __name__, str(path), str(staging)]
         subprocess.run(command, check=True, timeout=_TIMEOUT_S, capture_output=True)
         files = {name: (staging / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
         manifest = {"sources": stamp, "sha256": digest, "files": files}
         (staging / _MANIFEST).write_text(json.dumps(manifest))
-        for old in folder.iterdir():  # of other weights, runtimes or processors
-            if old != staging and not old.name.startswith("."):
-                shutil.rmtree(old, ignore_errors=True)
+        for old in folder.glob("[!.]*"):  # of other weights, runtimes or processors
+            shutil.rmtree(old, ignore_errors=True)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    log.info("weights prepared: model=%s folder=%s", path, target)
+    log.info("weights prepared model=%s folder=%s", path, target)
     return target / _GRAPH
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that were killed while they prepared."""
+    for left in folder.glob(f"{_STAGING}*"):
+        if time.time() - left.stat().st_mtime > 2 * _TIMEOUT_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _digest(sources: list[Path]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from immich_ml_metal.backends.base import AnyModel
-from immich_ml_metal.catalog import find_model
+from immich_ml_metal.catalog import Family, find_model
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.tasks.clip import (
@@ -42,7 +42,7 @@ def _clip_visual(key: ModelKey, files: ModelFiles, graph: Graph, settings: Setti
 
 
 def _clip_textual(key: ModelKey, files: ModelFiles, graph: Graph, settings: Settings) -> AnyModel:
-    config = TextConfig.parse(_read_json(files.root / "config.json"), name=key.name)
+    config = TextConfig.parse(_read_text_config(key, files.root / "config.json"), name=key.name)
     tokenizer = prepare_tokenizer(
         _read_tokenizer(files.folder / "tokenizer.json"),
         _read_json(files.folder / "tokenizer_config.json"),
@@ -87,6 +87,12 @@ _BUILDERS: dict[tuple[Task, Part], _Builder] = {
 
 def _dim(key: ModelKey) -> int | None:
     return find_model(key.name, key.task, key.part).dim
+
+
+def _read_text_config(key: ModelKey, path: Path) -> dict[str, Any]:
+    """The towers' `config.json`; M-CLIP exports may have none, and mean the defaults."""
+    family = find_model(key.name, key.task, key.part).family
+    return {} if family is Family.MCLIP and not path.exists() else _read_json(path)
 
 
 def _read_text(path: Path) -> str:

@@ -8,13 +8,9 @@ from dataclasses import dataclass
 
 import httpx
 
-from immich_ml_metal.errors import ServiceError
+from immich_ml_metal.cli.calls import checked
 
 _ANSWER_TIMEOUT_S = 300.0  # Node's own limit
-
-
-class BadAnswer(ServiceError):
-    """The measured service answered with an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,8 @@ async def run_load(
     endless = itertools.takewhile(
         lambda _: time.perf_counter() < deadline, itertools.cycle(requests)
     )
-    return await _drive(url, endless, clients)
+    at_least_one = itertools.chain(requests[:1], endless)
+    return await _drive(url, at_least_one, clients)
 
 
 async def run_once(url: str, requests: Sequence[httpx.Request], *, clients: int) -> Load:
@@ -71,11 +68,11 @@ async def _one_client(
 ) -> None:
     for request in requests:
         started = time.perf_counter()
-        answer = await client.post(
-            f"{url}/predict",
-            content=request.content,
-            headers={"content-type": request.headers["content-type"]},
-        )
-        if not answer.is_success:
-            raise BadAnswer(f"{url} answered {answer.status_code}: {answer.text[:200]}")
+        with checked(url):
+            answer = await client.post(
+                f"{url}/predict",
+                content=request.content,
+                headers={"content-type": request.headers["content-type"]},
+            )
+            answer.raise_for_status()
         latencies_s.append(time.perf_counter() - started)

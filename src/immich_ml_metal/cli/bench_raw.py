@@ -13,7 +13,7 @@ from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.types import Part, Task
 
-_TEXT_DETECTION_SHAPE = (736, 1120)  # what a 3:2 preview becomes
+_TEXT_DETECTION_SHAPE = (736, 1088)  # what a 3:2 preview becomes
 _TEXT_LINE_WIDTH = 320
 
 

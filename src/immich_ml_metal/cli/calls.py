@@ -1,6 +1,8 @@
 """The four calls that Immich's server makes, for the commands that play its part."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import httpx
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
+from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.store import ModelStore
 from immich_ml_metal.types import ModelKey, Part, Task
 
@@ -19,6 +22,22 @@ _OPTIONS: dict[tuple[Task, Part], dict[str, Any]] = {
     (Task.OCR, Part.DETECTION): {"minScore": 0.5, "maxResolution": 736},
     (Task.OCR, Part.RECOGNITION): {"minScore": 0.8},
 }
+
+
+class BadAnswer(ServiceError):
+    """A service answered with an error, or not at all."""
+
+
+@contextmanager
+def checked(url: str) -> Iterator[None]:
+    """Turn what httpx raises about `url` in the body into a `BadAnswer`."""
+    try:
+        yield
+    except httpx.HTTPStatusError as exc:
+        words = exc.response.text[:300]
+        raise BadAnswer(f"{url} answered {exc.response.status_code}: {words}") from exc
+    except httpx.HTTPError as exc:
+        raise BadAnswer(f"{url} does not answer: {str(exc) or type(exc).__name__}") from exc
 
 
 @dataclass(frozen=True, slots=True)

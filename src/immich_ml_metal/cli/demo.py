@@ -8,7 +8,12 @@ import typer
 
 def demo(
     picture: Annotated[
-        Path | None, typer.Argument(help="A picture of yours; one drawn by the project if none.")
+        Path | None,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="A picture of yours; one drawn by the project if none.",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where to save the picture with its boxes.")] = Path(
         "demo-output/demo.png"

@@ -1,6 +1,5 @@
 """What `demo` asks, prints and draws."""
 
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from immich_ml_metal.cli.calls import Call, standard_calls
+from immich_ml_metal.cli.calls import Call, checked, standard_calls
 from immich_ml_metal.config import Settings
+from immich_ml_metal.images import ImageLimits, decode
 from immich_ml_metal.store import ModelStore
 from immich_ml_metal.types import Task
 
@@ -37,7 +37,8 @@ def show_demo(
     """Ask the service at `url` everything it has models for; print the answers, draw the boxes."""
     calls = standard_calls(settings)
     store = ModelStore(settings)
-    canvas = Image.open(io.BytesIO(image)).convert("RGB")
+    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
+    canvas = decode(image, limits).image.copy()
     console.print(f"Asking {url} about a picture of {canvas.width}x{canvas.height} pixels\n")
     for title, needed, show in (
         ("Search", ("clip image", "clip text"), _show_search),
@@ -63,10 +64,9 @@ def _ask(url: str, call: Call, *, image: bytes | None = None, text: str | None =
     form = call.form(image=image, text=text)
     for attempt in range(2):  # the first one loads the model
         started = time.perf_counter()
-        answer = httpx.post(f"{url}/predict", timeout=_TIMEOUT_S, **form)
+        with checked(url):
+            answer = httpx.post(f"{url}/predict", timeout=_TIMEOUT_S, **form).raise_for_status()
         elapsed_ms = 1000 * (time.perf_counter() - started)
-        if not answer.is_success:
-            raise httpx.HTTPStatusError(answer.text, request=answer.request, response=answer)
         if attempt:
             return _Asked(answer.json(), elapsed_ms)
     raise AssertionError

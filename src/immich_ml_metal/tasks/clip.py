@@ -4,6 +4,7 @@ The rules are Immich's (contract §4), down to truncation instead of rounding, b
 changes the vector.
 """
 
+import logging
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from immich_ml_metal.errors import LoadFailed
-from immich_ml_metal.images import Picture
+from immich_ml_metal.images import Picture, resize
 from immich_ml_metal.tasks.vectors import check_vector
 from immich_ml_metal.types import Floats, Graph, Tensor
+
+log = logging.getLogger(__name__)
 
 ResizeMode = Literal["shortest", "squash"]
 
@@ -114,21 +117,22 @@ def resize_square(image: Image.Image, config: VisualConfig) -> Image.Image:
     """
     side = config.side_px
     if config.resize_mode == "squash":
-        return image.resize((side, side), config.resample)
+        return resize(image, (side, side), config.resample)
     width, height = image.size
     if width < height:
         new_width, new_height = side, int(height / width * side)
     else:
         new_width, new_height = int(width / height * side), side
-    left, top = int(new_width / 2 - side / 2), int(new_height / 2 - side / 2)
-    to_source_x, to_source_y = width / new_width, height / new_height
-    box = (
-        left * to_source_x,
-        top * to_source_y,
-        min((left + side) * to_source_x, width),
-        min((top + side) * to_source_y, height),
-    )
-    return image.resize((side, side), config.resample, box=box)
+    left, right = _centre(width, new_width, side)
+    top, bottom = _centre(height, new_height, side)
+    return resize(image, (side, side), config.resample, box=(left, top, right, bottom))
+
+
+def _centre(length: int, new_length: int, side: int) -> tuple[float, float]:
+    """Where the centre crop of `side` of `new_length` pixels begins and ends among `length`."""
+    start = int(new_length / 2 - side / 2)
+    to_source = length / new_length
+    return start * to_source, min((start + side) * to_source, length)
 
 
 class ClipVisualModel:
@@ -219,6 +223,8 @@ def clean_text(query: TextQuery, config: TextConfig) -> str:
 def nllb_code(language: str) -> str:
     """FLORES code of a language tag, of its first part, else English."""
     code = NLLB_CODES.get(language) or NLLB_CODES.get(language.split("-")[0])
+    if code is None:
+        log.warning("unknown language, taken for English language=%s", language[:16])
     return code or _NLLB_FALLBACK
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from immich_ml_metal.errors import InferenceError
-from immich_ml_metal.images import Picture
+from immich_ml_metal.images import Picture, resize
 from immich_ml_metal.tasks.vectors import bgr_planes, check_finite
 from immich_ml_metal.types import Floats, Graph, Tensor, TextRegions
 
@@ -94,7 +94,7 @@ class TextDetector:
         if min(item.picture.size) < MIN_SIDE_PX:
             return None
         size = detection_size(item.picture.size, item.max_resolution)
-        pixels = np.asarray(item.picture.image.resize(size, Image.Resampling.LANCZOS))
+        pixels = np.asarray(resize(item.picture.image, size, Image.Resampling.LANCZOS))
         if self._graph.fixed_shapes:
             width, height = canvas_size(size)
             canvas = np.zeros((height, width, 3), dtype=np.uint8)
