@@ -1,0 +1,1 @@
+"""A compiler from ONNX graphs to MLX; see docs/onnx-mlx.md."""

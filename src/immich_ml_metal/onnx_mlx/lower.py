@@ -1,0 +1,57 @@
+"""From the file's program to the one that runs: fold, free the batch, fuse, lay out."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from immich_ml_metal.onnx_mlx.executor import require_operators
+from immich_ml_metal.onnx_mlx.fold import fold_constants, fold_shapes
+from immich_ml_metal.onnx_mlx.graph import Program
+from immich_ml_metal.onnx_mlx.passes import PASSES
+from immich_ml_metal.onnx_mlx.passes.batch import free_batch
+
+FUSED = frozenset(  # operators that passes make out of several
+    ["Sdpa", "Linear", "LayerNormalization", "Gelu", "Swish", "HardSwish", "HardSigmoid"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A program ready to run, and what was done to it.
+
+    Attributes:
+        batched: whether it takes any number of rows.
+        reason: why the batch could not be freed, else empty.
+        fused: how many operations of each kind the passes made.
+    """
+
+    program: Program
+    batched: bool
+    reason: str
+    fused: Mapping[str, int]
+
+
+def lower(program: Program, *, skip: Collection[str] = ()) -> Lowered:
+    """Run every pass but those in `skip` (names of `PASSES`, and `batch`).
+
+    Raises:
+        LoadFailed: an operator has no translation.
+    """
+    require_operators(program)
+    program = fold_constants(fold_shapes(fold_constants(program)))
+    reason = "not asked for"
+    if "batch" not in skip:
+        program, reason = free_batch(program)
+    before = Counter(node.op for node in program.nodes)
+    for name, run in PASSES.items():
+        if name not in skip:
+            program = run(program)
+    after = Counter(node.op for node in program.nodes)
+    fused = {op: after[op] - before[op] for op in sorted(FUSED) if after[op] > before[op]}
+    return Lowered(program, _takes_rows(program), reason, fused)
+
+
+def _takes_rows(program: Program) -> bool:
+    """Whether the first axis of every input and output is free."""
+    specs = (*program.inputs, *program.outputs)
+    return all(spec.shape and spec.shape[0] is None for spec in specs)

@@ -1,0 +1,119 @@
+"""Attention written out in products and a softmax becomes one fused operation.
+
+    softmax(q k^T * scale + mask) v  →  Sdpa(q, k, v, mask)
+
+The scale may sit on the scores, on q, on k or on both; the mask is optional; a guard that turns the
+NaN of a row that sees nothing into zeros (as PyTorch exports it) is kept as an attribute.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
+from immich_ml_metal.onnx_mlx.passes.facts import constant_list, factor_of, is_last_axis
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What goes into the softmax: left @ right * scale + mask."""
+
+    left: str
+    right: str
+    scale: float
+    mask: str
+
+
+def fuse_attention(program: Program) -> Program:
+    """Every attention around a softmax over its last axis → Sdpa."""
+    editor = Editor(program)
+    for softmax in editor:
+        if softmax.op == "Softmax" and _is_over_last(editor, softmax, program.opset):
+            _fuse_at(editor, softmax)
+    return editor.finish()
+
+
+def _is_over_last(editor: Editor, softmax: Node, opset: int) -> bool:
+    axis = softmax.attributes.get("axis", -1 if opset >= 13 else 1)
+    return isinstance(axis, int) and is_last_axis(editor, softmax.inputs[0], axis)
+
+
+def _fuse_at(editor: Editor, softmax: Node) -> None:
+    weights, guarded = _guarded(editor, softmax)
+    product = editor.user(weights, "MatMul")
+    scores = _scores(editor, softmax.inputs[0])
+    if product is None or product.inputs[0] != weights or scores is None:
+        return
+    left, scale = _unscaled(editor, scores.left, scores.scale)
+    right, scale = _unscaled(editor, scores.right, scale)
+    keys, attributes, before = _keys(editor, right)
+    causal = _is_causal(editor, scores.mask)
+    masks = () if causal or not scores.mask else (scores.mask,)
+    inputs = (left, keys, product.inputs[1], *masks)
+    attributes |= {"scale": scale, "guarded": int(guarded), "causal": int(causal)}
+    fused = Node("Sdpa", inputs, product.outputs, attributes, softmax.name)
+    editor.replace(product, *before, fused)
+
+
+def _is_causal(editor: Editor, mask: str) -> bool:
+    """Whether the mask lets row i see the columns 0..i and no others: the kernel skips those."""
+    value = editor.constants.get(mask)
+    if value is None or value.ndim < 2 or value.dtype.kind != "f":
+        return False
+    rows, columns = value.shape[-2:]
+    wanted = np.where(np.tri(rows, dtype=np.bool_), 0, -np.inf)
+    return rows == columns and value.size == rows**2 and bool((value == wanted).all())
+
+
+def _guarded(editor: Editor, softmax: Node) -> tuple[str, bool]:
+    """The attention weights, seen through Where(IsNaN(weights), 0, weights)."""
+    name = softmax.outputs[0]
+    users = {user.op: user for user in editor.users(name)}
+    if set(users) != {"IsNaN", "Where"}:
+        return name, False
+    where = users["Where"]
+    expected = (users["IsNaN"].outputs[0], name)
+    if (where.inputs[0], where.inputs[2]) == expected and editor.scalar(where.inputs[1]) == 0:
+        return where.outputs[0], True
+    return name, False
+
+
+def _scores(editor: Editor, name: str) -> Scores | None:
+    """Take apart what the softmax gets; every step must serve this attention alone."""
+    node = editor.private_producer(name, "Add", "MatMul", "Mul", "Div")
+    if node is None:
+        return None
+    if node.op == "MatMul":
+        left, right = node.inputs
+        return Scores(left, right, scale=1.0, mask="")
+    if node.op != "Add":
+        scaled = factor_of(editor, node)
+        inner = _scores(editor, scaled[0]) if scaled else None
+        if scaled is None or inner is None or inner.mask:  # the mask would be scaled too
+            return None
+        return replace(inner, scale=inner.scale * scaled[1])
+    for product, mask in (node.inputs, node.inputs[::-1]):
+        inner = _scores(editor, product)
+        if inner is not None and not inner.mask:
+            return replace(inner, mask=mask)
+    return None
+
+
+def _unscaled(editor: Editor, name: str, scale: float) -> tuple[str, float]:
+    """Move a constant factor of q or k into the scale."""
+    node = editor.private_producer(name, "Mul", "Div")
+    scaled = factor_of(editor, node) if node else None
+    return (scaled[0], scale * scaled[1]) if scaled else (name, scale)
+
+
+def _keys(editor: Editor, right: str) -> tuple[str, dict[str, int | float], list[Node]]:
+    """K for the k^T that the product takes: undo its transposition if that is visible."""
+    turned = editor.producer(right, "Transpose")
+    perm = constant_list(editor, turned, "perm", 1) if turned else None
+    if turned is None or perm is None:
+        return right, {"transposed_keys": 1}, []
+    order = (*perm[:-2], perm[-1], perm[-2])
+    if order == tuple(range(len(order))):
+        return turned.inputs[0], {}, []
+    name = f"{right}@keys"
+    return name, {}, [Node("Transpose", turned.inputs, (name,), {"perm": order}, turned.name)]
