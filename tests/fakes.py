@@ -154,9 +154,6 @@ class FakeStore:
     def repair(self, key: ModelKey) -> bool:
         return False  # what it has is intact
 
-    def downloads(self) -> tuple[DownloadProgress, ...]:
-        return ()
-
     def close(self) -> None:
         self.is_closed = True
         self.gate.open()

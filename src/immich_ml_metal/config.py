@@ -331,7 +331,7 @@ class Settings(BaseModel):
     vision_text_scores: str | None = setting(
         None,
         "ML_VISION_TEXT_SCORES",
-        help="Apple Vision's text confidence as official score; 0:0, .3:.6, .5:.85, 1:1 unless set.",
+        help="Apple Vision's text confidence as official score; 0:0, .3:.6, .5:.85, 1:1.",
     )
 
     # mlx
