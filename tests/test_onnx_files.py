@@ -27,11 +27,11 @@ def test_side_files_are_found_with_the_bytes_they_must_have(folder: Path) -> Non
 
 def test_side_files_of_constants_and_of_inner_graphs_are_found(folder: Path) -> None:
     import onnx
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, external_data_helper, helper
 
     def outside(name: str) -> onnx.TensorProto:
         tensor = helper.make_tensor(name, TensorProto.FLOAT, [2], b"\0" * 8, raw=True)
-        onnx.external_data_helper.set_external_data(tensor, name, offset=4, length=8)
+        external_data_helper.set_external_data(tensor, name, offset=4, length=8)
         tensor.ClearField("raw_data")
         tensor.data_location = TensorProto.EXTERNAL
         return tensor

@@ -182,7 +182,7 @@ async def test_the_measured_size_counts_not_only_that_of_the_file(world: World) 
 async def test_room_is_made_before_a_large_file_is_loaded(world: World, tmp_path: Path) -> None:
     (tmp_path / "recognition.onnx").write_bytes(onnx_bytes(1000))
     await world.use(VISUAL, DETECTOR)
-    world.engine.failures = [LoadFailed("out of memory")]
+    world.engine.failures.append(LoadFailed("out of memory"))
     with pytest.raises(LoadFailed):
         await world.use(RECOGNISER)
     assert world.here == set()
@@ -202,9 +202,9 @@ async def test_a_failure_is_tried_again_after_a_pause_and_never_permanent(
 ) -> None:
     world = World(tmp_path, limit_bytes=0)
     if isinstance(error, LoadFailed):
-        world.engine.failures = [error] * 3
+        world.engine.failures.extend([error] * 3)
     else:
-        world.store.failures = [error] * 3
+        world.store.failures.extend([error] * 3)
     for _ in range(3):
         with pytest.raises(type(error)):
             await world.pool.get(VISUAL)
