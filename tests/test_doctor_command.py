@@ -23,8 +23,8 @@ def doctor(home: Path, models: Path, *args: str, **env: str) -> Any:
     return CliRunner(env=environment).invoke(app, ["doctor", *args])
 
 
-# The small text model knows three letters, so of the drawn picture it reads nothing: that doctor says
-# so, and says nothing of the other tasks, shows that it really asked.
+# The small text model knows three letters, so it reads nothing of the drawn picture: that doctor
+# says so, and nothing of the other tasks, shows that it really asked.
 READ_NOTHING = "FAIL  engines        text on cpu: it read nothing"
 
 
