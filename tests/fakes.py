@@ -139,6 +139,9 @@ class FakeStore:
         self.failures = list(failures)
         self.is_closed = False
 
+    def downloads(self) -> Sequence[DownloadProgress]:
+        return ()
+
     def ensure(self, key: ModelKey) -> ModelFiles:
         self.asked.append(key)
         self.gate.pass_through()

@@ -219,6 +219,88 @@ class Settings(BaseModel):
         help="Keep the search text model once it is loaded, so that searching stays fast.",
     )
 
+    # -- gateway: holding, replay, the engine's life
+    hold_limit_s: float = _setting(
+        280.0,
+        "ML_HOLD_LIMIT",
+        gt=0,
+        help="Seconds a request is held before it is refused; under the 300 s of Node's fetch.",
+    )
+    hold_memory_bytes: Size = _setting(
+        64 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
+    )
+    hold_spool_bytes: Size = _setting(
+        1024 * MIB,
+        "ML_HOLD_SPOOL",
+        help="Disk for waiting uploads once the memory is full; beyond it clients are not read.",
+    )
+    client_timeout_s: float = _setting(
+        30.0, "ML_CLIENT_TIMEOUT", gt=0, help="Seconds a client may send nothing in mid-upload."
+    )
+    drain_limit_s: float = _setting(
+        30.0, "ML_DRAIN_LIMIT", gt=0, help="Seconds to answer what was accepted before a stop."
+    )
+    engine_max_crashes: int = _setting(
+        5,
+        "ML_ENGINE_MAX_CRASHES",
+        ge=1,
+        help="Engine deaths without an answer in between, after which /ping says 503.",
+    )
+    engine_crash_window_s: float = _setting(
+        300.0, "ML_ENGINE_CRASH_WINDOW", gt=0, help="Seconds over which engine deaths count."
+    )
+    memory_limit_bytes: Annotated[int, BeforeValidator(_parse_size)] = _setting(
+        0,
+        "ML_MEMORY_LIMIT",
+        ge=0,
+        help="Engine memory above which it is restarted between requests; 0 is no limit.",
+    )
+    preload_clip_textual: Names = _setting(
+        (),
+        "ML_PRELOAD_CLIP_TEXTUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP__TEXTUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",  # until v3.0: both halves
+        help="CLIP models whose text half is loaded at start.",
+    )
+    preload_clip_visual: Names = _setting(
+        (),
+        "ML_PRELOAD_CLIP_VISUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP__VISUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",
+        help="CLIP models whose image half is loaded at start.",
+    )
+    preload_face_detection: Names = _setting(
+        (),
+        "ML_PRELOAD_FACE_DETECTION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__DETECTION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
+        help="Face models whose detector is loaded at start.",
+    )
+    preload_face_recognition: Names = _setting(
+        (),
+        "ML_PRELOAD_FACE_RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
+        help="Face models whose recogniser is loaded at start.",
+    )
+    preload_ocr_detection: Names = _setting(
+        (),
+        "ML_PRELOAD_OCR_DETECTION",
+        "MACHINE_LEARNING_PRELOAD__OCR__DETECTION",
+        help="Text models whose detector is loaded at start.",
+    )
+    preload_ocr_recognition: Names = _setting(
+        (),
+        "ML_PRELOAD_OCR_RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__OCR__RECOGNITION",
+        help="Text models whose reader is loaded at start.",
+    )
+    preload_stays: bool = _setting(
+        True,
+        "ML_PRELOAD_STAYS",
+        help="When idle, keep an engine with the preloaded models only; false stops it.",
+    )
+
     # operating: logs, and what we may do on the Immich server
     log_format: Literal["text", "json"] = _setting(
         "text", "ML_LOG_FORMAT", help="text for people, json for log collectors."
@@ -252,6 +334,50 @@ class Settings(BaseModel):
         False,
         "ML_IMMICH_REQUEUE",
         help="After an outage that failed answers, ask Immich once for its missing jobs.",
+    )
+
+    # -- which engine answers, and the Apple engines --
+    profile: Literal["native", "exact"] = _setting(
+        "native",
+        "ML_PROFILE",
+        help="native uses Apple's own faces and text; exact answers as the Docker image does.",
+    )
+    clip_engine: Literal["auto", "mlx", "coreml", "cpu", "open_clip"] = _setting(
+        "auto", "ML_CLIP_ENGINE", help="Engine for search: auto, mlx, coreml, cpu or open_clip."
+    )
+    face_detection_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = _setting(
+        "auto",
+        "ML_FACE_DETECTION_ENGINE",
+        help="Engine that finds faces: auto, vision, mlx, coreml or cpu.",
+    )
+    face_recognition_engine: Literal["auto", "coreml", "mlx", "cpu"] = _setting(
+        "auto",
+        "ML_FACE_RECOGNITION_ENGINE",
+        help="Engine that tells faces apart: auto, coreml, mlx or cpu.",
+    )
+    ocr_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = _setting(
+        "auto", "ML_OCR_ENGINE", help="Engine for text: auto, vision, mlx, coreml or cpu."
+    )
+    use_coreml: bool = _setting(
+        True, "ML_USE_COREML", help="Let auto choose Core ML where this Mac runs it correctly."
+    )
+    use_ane: bool = _setting(
+        True, "ML_USE_ANE", help="Let Core ML use the Neural Engine; off means GPU and CPU only."
+    )
+    ocr_language_correction: bool = _setting(
+        True,
+        "ML_OCR_LANGUAGE_CORRECTION",
+        help="Let Apple Vision correct text by its dictionaries; off suits codes and numbers.",
+    )
+    vision_face_scores: str | None = _setting(
+        None,
+        "ML_VISION_FACE_SCORES",
+        help="Apple Vision's face confidence as official score; 0:0, 0.6:0.7, 1:1 unless set.",
+    )
+    vision_text_scores: str | None = _setting(
+        None,
+        "ML_VISION_TEXT_SCORES",
+        help="Apple Vision's text confidence as official score; 0:0, .3:.6, .5:.85, 1:1 unless set.",
     )
 
 

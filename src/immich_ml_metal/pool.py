@@ -6,7 +6,7 @@ A model that is in use is never unloaded. Knows nothing about pictures or HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -231,13 +231,15 @@ class Pool:
         if task.cancelled() or task.exception() is not None:
             self._models.pop(key, None)
 
-    async def unload_idle(self, idle_s: float) -> list[ModelKey]:
-        """Unload every model that nobody has used for `idle_s` seconds; say which."""
+    async def unload_idle(
+        self, idle_s: float, *, keep: Collection[ModelKey] = ()
+    ) -> list[ModelKey]:
+        """Unload every model but `keep` that nobody has used for `idle_s` seconds; say which."""
         now = self._clock()
         idle = [
             loaded
             for loaded in self.loaded
-            if loaded.users == 0 and now - loaded.last_used >= idle_s
+            if loaded.users == 0 and now - loaded.last_used >= idle_s and loaded.key not in keep
         ]
         if idle_s >= 0:  # closing unloads the pinned ones as well
             idle = [loaded for loaded in idle if not self._memory.is_pinned(loaded.key)]

@@ -25,6 +25,7 @@ from immich_ml_metal.memory import make_rules
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.pipeline import Pipeline, model_keys
 from immich_ml_metal.pool import EngineTable, Pool, Store
+from immich_ml_metal.preload import preload, preload_keys
 from immich_ml_metal.types import Part, Task, TaskRequest
 from immich_ml_metal.wire import parse_entries, render
 
@@ -92,6 +93,8 @@ class Service:
         self._in_flight = 0
         self._answered = 0
         self._unloader: asyncio.Task[None] | None = None
+        self._preload_keys = preload_keys(settings)
+        self._preloader: asyncio.Task[None] | None = None
         self._describe_engines()
 
     def _describe_engines(self) -> None:
@@ -101,22 +104,26 @@ class Service:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "Service":
+        # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
+        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
         if self.settings.model_ttl_s > 0:
             self._unloader = asyncio.create_task(self._unload_idle_models())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._unloader is not None:
-            self._unloader.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._unloader
+        for task in (self._unloader, self._preloader):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         await self.pool.close()
         self._threads.close()
 
     async def _unload_idle_models(self) -> None:
         while True:
             await asyncio.sleep(min(_UNLOAD_EVERY_S, self.settings.model_ttl_s))
-            await self.pool.unload_idle(self.settings.model_ttl_s)
+            keep = self._preload_keys if self.settings.preload_stays else ()
+            await self.pool.unload_idle(self.settings.model_ttl_s, keep=keep)
 
     # -- routes ------------------------------------------------------------------------------------
 
