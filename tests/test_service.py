@@ -359,6 +359,21 @@ def test_the_settings_file_of_config_init_is_picked_up(home: Path) -> None:
 
 
 @linux
+def test_an_installed_service_is_started_stopped_and_restarted(home: Path) -> None:
+    run(home, "install")
+    for command, word in (("start", "Started."), ("stop", "Stopped."), ("restart", "Restarted.")):
+        assert run(home, command).stdout == f"{word}\n"
+        asked = (home / "asked").read_text().splitlines()
+        assert asked[-1] == f"--user {command} immich-ml-metal.service"
+
+
+@linux
+def test_a_daemon_is_refused_on_linux(home: Path) -> None:
+    result = run(home, "install", "--daemon")
+    assert isinstance(result.exception, ServiceFailed)
+
+
+@linux
 def test_commands_on_nothing_installed_say_so(home: Path) -> None:
     for command in ("start", "stop", "restart"):
         result = run(home, command)
