@@ -96,6 +96,7 @@ async def test_an_engine_app_tells_how_far_its_downloads_are() -> None:
             "phase": "downloading",
             "done_bytes": 25,
             "total_bytes": 100,
+            "rate_bytes_s": 25,
             "remaining_s": 3.0,
             "note": None,
         }

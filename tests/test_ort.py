@@ -101,8 +101,7 @@ def test_sessions_neither_spin_nor_keep_their_peak() -> None:
     options = session_options(3)
     assert options.intra_op_num_threads == 3
     assert not options.enable_cpu_mem_arena
-    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
-    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert set(disabled_optimizers()) <= {"ConvAddActivationFusion"}
 
 

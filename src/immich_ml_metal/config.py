@@ -14,6 +14,7 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from immich_ml_metal.device import core_count
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.setting_kinds import Flag, LogLevel, Names, Size, SizeOrZero, setting
 
@@ -81,10 +82,10 @@ class Settings(BaseModel):
     )
 
     max_concurrent_requests: int = setting(
-        32,
+        0,
         "ML_MAX_CONCURRENT_REQUESTS",
-        ge=1,
-        help="Requests worked on at once; more wait their turn.",
+        ge=0,
+        help="Requests worked on at once; more wait their turn. 0 is two per core, at least 4.",
     )
     request_timeout_s: float = setting(
         120.0,
@@ -106,7 +107,7 @@ class Settings(BaseModel):
         65_535, "ML_MAX_IMAGE_SIDE", ge=1, help="Longest side of a picture, in pixels."
     )
     image_cache_bytes: SizeOrZero = setting(
-        64 * MIB,
+        48 * MIB,
         "ML_IMAGE_CACHE",
         ge=0,
         help="Memory for decoded pictures that come again for another task; 0 keeps none.",
@@ -181,7 +182,7 @@ class Settings(BaseModel):
         help="Seconds a request is held before it is refused; under the 300 s of Node's fetch.",
     )
     hold_memory_bytes: Size = setting(
-        64 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
+        48 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
     )
     hold_spool_bytes: Size = setting(
         1024 * MIB,
@@ -354,6 +355,14 @@ class Settings(BaseModel):
     mlx_prepared: bool = setting(
         True, "ML_MLX_PREPARED", help="Keep converted weights beside the model, for faster loading."
     )
+
+    @property
+    def concurrency(self) -> int:
+        """Requests worked on at once: enough to keep every core and batch busy, and no more.
+
+        Each one holds a decoded picture, some twenty megabytes for a preview.
+        """
+        return self.max_concurrent_requests or max(4, 2 * core_count())
 
 
 def env_names(field: FieldInfo) -> list[str]:

@@ -52,7 +52,9 @@ def run(settings: "Settings") -> None:
     """Serve the engine app alone on the public port, without a gateway (`serve --no-gateway`)."""
     from immich_ml_metal.compose import build_app
     from immich_ml_metal.listen import listen
+    from immich_ml_metal.release import limit_arenas
 
+    limit_arenas()
     config = uvicorn.Config(
         build_app(settings),
         log_config=None,
@@ -72,7 +74,9 @@ def main() -> None:
     from immich_ml_metal.config import Settings
     from immich_ml_metal.errors import ConfigError
     from immich_ml_metal.logs import configure_logging
+    from immich_ml_metal.release import limit_arenas
 
+    limit_arenas()
     settings = Settings.model_validate_json(read_settings())
     configure_logging(settings, "engine")
     try:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from immich_ml_metal.admission import FORM_BYTES, ClientGone, Reception, Room
+from immich_ml_metal.companions import Companions, make_companions
 from immich_ml_metal.config import Settings
 from immich_ml_metal.crashes import CrashRecord
 from immich_ml_metal.dispatcher import Dispatcher
@@ -35,6 +36,7 @@ ENGINE_COMMAND = (sys.executable, "-m", "immich_ml_metal.engine")
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
 _RETRY = (b"retry-after", b"30")
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
+_HEAD_BYTES = 4096
 _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the engine's part
 
 
@@ -50,6 +52,7 @@ class Gateway:
         *,
         command: Sequence[str] = ENGINE_COMMAND,
         pages: Mapping[str, App] | None = None,
+        companions: Companions | None = None,
     ) -> None:
         self.settings = settings
         self.is_draining = False
@@ -64,7 +67,7 @@ class Gateway:
         self.dispatcher = Dispatcher(
             command,
             settings.model_dump_json(),
-            limit=settings.max_concurrent_requests,
+            limit=settings.concurrency,
             crashes=self.crashes,
             metrics=self.metrics,
         )
@@ -72,6 +75,7 @@ class Gateway:
             self.dispatcher, _reception(settings), hold_limit_s=settings.hold_limit_s
         )
         self.watch = Watch(settings, self.dispatcher)
+        self.companions = companions or make_companions(settings, self.metrics)
         self._pages: dict[str, App] = {
             "/": self._root,
             "/ping": self._ping,
@@ -98,6 +102,7 @@ class Gateway:
         tasks = [
             asyncio.create_task(self.dispatcher.supervisor.run()),
             asyncio.create_task(self.watch.run()),
+            asyncio.create_task(self.companions.run()),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)
@@ -181,34 +186,62 @@ class Gateway:
 
     async def _predict(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
         self.open_requests += 1
+        self.dispatcher.counts.received += 1
+        self.companions.begin()
+        upload = _Upload(receive)
+        status: int | None = None
+        try:
+            status = await self._hold(headers, upload, send)
+        finally:
+            self.open_requests -= 1
+            self.companions.end(upload.head, status)
+
+    async def _hold(
+        self, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> int | None:
+        """Answer one `/predict`; the status that was sent, None when nobody is left to read it."""
         counts = self.dispatcher.counts
-        counts.received += 1
         try:
             answer = await self.holding.answer(headers, receive, request_id.get() or "")
         except ClientGone:
             counts.cancelled += 1
+            return None
         except (ImageTooLarge, TimedOut) as exc:
             counts.refused += 1
             status = 413 if isinstance(exc, ImageTooLarge) else 408
             await reply_unread(receive, send, status, str(exc))
+            return status
         except Overloaded as exc:
             self._note_failure(str(exc))
             await reply_unread(receive, send, 503, str(exc), _RETRY)
+            return 503
         except (Condemned, InferenceError) as exc:
             self._note_failure(str(exc))
             await reply_json(send, 500, {"detail": str(exc)})
-        else:
-            counts.answered += 1
-            if answer.status >= 500:
-                self._note_failure(f"the engine answered {answer.status}")
-            await reply(send, answer.status, answer.headers, answer.body)
-        finally:
-            self.open_requests -= 1
+            return 500
+        counts.answered += 1
+        if answer.status >= 500:
+            self._note_failure(f"the engine answered {answer.status}")
+        await reply(send, answer.status, answer.headers, answer.body)
+        return answer.status
 
     def _note_failure(self, cause: str) -> None:
         self.dispatcher.counts.failed += 1
         self.crashes.note_failure(cause)
         logger.error("request failed cause=%s", cause)
+
+
+class _Upload:
+    """Passes an upload through and remembers how it begins: `entries` is the first part."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.head = b""
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self.head += message.get("body", b"")[: _HEAD_BYTES - len(self.head)]
+        return message
 
 
 def _reception(settings: Settings) -> Reception:

@@ -3,6 +3,19 @@
 import ctypes
 import sys
 
+_M_ARENA_MAX = -8  # glibc's <malloc.h>
+_ARENAS = 2
+
+
+def limit_arenas() -> None:
+    """Let glibc share two heaps between all threads instead of keeping one for each.
+
+    Each heap keeps its own peak; pictures pass through many threads. Call before threads start.
+    """
+    library = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(library, "mallopt"):  # not in musl
+        library.mallopt(_M_ARENA_MAX, _ARENAS)
+
 
 def release_free_memory() -> None:
     """Return what can be returned. Blocks for some milliseconds; any thread.

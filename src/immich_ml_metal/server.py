@@ -69,7 +69,7 @@ def create_app(
         metrics: counts and times; its own when None.
         describe_engines: what `/health` adds about the engines.
     """
-    service = Service(settings, engines, store, metrics or Metrics(), describe_engines)
+    service = Service(settings, engines, store, metrics, describe_engines)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -93,11 +93,11 @@ class Service:
         settings: Settings,
         engines: EngineTable,
         store: Store,
-        metrics: Metrics,
-        describe_engines: Callable[[], dict[str, Any]],
+        metrics: Metrics | None = None,
+        describe_engines: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.settings = settings
-        self.metrics = metrics
+        self.metrics = metrics or Metrics()
         self._engines = engines
         self._describe_plan = describe_engines
         self._threads = CpuThreads(settings.request_threads)
@@ -112,7 +112,7 @@ class Service:
         self._pipeline = Pipeline(
             self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
         )
-        self._admitted = asyncio.Semaphore(settings.max_concurrent_requests)
+        self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = 0
         self._answered = 0

@@ -38,15 +38,15 @@ _DTYPES: Mapping[str, Any] = {
 def session_options(threads: int) -> ort.SessionOptions:
     """How every session is set up.
 
-    No arena: it keeps the peak for ever. Threads stop spinning when a run ends: one that spins on
-    takes its core from whatever the service does next.
+    No arena: it keeps the peak for ever. No spinning: a thread that spins takes its core from
+    whatever the service does beside it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
