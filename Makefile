@@ -48,6 +48,7 @@ check: $(DEV)  ## Check format, lint, types and the macOS dependency set; change
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright
+	$(BIN)/python scripts/resolve_macos.py
 
 fmt: $(DEV)  ## Format and fix
 	$(BIN)/ruff format .

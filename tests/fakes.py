@@ -10,7 +10,7 @@ from typing import Any
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.device import Device
 from immich_ml_metal.errors import DownloadFailed
-from immich_ml_metal.progress import DownloadProgress
+from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")

@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 
 from immich_ml_metal.config import Settings
-from immich_ml_metal.engine_process import EngineProcess
-from immich_ml_metal.gateway import Gateway
-from immich_ml_metal.listen import listen
-from immich_ml_metal.serving import GatewayServer
-from immich_ml_metal.supervisor import Order
+from immich_ml_metal.gateway.app import Gateway
+from immich_ml_metal.gateway.engine_process import EngineProcess
+from immich_ml_metal.gateway.listen import listen
+from immich_ml_metal.gateway.serving import GatewayServer
+from immich_ml_metal.gateway.supervisor import Order
 
 PATIENCE_S = 30.0
 MAIN = Path(__file__).with_name("gateway_main.py")

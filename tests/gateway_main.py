@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from immich_ml_metal import serving
 from immich_ml_metal.config import Settings
+from immich_ml_metal.gateway import serving
 
 if __name__ == "__main__":
     fake = [sys.executable, str(Path(__file__).with_name("fake_engine.py")), sys.argv[1]]

@@ -1,7 +1,7 @@
 import pytest
 
-from immich_ml_metal.advice import memory_bytes, reads, recommend
 from immich_ml_metal.catalog import all_models, find_by_name
+from immich_ml_metal.models.advice import memory_bytes, reads, recommend
 from immich_ml_metal.types import Task
 
 GB = 10**9

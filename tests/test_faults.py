@@ -17,8 +17,8 @@ from immich_ml_metal.backends.ort import OrtEngine
 from immich_ml_metal.compose import build_app
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.server import create_app, every_part
-from immich_ml_metal.store import ModelStore
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task, Tensor
 
 # NumPy warns of overflow and NaN, which would stop a test but never the service.

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from gateway_harness import is_alive, right_answer, running_gateway, until
 
-from immich_ml_metal.footprint import memory_bytes
+from immich_ml_metal.gateway.footprint import memory_bytes
 
 
 @pytest.mark.parametrize("fault", [b"abort", b"bye"])

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from immich_ml_metal.admission import ClientGone, Reception, Room
-from immich_ml_metal.body import Body
 from immich_ml_metal.errors import ConfigError, ImageTooLarge
+from immich_ml_metal.gateway.admission import ClientGone, Reception, Room
+from immich_ml_metal.gateway.body import Body
 
 
 def client(*pieces: bytes, hangs_up: bool = False) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from immich_ml_metal.engine_client import EngineLost, exchange, get
+from immich_ml_metal.gateway.engine_client import EngineLost, exchange, get
 
 Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

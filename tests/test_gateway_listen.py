@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from immich_ml_metal.errors import ConfigError
-from immich_ml_metal.listen import listen
+from immich_ml_metal.gateway.listen import listen
 
 needs_ipv6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
 

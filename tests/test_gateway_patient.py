@@ -8,9 +8,9 @@ from typing import Any
 import uvicorn
 from gateway_harness import until
 
-from immich_ml_metal.listen import listen
-from immich_ml_metal.patient import PatientProtocol
-from immich_ml_metal.replies import reply
+from immich_ml_metal.gateway.listen import listen
+from immich_ml_metal.gateway.patient import PatientProtocol
+from immich_ml_metal.gateway.replies import reply
 
 
 class Hasty(PatientProtocol):

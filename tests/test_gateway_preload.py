@@ -9,8 +9,8 @@ from gateway_harness import settings
 
 from immich_ml_metal.config import load_settings
 from immich_ml_metal.errors import ConfigError, DownloadFailed
+from immich_ml_metal.models.progress import DownloadProgress, Phase
 from immich_ml_metal.preload import preload, preload_keys
-from immich_ml_metal.progress import DownloadProgress, Phase
 from immich_ml_metal.server import Service, every_part
 from immich_ml_metal.types import ModelKey, Part, Task
 

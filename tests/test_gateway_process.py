@@ -16,7 +16,7 @@ from gateway_harness import (
     until,
 )
 
-from immich_ml_metal.footprint import memory_bytes
+from immich_ml_metal.gateway.footprint import memory_bytes
 
 
 async def test_the_engine_ends_when_the_gateway_is_killed(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ async def test_the_engine_ends_when_the_gateway_is_killed(tmp_path: Path) -> Non
 
 
 async def test_every_accepted_request_is_answered_before_a_stop(tmp_path: Path) -> None:
-    async with gateway_process(tmp_path) as gateway:
+    async with gateway_process(tmp_path, max_concurrent_requests=8) as gateway:
         bodies = [b"%d [sleep 0.5]" % i for i in range(8)]
         tasks = [
             asyncio.create_task(gateway.client.post("/predict", content=body)) for body in bodies
@@ -95,7 +95,7 @@ async def test_more_requests_wait_than_launchd_allows_open_files(tmp_path: Path)
 
 
 def test_the_gateway_imports_no_model_library_and_no_web_framework() -> None:
-    code = "import sys, immich_ml_metal.serving; print(*sys.modules)"
+    code = "import sys, immich_ml_metal.gateway.serving; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     heavy = {"fastapi", "starlette", "numpy", "onnx", "onnxruntime", "PIL", "cv2", "mlx", "httpx"}
     assert not heavy & set(found.stdout.split())

@@ -5,9 +5,9 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.body import Body
-from immich_ml_metal.crashes import CrashRecord
-from immich_ml_metal.replay import Job, JobQueue, Quarantine
+from immich_ml_metal.gateway.body import Body
+from immich_ml_metal.gateway.crashes import CrashRecord
+from immich_ml_metal.gateway.replay import Job, JobQueue, Quarantine
 
 
 def make_jobs(count: int, queue: JobQueue) -> list[Job]:

@@ -3,7 +3,7 @@
 import pytest
 from gateway_harness import settings
 
-from immich_ml_metal.watch import ProgressWatch, has_preload, progress_mark
+from immich_ml_metal.gateway.watch import ProgressWatch, has_preload, progress_mark
 
 
 def observe(watch: ProgressWatch, now_s: float, mark: int = 0, **flags: bool) -> bool:

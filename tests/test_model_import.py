@@ -9,16 +9,16 @@ from fake_hub import CLIP_FILES, add_clip, external_onnx, onnx_bytes, serve_hub
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
-from immich_ml_metal.manifest import NAME
-from immich_ml_metal.model_import import (
+from immich_ml_metal.models.importing import (
     Imported,
     export_models,
     find_models,
     import_model,
     open_tree,
 )
-from immich_ml_metal.shelf import Shelf, State
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.manifest import NAME
+from immich_ml_metal.models.shelf import Shelf, State
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import Part, Task
 
 VISUAL = model_key("ViT-B-32__openai", Task.CLIP, Part.VISUAL)

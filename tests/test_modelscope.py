@@ -10,13 +10,13 @@ from fake_hub import FakeHub, Fault, onnx_bytes, serve_hub
 
 from immich_ml_metal.catalog import ModelSpec, PinnedFile, all_models, get_model
 from immich_ml_metal.config import Settings
-from immich_ml_metal.download import Download
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
-from immich_ml_metal.manifest import load_manifest
-from immich_ml_metal.modelscope import list_pinned
-from immich_ml_metal.progress import Tracker
-from immich_ml_metal.shelf import Shelf, State
-from immich_ml_metal.transfer import Retry
+from immich_ml_metal.models.download import Download
+from immich_ml_metal.models.manifest import load_manifest
+from immich_ml_metal.models.modelscope import list_pinned
+from immich_ml_metal.models.progress import Tracker
+from immich_ml_metal.models.shelf import Shelf, State
+from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.types import Part, Task
 
 CONTENT = onnx_bytes(50_000, seed=8)

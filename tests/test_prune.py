@@ -6,8 +6,8 @@ from filelock import FileLock
 
 from immich_ml_metal.catalog import find_by_name
 from immich_ml_metal.errors import DownloadFailed
-from immich_ml_metal.prune import Waste, find_waste, folder_of, remove
-from immich_ml_metal.shelf import Shelf
+from immich_ml_metal.models.prune import Waste, find_waste, folder_of, remove
+from immich_ml_metal.models.shelf import Shelf
 from immich_ml_metal.types import Part
 
 

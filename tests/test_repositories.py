@@ -8,7 +8,7 @@ from fake_hub import FakeHub, onnx_bytes, serve_hub
 
 from immich_ml_metal.catalog import ModelSpec, all_models
 from immich_ml_metal.errors import ModelUnavailable
-from immich_ml_metal.hub import Hub
+from immich_ml_metal.models.hub import Hub
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from fake_hub import FakeHub, Fault, add_clip, add_faces, external_onnx, onnx_by
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable, UnknownModel
-from immich_ml_metal.manifest import load_manifest, sha256_of
-from immich_ml_metal.progress import DownloadProgress, Phase
-from immich_ml_metal.store import ModelStore
-from immich_ml_metal.transfer import Retry
+from immich_ml_metal.models.manifest import load_manifest, sha256_of
+from immich_ml_metal.models.progress import DownloadProgress, Phase
+from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.types import ModelKey, Part, Task
 
 VISUAL = model_key("ViT-B-32__openai", Task.CLIP, Part.VISUAL)

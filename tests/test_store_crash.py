@@ -16,10 +16,10 @@ from fake_hub import FakeHub, Fault, add_clip, add_faces, onnx_bytes, serve_hub
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
-from immich_ml_metal.manifest import load_manifest
-from immich_ml_metal.shelf import State
-from immich_ml_metal.store import ModelStore
-from immich_ml_metal.transfer import RemoteFile, Retry, partial_path
+from immich_ml_metal.models.manifest import load_manifest
+from immich_ml_metal.models.shelf import State
+from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.models.transfer import RemoteFile, Retry, partial_path
 from immich_ml_metal.types import Part, Task
 
 KEY = model_key("ViT-B-32__openai", Task.CLIP, Part.VISUAL)
@@ -33,7 +33,7 @@ import os, sys
 from pathlib import Path
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import Part, Task
 
 settings = Settings(models_dir=Path(sys.argv[1]), hub_endpoint=sys.argv[2])
@@ -186,7 +186,7 @@ from pathlib import Path
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import Part, Task
 
 folder, url, fill = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "fill"

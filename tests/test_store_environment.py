@@ -12,9 +12,9 @@ from fake_hub import FakeHub, add_faces, onnx_bytes, serve_hub
 
 from immich_ml_metal.catalog import get_model, model_key
 from immich_ml_metal.config import Settings
-from immich_ml_metal.rapidocr_wheel import find_in_wheel
-from immich_ml_metal.shelf import State
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.rapidocr_wheel import find_in_wheel
+from immich_ml_metal.models.shelf import State
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import Part, Task
 
 SRC = Path(__file__).parents[1] / "src"
@@ -23,7 +23,7 @@ import sys
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import load_settings
 from immich_ml_metal.errors import ModelError
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import Part, Task
 
 try:

@@ -11,10 +11,10 @@ from fake_hub import FakeHub, Fault, add_faces, onnx_bytes, serve_hub
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed, ModelError, ModelUnavailable
-from immich_ml_metal.manifest import NAME
-from immich_ml_metal.progress import DownloadProgress
-from immich_ml_metal.store import ModelStore
-from immich_ml_metal.transfer import Retry
+from immich_ml_metal.models.manifest import NAME
+from immich_ml_metal.models.progress import DownloadProgress
+from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.types import Part, Task
 
 KEY = model_key("buffalo_s", Task.FACES, Part.DETECTION)

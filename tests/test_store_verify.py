@@ -8,10 +8,10 @@ from fake_hub import FakeHub, Fault, add_clip, add_faces, external_onnx, onnx_by
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ModelUnavailable
-from immich_ml_metal.manifest import NAME, load_manifest, save_manifest
-from immich_ml_metal.shelf import State, weight_bytes
-from immich_ml_metal.store import ModelStore
-from immich_ml_metal.transfer import Retry
+from immich_ml_metal.models.manifest import NAME, load_manifest, save_manifest
+from immich_ml_metal.models.shelf import State, weight_bytes
+from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.types import Part, Task
 
 VISUAL = model_key("ViT-B-32__openai", Task.CLIP, Part.VISUAL)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from gateway_harness import fake_engine, is_alive, read_journal, settings, until
 
-from immich_ml_metal.crashes import CrashRecord
-from immich_ml_metal.engine_process import EngineProcess, describe
-from immich_ml_metal.supervisor import End, Order, State, Supervisor
+from immich_ml_metal.gateway.crashes import CrashRecord
+from immich_ml_metal.gateway.engine_process import EngineProcess, describe
+from immich_ml_metal.gateway.supervisor import End, Order, State, Supervisor
 
 
 class Life:

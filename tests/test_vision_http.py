@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import onnx
 import pytest
+from fakes import FakeStore
 from live import serve
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -44,19 +45,17 @@ TEXT = {
 }
 
 
-class Store:
+class Store(FakeStore):
     """Holds the face recogniser and nothing else."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self._folder = folder
 
     def ensure(self, key: ModelKey) -> ModelFiles:
         if (key.task, key.part) != (Task.FACES, Part.RECOGNITION):
             raise ModelUnavailable(f"{key} is not here")
         return ModelFiles(self._folder / "model.onnx", self._folder, self._folder)
-
-    def close(self) -> None:
-        pass
 
 
 def save_recogniser(folder: Path) -> None:

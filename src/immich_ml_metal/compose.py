@@ -12,8 +12,8 @@ from immich_ml_metal.backends.self_tests import SystemProbe
 from immich_ml_metal.catalog import find_by_name
 from immich_ml_metal.config import Settings
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.server import create_app
-from immich_ml_metal.store import ModelStore
 
 log = logging.getLogger(__name__)
 

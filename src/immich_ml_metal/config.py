@@ -182,7 +182,7 @@ class Settings(BaseModel):
         help="Seconds a request is held before it is refused; under the 300 s of Node's fetch.",
     )
     hold_memory_bytes: Size = setting(
-        48 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
+        64 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
     )
     hold_spool_bytes: Size = setting(
         1024 * MIB,

@@ -51,7 +51,7 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
 def run(settings: "Settings") -> None:
     """Serve the engine app alone on the public port, without a gateway (`serve --no-gateway`)."""
     from immich_ml_metal.compose import build_app
-    from immich_ml_metal.listen import listen
+    from immich_ml_metal.gateway.listen import listen
     from immich_ml_metal.release import limit_arenas
 
     limit_arenas()

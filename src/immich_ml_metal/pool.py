@@ -17,8 +17,8 @@ from immich_ml_metal.device import CpuThreads
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
 from immich_ml_metal.memory import Backoff, MemoryRules
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.progress import DownloadProgress
-from immich_ml_metal.shelf import weight_bytes
+from immich_ml_metal.models.progress import DownloadProgress
+from immich_ml_metal.models.shelf import weight_bytes
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from gateway_harness import (
     until,
 )
 
-from immich_ml_metal.footprint import memory_bytes
+from immich_ml_metal.gateway.footprint import memory_bytes
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(400)]
 

@@ -42,7 +42,7 @@ def raw_rates(settings: Settings, *, seconds: float) -> list[RawRate]:
 def _measure(settings: Settings, seconds: float) -> list[RawRate]:
     import onnxruntime as ort
 
-    from immich_ml_metal.store import ModelStore
+    from immich_ml_metal.models.store import ModelStore
 
     store = ModelStore(settings)
     rates = []

@@ -18,7 +18,7 @@ from immich_ml_metal.cli.drawing import draw_preview
 from immich_ml_metal.config import Settings
 from immich_ml_metal.device import core_count
 from immich_ml_metal.errors import ModelUnavailable
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.store import ModelStore
 
 Say = Callable[[str], None]
 

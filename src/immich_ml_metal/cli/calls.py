@@ -12,7 +12,7 @@ import httpx
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ServiceError
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import ModelKey, Part, Task
 
 # Immich's own options (contract §1.9), by the half they are sent to

@@ -9,9 +9,9 @@ from immich_ml_metal.cli.exits import Exit
 
 if TYPE_CHECKING:
     from immich_ml_metal.config import Settings
-    from immich_ml_metal.prune import Waste
-    from immich_ml_metal.shelf import Shelf
-    from immich_ml_metal.store import ModelStore
+    from immich_ml_metal.models.prune import Waste
+    from immich_ml_metal.models.shelf import Shelf
+    from immich_ml_metal.models.store import ModelStore
 
 app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_help=True)
 
@@ -31,9 +31,9 @@ def list_models(
     as_json: JsonOption = False,
 ) -> None:
     """Every official model: what it is, and what is here of it."""
-    from immich_ml_metal.advice import reads
     from immich_ml_metal.catalog import all_models
     from immich_ml_metal.cli.models_show import print_list
+    from immich_ml_metal.models.advice import reads
 
     _, store = _open(models_dir)
     rows = [
@@ -87,7 +87,7 @@ def verify(
     from immich_ml_metal.catalog import all_models, find_by_name
     from immich_ml_metal.cli.models_pull import verify_models
     from immich_ml_metal.cli.models_show import print_verified
-    from immich_ml_metal.shelf import State
+    from immich_ml_metal.models.shelf import State
 
     _, store = _open(models_dir)
     specs = [find_by_name(name) for name in names] if names else all_models()
@@ -102,7 +102,7 @@ def remove(names: SomeNames, yes: YesOption = False, models_dir: FolderOption = 
     """Delete models from the disk, every revision of them."""
     from immich_ml_metal.catalog import find_by_name
     from immich_ml_metal.errors import ModelUnavailable
-    from immich_ml_metal.prune import folder_of
+    from immich_ml_metal.models.prune import folder_of
 
     _, store = _open(models_dir)
     found = []
@@ -123,7 +123,7 @@ def prune(
     models_dir: FolderOption = None,
 ) -> None:
     """Delete unfinished downloads and files for other hardware."""
-    from immich_ml_metal.prune import find_waste
+    from immich_ml_metal.models.prune import find_waste
 
     settings, store = _open(models_dir)
     keep = frozenset(_configured(settings)) if unused else None
@@ -139,7 +139,7 @@ def import_(
     """Copy models from an Immich cache, an InsightFace pack or an export."""
     from immich_ml_metal.cli.models_show import print_imported
     from immich_ml_metal.errors import ModelUnavailable
-    from immich_ml_metal.model_import import find_models, import_model, open_tree
+    from immich_ml_metal.models.importing import find_models, import_model, open_tree
 
     _, store = _open(models_dir)
     with open_tree(source.expanduser().absolute()) as tree:
@@ -160,7 +160,7 @@ def export(
 ) -> None:
     """Copy models for another machine, which takes them with `models import`."""
     from immich_ml_metal.catalog import find_by_name
-    from immich_ml_metal.model_import import export_models
+    from immich_ml_metal.models.importing import export_models
 
     _, store = _open(models_dir)
     cleaned = [find_by_name(name).name for name in names]
@@ -177,7 +177,7 @@ def info(
     """What a model is, what it needs, and what changing to it means."""
     from immich_ml_metal.catalog import find_by_name
     from immich_ml_metal.cli.models_info import print_info
-    from immich_ml_metal.manifest import load_manifest
+    from immich_ml_metal.models.manifest import load_manifest
 
     settings, store = _open(models_dir)
     spec = find_by_name(name)
@@ -198,8 +198,8 @@ def recommend(
 
     import psutil
 
-    from immich_ml_metal import advice
     from immich_ml_metal.cli.models_show import print_advice
+    from immich_ml_metal.models import advice
 
     engine = "mlx" if sys.platform == "darwin" else "cpu"
     memory = psutil.virtual_memory().total
@@ -208,7 +208,7 @@ def recommend(
 
 def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
     from immich_ml_metal.config import load_settings
-    from immich_ml_metal.store import ModelStore
+    from immich_ml_metal.models.store import ModelStore
 
     settings = load_settings({"models_dir": models_dir})
     return settings, ModelStore(settings)
@@ -219,8 +219,8 @@ def _configured(settings: "Settings") -> tuple[str, ...]:
 
 
 def _delete(shelf: "Shelf", found: "list[Waste]", *, yes: bool) -> None:
-    from immich_ml_metal.progress import format_bytes
-    from immich_ml_metal.prune import remove as remove_one
+    from immich_ml_metal.models.progress import format_bytes
+    from immich_ml_metal.models.prune import remove as remove_one
 
     if not found:
         typer.echo("Nothing to delete.")

@@ -7,13 +7,13 @@ from datetime import datetime
 from rich.console import Console
 from rich.table import Table
 
-from immich_ml_metal.advice import memory_bytes
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.cli.models_show import describe_model, describe_presence, print_json
 from immich_ml_metal.config import Settings
-from immich_ml_metal.manifest import FileRecord
-from immich_ml_metal.progress import format_bytes
-from immich_ml_metal.shelf import PartStatus
+from immich_ml_metal.models.advice import memory_bytes
+from immich_ml_metal.models.manifest import FileRecord
+from immich_ml_metal.models.progress import format_bytes
+from immich_ml_metal.models.shelf import PartStatus
 from immich_ml_metal.types import Task
 
 _MOST_FILES = 12  # M-CLIP has some 390

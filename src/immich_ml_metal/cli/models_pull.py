@@ -16,9 +16,9 @@ from rich.progress import (
 
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.errors import ModelError
-from immich_ml_metal.progress import DownloadProgress, Listener, Phase, format_bytes
-from immich_ml_metal.shelf import PartStatus, State
-from immich_ml_metal.store import ModelStore
+from immich_ml_metal.models.progress import DownloadProgress, Listener, Phase, format_bytes
+from immich_ml_metal.models.shelf import PartStatus, State
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import ModelKey
 
 

@@ -8,11 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from immich_ml_metal.advice import Advice
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
-from immich_ml_metal.model_import import Imported
-from immich_ml_metal.progress import format_bytes
-from immich_ml_metal.shelf import PartStatus, State
+from immich_ml_metal.models.advice import Advice
+from immich_ml_metal.models.importing import Imported
+from immich_ml_metal.models.progress import format_bytes
+from immich_ml_metal.models.shelf import PartStatus, State
 
 _STYLE = {
     State.VERIFIED: "green",

@@ -32,7 +32,7 @@ def serve(
     )
     configure_logging(settings, "gateway" if gateway else "engine")
     if gateway:
-        from immich_ml_metal import serving
+        from immich_ml_metal.gateway import serving
 
         serving.run(settings)
     else:

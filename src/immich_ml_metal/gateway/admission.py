@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.body import Body
 from immich_ml_metal.errors import ConfigError, ImageTooLarge, Overloaded, TimedOut
+from immich_ml_metal.gateway.body import Body
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 

@@ -10,11 +10,11 @@ from os import getpid
 from typing import TYPE_CHECKING, Any
 
 from immich_ml_metal import __version__
-from immich_ml_metal.footprint import memory_bytes
-from immich_ml_metal.supervisor import State
+from immich_ml_metal.gateway.footprint import memory_bytes
+from immich_ml_metal.gateway.supervisor import State
 
 if TYPE_CHECKING:
-    from immich_ml_metal.gateway import Gateway
+    from immich_ml_metal.gateway.app import Gateway
 
 
 def report(gateway: "Gateway") -> dict[str, Any]:

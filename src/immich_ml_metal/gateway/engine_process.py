@@ -9,8 +9,8 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from pathlib import Path
 
-from immich_ml_metal import engine_client
-from immich_ml_metal.engine_client import EngineLost
+from immich_ml_metal.gateway import engine_client
+from immich_ml_metal.gateway.engine_client import EngineLost
 
 _READY_POLL_S = 0.05
 

@@ -11,15 +11,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from immich_ml_metal.body import Body
-from immich_ml_metal.crashes import CrashRecord
-from immich_ml_metal.engine_client import EngineAnswer, EngineLost, exchange
-from immich_ml_metal.engine_process import EngineProcess
 from immich_ml_metal.errors import InferenceError, Overloaded
+from immich_ml_metal.gateway.body import Body
+from immich_ml_metal.gateway.crashes import CrashRecord
+from immich_ml_metal.gateway.engine_client import EngineAnswer, EngineLost, exchange
+from immich_ml_metal.gateway.engine_process import EngineProcess
+from immich_ml_metal.gateway.replay import Condemned, Job, JobQueue
+from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
 from immich_ml_metal.logs import REQUEST_ID_HEADER
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.replay import Condemned, Job, JobQueue
-from immich_ml_metal.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
 
 logger = logging.getLogger(__name__)
 

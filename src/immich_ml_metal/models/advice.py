@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec, find_by_name
-from immich_ml_metal.progress import format_bytes
+from immich_ml_metal.models.progress import format_bytes
 
 # Share of the machine's memory that search weights may take; macOS, the other models and whatever
 # else runs need the rest.

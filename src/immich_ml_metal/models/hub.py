@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.errors import ModelUnavailable
-from immich_ml_metal.shelf import is_for_us
-from immich_ml_metal.transfer import (
+from immich_ml_metal.models.shelf import is_for_us
+from immich_ml_metal.models.transfer import (
     Listing,
     RemoteFile,
     Transient,

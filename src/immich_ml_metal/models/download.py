@@ -16,11 +16,11 @@ from filelock import FileLock
 from immich_ml_metal.catalog import Family, ModelSpec
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed
-from immich_ml_metal.manifest import describe_file, load_manifest, save_manifest
-from immich_ml_metal.modelscope import list_pinned
-from immich_ml_metal.progress import Tracker, format_bytes
-from immich_ml_metal.shelf import GRAPH, Shelf, State, check_part
-from immich_ml_metal.transfer import (
+from immich_ml_metal.models.manifest import describe_file, load_manifest, save_manifest
+from immich_ml_metal.models.modelscope import list_pinned
+from immich_ml_metal.models.progress import Tracker, format_bytes
+from immich_ml_metal.models.shelf import GRAPH, Shelf, State, check_part
+from immich_ml_metal.models.transfer import (
     Listing,
     RemoteFile,
     Retry,
@@ -85,7 +85,9 @@ class Download:
         """
         if self.spec.family is Family.PADDLE and self.settings.model_revision == "main":
             return list_pinned(self.spec, self.key.part, self.settings.modelscope_endpoint)
-        from immich_ml_metal.hub import Hub  # it takes a second: only where something is fetched
+        from immich_ml_metal.models.hub import (
+            Hub,  # it takes a second: only where something is fetched
+        )
 
         hub = Hub(
             self.settings.model_organization,

@@ -8,12 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from immich_ml_metal.admission import ClientGone, Receive, Reception
-from immich_ml_metal.body import Body
-from immich_ml_metal.dispatcher import Dispatcher
-from immich_ml_metal.engine_client import EngineAnswer
 from immich_ml_metal.errors import Overloaded
-from immich_ml_metal.replay import REMEMBER_S, Condemned, Job, Quarantine
+from immich_ml_metal.gateway.admission import ClientGone, Receive, Reception
+from immich_ml_metal.gateway.body import Body
+from immich_ml_metal.gateway.dispatcher import Dispatcher
+from immich_ml_metal.gateway.engine_client import EngineAnswer
+from immich_ml_metal.gateway.replay import REMEMBER_S, Condemned, Job, Quarantine
 
 
 class Holding:

@@ -11,10 +11,10 @@ from types import FrameType
 import uvicorn
 
 from immich_ml_metal.config import Settings
-from immich_ml_metal.gateway import ENGINE_COMMAND, App, Gateway
-from immich_ml_metal.listen import listen
-from immich_ml_metal.patient import PatientProtocol
-from immich_ml_metal.supervisor import Order
+from immich_ml_metal.gateway.app import ENGINE_COMMAND, App, Gateway
+from immich_ml_metal.gateway.listen import listen
+from immich_ml_metal.gateway.patient import PatientProtocol
+from immich_ml_metal.gateway.supervisor import Order
 
 logger = logging.getLogger(__name__)
 

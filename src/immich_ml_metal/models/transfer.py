@@ -16,8 +16,8 @@ from typing import BinaryIO
 import httpx2
 
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
-from immich_ml_metal.manifest import git_sha1_of, sha256_of
-from immich_ml_metal.progress import Tracker, format_bytes
+from immich_ml_metal.models.manifest import git_sha1_of, sha256_of
+from immich_ml_metal.models.progress import Tracker, format_bytes
 
 PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -11,20 +11,20 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from immich_ml_metal.admission import FORM_BYTES, ClientGone, Reception, Room
-from immich_ml_metal.companions import Companions, make_companions
 from immich_ml_metal.config import Settings
-from immich_ml_metal.crashes import CrashRecord
-from immich_ml_metal.dispatcher import Dispatcher
 from immich_ml_metal.errors import ImageTooLarge, InferenceError, Overloaded, TimedOut
-from immich_ml_metal.health import report
-from immich_ml_metal.holding import Holding
+from immich_ml_metal.gateway.admission import FORM_BYTES, ClientGone, Reception, Room
+from immich_ml_metal.gateway.companions import Companions, make_companions
+from immich_ml_metal.gateway.crashes import CrashRecord
+from immich_ml_metal.gateway.dispatcher import Dispatcher
+from immich_ml_metal.gateway.health import report
+from immich_ml_metal.gateway.holding import Holding
+from immich_ml_metal.gateway.replay import Condemned
+from immich_ml_metal.gateway.replies import Message, Receive, Send, reply, reply_json, reply_unread
+from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
-from immich_ml_metal.replay import Condemned
-from immich_ml_metal.replies import Message, Receive, Send, reply, reply_json, reply_unread
-from immich_ml_metal.supervisor import State
-from immich_ml_metal.watch import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from importlib import metadata
 from pathlib import Path
 
 from immich_ml_metal.catalog import ModelSpec
-from immich_ml_metal.manifest import sha256_of
+from immich_ml_metal.models.manifest import sha256_of
 from immich_ml_metal.types import ModelFiles, Part
 
 

@@ -1,0 +1,1 @@
+"""Model files: found on disk, fetched, checked, moved. The way in is `store`."""
