@@ -156,6 +156,38 @@ def test_prune_unused_keeps_the_configured_models(cli: Cli, tmp_path: Path) -> N
     assert (tmp_path / "models/clip/ViT-B-32__openai/visual/model.onnx").exists()
 
 
+def test_a_script_sees_what_would_be_deleted_and_deletes_only_with_yes(
+    cli: Cli, tmp_path: Path
+) -> None:
+    cli("pull", "buffalo_s")
+    folder = tmp_path / "models/facial-recognition/buffalo_s"
+    for command in (["rm", "buffalo_s"], ["prune", "--unused"]):
+        said = cli.json(*command)
+        assert not said["deleted"]
+        assert [row["path"] for row in said["found"]] == [str(folder)]
+        assert said["found"][0]["size_bytes"] > 0
+    assert folder.exists()
+    assert cli.json("rm", "buffalo_s", "--yes")["deleted"]
+    assert not folder.exists()
+    assert cli.json("prune", "--unused") == {"deleted": False, "found": []}
+
+
+def test_a_script_learns_which_half_could_not_be_pulled_and_why(cli: Cli, hub: FakeHub) -> None:
+    hub.fail("detection/model.onnx", forever=Fault(status=404))
+    rows = {row["part"]: row for row in cli.json("pull", "buffalo_s", code=Exit.UNREACHABLE)}
+    assert "404: no such file" in rows["detection"]["error"]
+    assert not rows["detection"]["usable"]
+    assert rows["recognition"]["error"] is None
+    assert rows["recognition"]["state"] == "verified"
+
+
+def test_a_script_learns_which_files_were_exported(cli: Cli, tmp_path: Path) -> None:
+    cli("pull", "buffalo_s")
+    said = cli.json("export", "buffalo_s", "--to", str(tmp_path / "x.zip"))
+    assert said["to"] == str(tmp_path / "x.zip")
+    assert "facial-recognition/buffalo_s/detection/model.onnx" in said["files"]
+
+
 def test_export_and_import_move_a_model(cli: Cli, hub: FakeHub, tmp_path: Path) -> None:
     cli("pull", "buffalo_s")
     assert "3 files" in cli("export", "buffalo_s", "--to", str(tmp_path / "x.zip")).stdout

@@ -1,7 +1,7 @@
 """The tables and JSON of `models list|verify|import|recommend`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
+from immich_ml_metal.errors import ModelError
 from immich_ml_metal.models.advice import Advice
 from immich_ml_metal.models.importing import Imported
 from immich_ml_metal.models.progress import format_bytes
+from immich_ml_metal.models.prune import Waste
 from immich_ml_metal.models.shelf import PartStatus, State
+from immich_ml_metal.types import ModelKey
 
 _STYLE = {
     State.VERIFIED: "green",
@@ -56,6 +59,36 @@ def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
                 console.print(f"    {path} is {state}", soft_wrap=True)
     if not statuses:
         console.print("No model is on disk.")
+
+
+def print_pulled(statuses: Sequence[PartStatus], failures: Mapping[ModelKey, ModelError]) -> None:
+    """What is here of each half that was asked for, and why it is not, as JSON."""
+    print_json(
+        [
+            {
+                **_status(status),
+                "error": str(failures[status.key]) if status.key in failures else None,
+            }
+            for status in statuses
+        ]
+    )
+
+
+def print_deletable(found: Sequence[Waste]) -> None:
+    """What is about to go, one line each."""
+    if not found:
+        typer.echo("Nothing to delete.")
+    for waste in found:
+        typer.echo(f"{format_bytes(waste.size_bytes):>8}  {waste.path}  ({waste.reason})")
+
+
+def print_deleted(found: Sequence[Waste], *, deleted: bool) -> None:
+    """What went, or would go, as JSON."""
+    rows = [
+        {"path": str(waste.path), "reason": waste.reason, "size_bytes": waste.size_bytes}
+        for waste in found
+    ]
+    print_json({"deleted": deleted, "found": rows})
 
 
 def print_imported(done: Sequence[Imported], *, as_json: bool) -> None:
