@@ -7,6 +7,7 @@ import pytest
 from fake_hub import FakeHub, Fault, add_clip, add_faces, serve_hub
 from typer.testing import CliRunner, Result
 
+from immich_ml_metal.catalog import all_models
 from immich_ml_metal.cli import app
 from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.errors import ModelUnavailable, UnknownModel
@@ -23,13 +24,14 @@ def hub() -> Iterator[FakeHub]:
 class Cli:
     """The command line against one hub and one folder."""
 
-    def __init__(self, hub: FakeHub, folder: Path) -> None:
+    def __init__(self, hub: FakeHub, folder: Path, **environ: str) -> None:
         env = {
             "HF_ENDPOINT": hub.url,
             "ML_MODELSCOPE_ENDPOINT": hub.url,
             "ML_OCR_MODEL": "PP-OCRv5_mobile",  # not in the rapidocr wheel, not on this hub
             "ML_MODELS_DIR": str(folder),
             "COLUMNS": "200",
+            **environ,
         }
         self._runner = CliRunner(env={"ML_CONFIG_FILE": None, **env})
 
@@ -61,6 +63,16 @@ def test_the_list_names_all_75_and_what_is_here(cli: Cli) -> None:
     assert "verified" in table
     assert "insightface" in table
     assert "ViT-B-32__openai" not in table
+
+
+def test_no_name_in_the_list_is_cut_short_however_narrow_the_window(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    names = [spec.name for spec in all_models()]
+    piped = Cli(hub, tmp_path, COLUMNS="60")("list").stdout.splitlines()
+    assert [line.split()[0] for line in piped[1:]] == names
+    shown = Cli(hub, tmp_path, COLUMNS="80", FORCE_COLOR="1")("list").stdout
+    assert all(name in shown for name in names)
 
 
 def test_the_list_can_be_narrowed_to_a_language(cli: Cli) -> None:

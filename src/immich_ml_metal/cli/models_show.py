@@ -23,6 +23,9 @@ _STYLE = {
     State.DAMAGED: "red",
     State.MISSING: "dim",
 }
+_COLUMNS = ("model", "family", "dim", "size", "languages", "licence", "here")
+_NARROW_COLUMNS = ("model", "dim", "size", "here")
+_WIDEST = 1000  # characters; more than any row has
 _MANY = 4  # languages named one by one; more are counted
 
 
@@ -31,18 +34,16 @@ def print_list(rows: Sequence[tuple[ModelSpec, list[PartStatus]]], *, as_json: b
     if as_json:
         print_json([describe_model(spec, statuses) for spec, statuses in rows])
         return
-    table = Table("model", "family", "dim", "size", "languages", "licence", "here", box=None)
-    for spec, statuses in rows:
-        table.add_row(
-            spec.name,
-            spec.family,
-            str(spec.dim or "-"),
-            format_bytes(spec.size_bytes),
-            _languages(spec),
-            spec.licence,
-            describe_presence(statuses),
-        )
-    Console().print(table)
+    cells = [_cells(spec, statuses) for spec, statuses in rows]
+    console = Console()
+    table = _table(_COLUMNS, cells)
+    width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+    if not console.is_terminal:  # a file or a pipe has no width
+        console = Console(width=width)
+    is_narrow = width > console.width
+    console.print(_table(_NARROW_COLUMNS, cells) if is_narrow else table)
+    if is_narrow:
+        console.print("A wider window, or --json, shows family, languages and licence.")
 
 
 def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
@@ -150,6 +151,27 @@ def _status(status: PartStatus) -> dict[str, Any]:
     }
 
 
+def _cells(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str, str]:
+    return {
+        "model": spec.name,
+        "family": spec.family,
+        "dim": str(spec.dim or "-"),
+        "size": format_bytes(spec.size_bytes),
+        "languages": _languages(spec),
+        "licence": spec.licence,
+        "here": describe_presence(statuses),
+    }
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(box=None)
+    for column in columns:  # a name that is cut short cannot be told from its neighbours
+        table.add_column(column, no_wrap=column in ("model", "dim", "size"), overflow="fold")
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    return table
+
+
 def describe_presence(statuses: Sequence[PartStatus]) -> str:
     """What is here of a model, in a word or two."""
     if all(status.state is State.MISSING and not status.size_bytes for status in statuses):
@@ -167,7 +189,7 @@ def _styled(state: State) -> str:
 
 def _languages(spec: ModelSpec) -> str:
     if MULTILINGUAL in spec.languages:
-        return "about 100 or more"
+        return "100 or more"
     if len(spec.languages) > _MANY:
         return f"{len(spec.languages)} languages"
     return " ".join(spec.languages) or "-"
