@@ -246,3 +246,9 @@ def test_recommend_answers_for_this_machine(cli: Cli) -> None:
     names = [row["model"] for row in cli.json("recommend", "--language", "uk")]
     assert names[1:] == ["buffalo_l", "ESLAV__PP-OCRv5_mobile"]
     assert f"models pull {' '.join(names)}" in cli("recommend", "--language", "uk").stdout
+
+
+@pytest.mark.parametrize("command", ["list", "recommend"])
+def test_a_language_that_is_not_a_code_is_refused(cli: Cli, command: str) -> None:
+    assert "such as de" in cli(command, "--language", "German", code=Exit.USAGE).output
+    assert cli.json(command, "--language", "de-AT") == cli.json(command, "--language", "de")

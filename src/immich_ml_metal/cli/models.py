@@ -23,13 +23,23 @@ DeletedJsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON for scripts; deletes only with --yes.")
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+_CODE_LETTERS = (2, 3)  # ISO 639
+
+
+def _language_code(text: str) -> str:
+    code = text.partition("-")[0].lower()
+    if not (code.isascii() and code.isalpha() and len(code) in _CODE_LETTERS):
+        raise typer.BadParameter(f"{text!r} is not a language code such as de, en or zh")
+    return code
 
 
 @app.command("list")
 def list_models(
     here: Annotated[bool, typer.Option("--here", help="Only models on this disk.")] = False,
     task: Annotated[str | None, typer.Option(help="clip, facial-recognition or ocr.")] = None,
-    language: Annotated[str | None, typer.Option(help="Only models that read it: de, zh.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Only models that read it: de, zh.", parser=_language_code)
+    ] = None,
     models_dir: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -208,7 +218,8 @@ def info(
 @app.command("recommend")
 def recommend(
     language: Annotated[
-        list[str] | None, typer.Option(help="A language your users search in; repeat it.")
+        list[str] | None,
+        typer.Option(help="A language your users search in; repeat it.", parser=_language_code),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
