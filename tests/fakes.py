@@ -10,6 +10,7 @@ from typing import Any
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.device import Device
 from immich_ml_metal.errors import DownloadFailed
+from immich_ml_metal.progress import DownloadProgress
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
@@ -138,6 +139,9 @@ class FakeStore:
         self.failures = list(failures)
         self.is_closed = False
 
+    def downloads(self) -> Sequence[DownloadProgress]:
+        return ()
+
     def ensure(self, key: ModelKey) -> ModelFiles:
         self.asked.append(key)
         self.gate.pass_through()
@@ -146,6 +150,9 @@ class FakeStore:
         if self.failures:
             raise self.failures.pop(0)
         return FILES
+
+    def repair(self, key: ModelKey) -> bool:
+        return False  # what it has is intact
 
     def close(self) -> None:
         self.is_closed = True

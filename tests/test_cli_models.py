@@ -189,6 +189,15 @@ def test_info_tells_dimension_memory_and_what_changing_means(cli: Cli) -> None:
     assert "configured" in cli.json("info", "ViT-B-32__openai")["changing"]
 
 
+def test_info_tells_where_each_file_came_from(cli: Cli, hub: FakeHub) -> None:
+    cli("pull", "buffalo_s")
+    said = cli("info", "buffalo_s").stdout
+    assert "detection/model.onnx" in said
+    assert f"{hub.url}/immich-app/buffalo_s 0123456789ab" in said
+    origin = cli.json("info", "buffalo_s")["origin"]["recognition/model.onnx"]
+    assert len(origin["sha256"]) == 64
+
+
 def test_recommend_answers_for_this_machine(cli: Cli) -> None:
     names = [row["model"] for row in cli.json("recommend", "--language", "uk")]
     assert names[1:] == ["buffalo_l", "ESLAV__PP-OCRv5_mobile"]

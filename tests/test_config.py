@@ -248,7 +248,8 @@ def test_every_setting_is_read_somewhere(name: str) -> None:
 def test_limits_and_places_of_models_reach_the_request(
     models: Path, values: dict[str, Any], entries: dict[str, Any], status: int, words: str
 ) -> None:
-    settings = Settings(**({"models_dir": models, "offline": True} | values))
+    given: dict[str, Any] = {"models_dir": models, "offline": True} | values
+    settings = Settings(**given)
     with serve(build_app(settings)) as url:
         answer = predict(url, entries, image=PHOTO)
     assert answer.status_code == status, answer.text

@@ -327,4 +327,4 @@ def test_a_torn_file_is_never_loaded(tmp_path: Path) -> None:
     with serve(build_app(Settings(models_dir=tmp_path, offline=True))) as url:
         answer = call(url, (Task.OCR, Part.DETECTION))
     assert answer.status_code == 503
-    assert "damaged on disk" in answer.json()["detail"]
+    assert "is damaged" in answer.json()["detail"]

@@ -126,6 +126,13 @@ def test_a_log_file_is_rotated_and_capped(tmp_path: Path) -> None:
     assert out.getvalue() == ""
 
 
+def test_the_captured_standard_error_is_emptied_at_the_start_when_large(tmp_path: Path) -> None:
+    captured = tmp_path / "x.stderr"
+    captured.write_bytes(b"x" * (2**20 + 1))
+    with logged(io.StringIO(), log_file=tmp_path / "x.log"):
+        assert captured.stat().st_size == 0
+
+
 def test_with_a_file_a_terminal_still_sees_the_lines(tmp_path: Path) -> None:
     with logged(Terminal(), log_file=tmp_path / "x.log") as out:
         log.info("both")
@@ -184,7 +191,7 @@ def test_facts_come_back_as_they_were_given(values: list[str]) -> None:
     )
 
 
-@given(st.text(max_size=20), st.floats(allow_nan=False), st.integers())
+@given(st.text(max_size=20), st.floats(allow_nan=False, allow_subnormal=False), st.integers())
 def test_the_words_agree_with_plain_formatting_when_there_are_no_facts(
     name: str, number: float, count: int
 ) -> None:

@@ -3,7 +3,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.memory import TEXT_TOWER, Backoff, MemoryRules
+from immich_ml_metal.config import load_settings
+from immich_ml_metal.memory import TEXT_TOWER, Backoff, MemoryRules, make_rules
 from immich_ml_metal.types import ModelKey, Part, Task
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
@@ -40,6 +41,12 @@ def test_a_pinned_half_stays() -> None:
 
 def test_without_a_limit_nobody_goes() -> None:
     assert MemoryRules().choose_evictions([Model(VISUAL, 10**12, 1.0)], 10**12) == []
+
+
+def test_the_settings_make_the_rules() -> None:
+    assert make_rules(load_settings(environ={}), 1000) == MemoryRules(500, frozenset({TEXT_TOWER}))
+    environ = {"ML_MODEL_MEMORY_LIMIT": "4GB", "ML_PIN_TEXT_MODEL": "false"}
+    assert make_rules(load_settings(environ=environ), 1000) == MemoryRules(4 * 2**30)
 
 
 residents = st.lists(

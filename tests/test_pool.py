@@ -286,6 +286,13 @@ async def test_a_model_used_lately_stays(world: World) -> None:
     assert await soon(pool.unload_idle(10)) == []
 
 
+async def test_a_kept_model_stays_however_idle_it_is(world: World) -> None:
+    pool = world.pool(FakeEngine())
+    await soon(asyncio.gather(pool.get(VISUAL), pool.get(TEXTUAL)))
+    world.clock.now += 1000
+    assert await soon(pool.unload_idle(10, keep=(TEXTUAL,))) == [VISUAL]
+
+
 @pytest.mark.parametrize("width", [1, 2])
 async def test_several_models_are_unloaded_in_one_go(world: World, width: int) -> None:
     engine = FakeEngine(width=width)

@@ -32,6 +32,23 @@ def test_rate_and_remaining_time_count_only_what_was_received_now() -> None:
     assert progress.remaining_s == 4
 
 
+def test_health_gets_plain_numbers() -> None:
+    clock = Clock()
+    tracker = Tracker(KEY, clock=clock)
+    tracker.begin(1000, 0)
+    clock.now += 3
+    tracker.advance(300)
+    assert tracker.snapshot().describe() == {
+        "model": "buffalo_l/recognition",
+        "phase": "downloading",
+        "done_bytes": 300,
+        "total_bytes": 1000,
+        "rate_bytes_s": 100,
+        "remaining_s": 7.0,
+        "note": None,
+    }
+
+
 def test_nothing_is_estimated_before_anything_is_known() -> None:
     tracker = Tracker(KEY, clock=Clock())
     assert tracker.snapshot().phase is Phase.STARTING

@@ -144,6 +144,18 @@ def test_many_threads_that_need_one_model_download_it_once(hub: FakeHub, tmp_pat
     for thread in threads:
         thread.join()
     assert len(hub.asked("detection/model.onnx")) == 1
+    assert len(hub.asked("/revision/main")) == 1, "who waited finds it here and asks nobody"
+
+
+def test_the_graph_appears_last_because_the_official_service_takes_it_for_the_whole(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    add_clip(hub)
+    in_the_way = tmp_path / "clip/ViT-B-32__openai/visual/preprocess_cfg.json/folder"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(DownloadFailed):
+        make_store(hub, tmp_path).ensure(VISUAL)
+    assert not (tmp_path / "clip/ViT-B-32__openai/visual/model.onnx").exists()
 
 
 def test_a_slow_download_does_not_hold_up_another_model(hub: FakeHub, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ SIZE = str(len(onnx_bytes(30_000, seed=3)))
 
 
 def test_hf_endpoint_names_a_mirror(hub: FakeHub, tmp_path: Path) -> None:
-    assert fetch(tmp_path, HF_ENDPOINT=hub.url) == SIZE
+    assert fetch(tmp_path, HF_ENDPOINT=f"{hub.url}/") == SIZE
     assert hub.seen
 
 

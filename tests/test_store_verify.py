@@ -125,7 +125,7 @@ def test_damage_found_offline_is_told_and_left_alone(hub: FakeHub, tmp_path: Pat
     flip_a_bit(graph)
     before = graph.read_bytes()
     offline = ModelStore(Settings(models_dir=tmp_path, hub_endpoint=hub.url, offline=True))
-    with pytest.raises(ModelUnavailable, match="switched off"):
+    with pytest.raises(ModelUnavailable, match="is damaged and downloads are switched off"):
         offline.repair(DETECTOR)
     assert graph.read_bytes() == before
 

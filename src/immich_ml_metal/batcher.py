@@ -31,14 +31,21 @@ class Entry(Generic[ItemT, ResultT]):
 class BatchWatch(Protocol):
     """Is told how long an item waited, and how long a batch of so many items ran, in seconds."""
 
-    def waited(self, seconds: float, /) -> None: ...
-    def ran(self, items: int, seconds: float, /) -> None: ...
+    def waited(self, seconds: float, /) -> None:
+        """One item waited so long for its batch."""
+        ...
+
+    def ran(self, items: int, seconds: float, /) -> None:
+        """One batch ran."""
+        ...
 
 
 class Runner(Protocol):
     """Runs a blocking function on a device thread."""
 
-    def __call__(self, func: Callable[[], T], /) -> Awaitable[T]: ...
+    def __call__(self, func: Callable[[], T], /) -> Awaitable[T]:
+        """Await `func()`, run there."""
+        ...
 
 
 class Batcher(Generic[ItemT, ResultT]):
@@ -75,7 +82,7 @@ class Batcher(Generic[ItemT, ResultT]):
         return future
 
     def next_batch(self) -> list[Entry[ItemT, ResultT]]:
-        """Pop up to `max_batch` entries whose callers are still waiting; empty when there are none."""
+        """Pop up to `max_batch` entries whose callers still wait; empty when there are none."""
         batch: list[Entry[ItemT, ResultT]] = []
         while self._queue and len(batch) < self._max_batch:
             if batch and batch[0].alone:  # those that failed are always in front
@@ -86,14 +93,12 @@ class Batcher(Generic[ItemT, ResultT]):
         return batch
 
     async def answer(self, batch: list[Entry[ItemT, ResultT]], run: Runner) -> None:
-        """Infer `batch` through `run` and settle its futures; a failed batch is queued again singly."""
+        """Infer `batch` through `run` and settle its futures; a failed batch is split up."""
         items = [entry.item for entry in batch]
         started = time.perf_counter()
         try:
             results = await run(lambda: self._infer(items))
-            if len(results) != len(batch):
-                message = f"{self.name} gave {len(results)} results for {len(batch)} items"
-                raise InferenceError(message)
+            self._check_count(len(results), len(batch))
         except Exception as exc:  # noqa: BLE001 - every waiter must be answered
             self._fail(batch, exc)
             return
@@ -101,6 +106,10 @@ class Batcher(Generic[ItemT, ResultT]):
             if not entry.future.done():
                 entry.future.set_result(result)
         self._report(batch, started)
+
+    def _check_count(self, results: int, items: int) -> None:
+        if results != items:
+            raise InferenceError(f"{self.name} gave {results} results for {items} items")
 
     def _report(self, batch: list[Entry[ItemT, ResultT]], started: float) -> None:
         if self._watch is None:

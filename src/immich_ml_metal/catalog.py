@@ -17,6 +17,7 @@ from typing import Any
 from immich_ml_metal.errors import UnknownModel
 from immich_ml_metal.types import ModelKey, Part, Task
 
+OPEN_CLIP_PREFIX = "open_clip/"  # spells out a model of open_clip's that has no Immich export
 MULTILINGUAL = "multilingual"  # stands for about a hundred languages or more
 
 
@@ -149,11 +150,14 @@ def find_model(raw_name: str, task: Task, part: Part) -> ModelSpec:
 
 
 def model_key(raw_name: str, task: Task, part: Part) -> ModelKey:
-    """The key of one half, under its cleaned name.
+    """The key of one half, under its cleaned name; an `open_clip/` name keeps its spelling.
 
     Raises:
         UnknownModel: as `find_model`.
     """
+    is_official = clean_name(raw_name) in _catalog()  # then the prefix is just a folder, as ever
+    if task is Task.CLIP and raw_name.startswith(OPEN_CLIP_PREFIX) and not is_official:
+        return ModelKey(task, part, raw_name)
     return find_model(raw_name, task, part).key(part)
 
 

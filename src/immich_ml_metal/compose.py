@@ -1,24 +1,67 @@
 """The composition root: settings → engine app, with its engines and its model store."""
 
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from starlette.types import ASGIApp
 
+from immich_ml_metal.backends.base import Engine
+from immich_ml_metal.backends.selection import EnginePlan, Probe, choose_engines, create_engines
+from immich_ml_metal.backends.self_tests import SystemProbe
 from immich_ml_metal.catalog import find_by_name
 from immich_ml_metal.config import Settings
-from immich_ml_metal.server import create_app, every_part
+from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.server import create_app
 from immich_ml_metal.store import ModelStore
 
 log = logging.getLogger(__name__)
 
 
-def build_app(settings: Settings) -> ASGIApp:
-    """The engine app as `serve` runs it; says which of the configured models are here."""
-    from immich_ml_metal.backends.ort import OrtEngine
+def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
+    """The engine app as `serve` runs it; says which engines answer and which models are here.
 
-    store = ModelStore(settings)
+    Raises:
+        ConfigError: an engine that was asked for by name cannot be used on this machine.
+    """
+    plan = choose_engines(settings, probe or SystemProbe())
+    _report_plan(plan)
+    store, metrics = ModelStore(settings), Metrics()
+    engines = create_engines(
+        plan,
+        settings,
+        files_of=store.ensure,
+        on_fallback=lambda reason: metrics.fallbacks.labels(reason).inc(),
+    )
     report_models(settings, store)
-    return create_app(settings, every_part(OrtEngine(settings)), store)
+    return create_app(
+        settings,
+        plan.bind(engines),
+        store,
+        metrics=metrics,
+        describe_engines=_describer(plan, engines),
+    )
+
+
+def _describer(plan: EnginePlan, engines: Mapping[str, Engine]) -> Callable[[], dict[str, Any]]:
+    """What `/health` says of the engines: the plan, and what they know of themselves."""
+
+    def describe() -> dict[str, Any]:
+        details = {
+            name: tell()
+            for name, engine in engines.items()
+            if (tell := getattr(engine, "describe", None)) is not None
+        }
+        return {**plan.as_dict(), **details}
+
+    return describe
+
+
+def _report_plan(plan: EnginePlan) -> None:
+    for line in plan.as_table().splitlines():
+        log.info("%s", line)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
 
 
 def report_models(settings: Settings, store: ModelStore) -> None:

@@ -16,12 +16,12 @@ from filelock import FileLock
 from immich_ml_metal.catalog import Family, ModelSpec
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed
-from immich_ml_metal.hub import Hub, Listing
 from immich_ml_metal.manifest import describe_file, load_manifest, save_manifest
 from immich_ml_metal.modelscope import list_pinned
 from immich_ml_metal.progress import Tracker, format_bytes
 from immich_ml_metal.shelf import GRAPH, Shelf, State, check_part
 from immich_ml_metal.transfer import (
+    Listing,
     RemoteFile,
     Retry,
     Transfer,
@@ -85,6 +85,8 @@ class Download:
         """
         if self.spec.family is Family.PADDLE and self.settings.model_revision == "main":
             return list_pinned(self.spec, self.key.part, self.settings.modelscope_endpoint)
+        from immich_ml_metal.hub import Hub  # it takes a second: only where something is fetched
+
         hub = Hub(
             self.settings.model_organization,
             self.settings.model_revision,
@@ -149,6 +151,9 @@ class Download:
             except BaseException:  # also Ctrl-C: the first failure ends the half's other files
                 self.tracker.stop()
                 threads.shutdown(wait=True, cancel_futures=True)
+                if transfer.met_full_disk:  # that hurts more than starting again
+                    for file in wanted:
+                        partial_path(file, staging / file.path).unlink(missing_ok=True)
                 raise
 
     def _install(self, listing: Listing, wanted: tuple[RemoteFile, ...], staging: Path) -> None:

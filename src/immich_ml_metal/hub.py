@@ -5,8 +5,6 @@ the metadata; `transfer` brings the bytes.
 """
 
 import json
-import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import httpx2
@@ -21,23 +19,18 @@ from huggingface_hub.errors import (
 
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.errors import ModelUnavailable
-from immich_ml_metal.transfer import RemoteFile, Transient, describe_transport, raise_for_status
+from immich_ml_metal.shelf import is_for_us
+from immich_ml_metal.transfer import (
+    Listing,
+    RemoteFile,
+    Transient,
+    describe_transport,
+    raise_for_status,
+)
 from immich_ml_metal.types import Part
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
-
-# Builds for other hardware beside the ONNX files, and the repository's own paperwork.
-_NOT_OURS = re.compile(r"(\.armnn|\.rknn)$|(^|/)(rknpu|fp16)/|(^|/)\.|^README\.md$")
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The files of one half at one revision."""
-
-    source: str
-    revision: str
-    files: tuple[RemoteFile, ...]
 
 
 class Hub:
@@ -48,7 +41,8 @@ class Hub:
     ) -> None:
         self._organization = organization
         self._revision = revision
-        self._api = HfApi(endpoint=endpoint, library_name="immich-ml-metal")
+        address = endpoint.rstrip("/") if endpoint else None
+        self._api = HfApi(endpoint=address, library_name="immich-ml-metal")
         self._timeout_s = timeout_s
 
     def list_files(self, spec: ModelSpec, part: Part) -> Listing:
@@ -121,9 +115,3 @@ class Hub:
             git_sha1=None if sibling.lfs else sibling.blob_id,
             headers=headers,
         )
-
-
-def is_for_us(path: str, part: Part) -> bool:
-    """Whether a file is needed for one half; external data lies in the half's folder."""
-    wanted = path == "config.json" or path.startswith(f"{part}/")
-    return wanted and not _NOT_OURS.search(path) and ".." not in path.split("/")

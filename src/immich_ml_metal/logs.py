@@ -76,17 +76,7 @@ def configure_logging(
     Returns:
         The handlers now in place, for `release_logging`.
     """
-    out: TextIO | None = sys.stderr if stream is None else stream
-    on_terminal = out is not None and out.isatty()
-    known = [settings.immich_api_key.get_secret_value()] if settings.immich_api_key else []
-    handlers: list[logging.Handler] = []
-    if settings.log_file is None or on_terminal:
-        colour = on_terminal and not settings.no_color
-        handler: logging.Handler = logging.StreamHandler(out)
-        handler.setFormatter(_formatter(settings, process, known, colour=colour))
-        handlers.append(handler)
-    if settings.log_file is not None:
-        handlers.append(_file_handler(settings, process, known))
+    handlers = _make_handlers(settings, process, sys.stderr if stream is None else stream)
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -95,6 +85,23 @@ def configure_logging(
     root.setLevel(settings.log_level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    return handlers
+
+
+def _make_handlers(
+    settings: Settings, process: str, stream: TextIO | None
+) -> list[logging.Handler]:
+    """`stream` is None in a Python without a standard error."""
+    known = [settings.immich_api_key.get_secret_value()] if settings.immich_api_key else []
+    on_terminal = stream is not None and stream.isatty()
+    handlers: list[logging.Handler] = []
+    if settings.log_file is None or on_terminal:
+        colour = on_terminal and not settings.no_color
+        handlers.append(logging.StreamHandler(stream))
+        handlers[0].setFormatter(_formatter(settings, process, known, colour=colour))
+    if settings.log_file is not None:
+        cap_file(stderr_of(settings.log_file))
+        handlers.append(_file_handler(settings, process, known))
     return handlers
 
 
@@ -109,6 +116,11 @@ def file_of(log_file: Path, process: str) -> Path:
     """Each process rotates a file of its own: `x.log` for the gateway, `x.engine.log` beside it."""
     path = log_file.expanduser()
     return path if process == "gateway" else path.with_suffix(f".{process}{path.suffix}")
+
+
+def stderr_of(log_file: Path) -> Path:
+    """Where a service manager keeps what could not be logged: beside the log."""
+    return log_file.expanduser().with_suffix(".stderr")
 
 
 def cap_file(path: Path, limit_bytes: int = STDERR_CAP_BYTES) -> None:

@@ -7,9 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from immich_ml_metal.config import Settings
 from immich_ml_metal.types import ModelKey, Part, Task
 
 TEXT_TOWER = (Task.CLIP, Part.TEXTUAL)
+
+
+def make_rules(settings: Settings, memory_total_bytes: int) -> "MemoryRules":
+    """The rules that the settings ask for, on a machine with so much memory."""
+    limit = settings.model_memory_limit_bytes or memory_total_bytes // 2
+    return MemoryRules(limit, frozenset({TEXT_TOWER} if settings.pin_text_model else ()))
 
 
 class Resident(Protocol):

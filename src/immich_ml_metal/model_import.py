@@ -16,9 +16,8 @@ from filelock import FileLock, Timeout
 
 from immich_ml_metal.catalog import find_by_name, get_model
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
-from immich_ml_metal.hub import is_for_us
 from immich_ml_metal.manifest import NAME, FileRecord, load_manifest, save_manifest, sha256_of
-from immich_ml_metal.shelf import GRAPH, STAGING, Shelf, check_part, is_usable
+from immich_ml_metal.shelf import GRAPH, STAGING, Shelf, check_part, is_for_us, is_usable
 from immich_ml_metal.transfer import explain_os_error, require_space
 from immich_ml_metal.types import ModelKey, Part, Task
 

@@ -1,8 +1,7 @@
 """RapidOCR's files on ModelScope: where the official service gets its text models from."""
 
 from immich_ml_metal.catalog import ModelSpec
-from immich_ml_metal.hub import Listing
-from immich_ml_metal.transfer import RemoteFile
+from immich_ml_metal.transfer import Listing, RemoteFile
 from immich_ml_metal.types import Part
 
 RELEASE = "v3.10.0"  # of RapidOCR; the catalogue's digests are those of this release

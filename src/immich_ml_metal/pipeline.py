@@ -1,7 +1,7 @@
 """One request: decode once, run its tasks in dependency order, gather the answers.
 
-Knows nothing about HTTP or hardware. A failure in any stage fails the request: an empty result means
-*looked and found nothing*.
+Knows nothing about HTTP or hardware. A failure in any stage fails the request: an empty result
+means *looked and found nothing*.
 """
 
 import asyncio

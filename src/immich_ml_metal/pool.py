@@ -6,7 +6,7 @@ A model that is in use is never unloaded. Knows nothing about pictures or HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,11 @@ from typing import Any, Protocol
 from immich_ml_metal.backends.base import AnyModel, Engine
 from immich_ml_metal.batcher import Batcher
 from immich_ml_metal.device import CpuThreads
+from immich_ml_metal.errors import DownloadFailed, LoadFailed
+from immich_ml_metal.memory import Backoff, MemoryRules
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.progress import DownloadProgress
+from immich_ml_metal.shelf import weight_bytes
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 log = logging.getLogger(__name__)
@@ -27,8 +31,16 @@ EngineTable = Mapping[tuple[Task, Part], Engine]
 class Store(Protocol):
     """Where model files come from."""
 
+    def repair(self, key: ModelKey) -> bool:
+        """Fetch again what of a model is damaged; whether there was anything. Blocks."""
+        ...
+
     def ensure(self, key: ModelKey) -> ModelFiles:
         """The files of a model, fetched first when they are not here. Blocks."""
+        ...
+
+    def downloads(self) -> Sequence[DownloadProgress]:
+        """The running downloads, for `/health`."""
         ...
 
     def close(self) -> None:
@@ -49,6 +61,11 @@ class Loaded:
     users: int = 0
     is_closed: bool = False
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory it holds, as its engine measured it."""
+        return self.model.size_bytes
+
 
 class Pool:
     """The models of one process. Event loop only."""
@@ -61,12 +78,17 @@ class Pool:
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.monotonic,
+        memory: MemoryRules | None = None,
+        backoff: Backoff | None = None,
     ) -> None:
         """`threads` fetch files and run the models' CPU verbs."""
         self._engines = engines
         self._store = store
         self._threads = threads
         self._metrics = metrics
+        self._memory = memory or MemoryRules()
+        self._backoff = backoff or Backoff()
+        self._incoming_bytes: dict[ModelKey, int] = {}  # of models that are being loaded
         self._files_threads = CpuThreads(_FETCHES_AT_ONCE)
         self._clock = clock
         self._models: dict[ModelKey, asyncio.Task[Loaded]] = {}
@@ -107,6 +129,10 @@ class Pool:
             }
             for loaded in self.loaded
         ]
+
+    def describe_downloads(self) -> list[dict[str, Any]]:
+        """Every running download for `/health`."""
+        return [progress.describe() for progress in self._store.downloads()]
 
     async def get(self, key: ModelKey) -> Loaded:
         """The model, fetched and loaded first if need be; callers at the same time share one load.
@@ -152,12 +178,18 @@ class Pool:
         engine = self._engines[key.task, key.part]
         outcome = "failed"
         try:
+            await asyncio.sleep(self._backoff.wait_s(key, self._clock()))
             files = await self._fetch(key) if engine.needs_files else None
             start = self._clock()
-            model = await engine.device.call(lambda: engine.load(key, files))
+            model = await self._open(engine, key, files)
             outcome = "ok"
+        except (DownloadFailed, LoadFailed):
+            self._backoff.failed(key, self._clock())
+            raise
         finally:
+            self._incoming_bytes.pop(key, None)
             self._metrics.model_loads.labels(str(key), engine.name, outcome).inc()
+        self._backoff.succeeded(key)
         self.progress += 1
         elapsed_s = self._clock() - start
         self._metrics.model_load_seconds.labels(engine.name).observe(elapsed_s)
@@ -174,38 +206,64 @@ class Pool:
     async def _fetch(self, key: ModelKey) -> ModelFiles:
         files = await self._files_threads.run(lambda: self._store.ensure(key))
         self.progress += 1
+        await self._make_room(key, await self._files_threads.run(lambda: weight_bytes(files)))
         return files
+
+    async def _open(self, engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyModel:
+        """Load; when the engine rejects damaged files, fetch those again and load once more."""
+        try:
+            model = await engine.device.call(lambda: engine.load(key, files))
+        except LoadFailed:
+            if files is None or not await self._files_threads.run(lambda: self._store.repair(key)):
+                raise
+            log.warning("damaged files were fetched again model=%s", key)
+            model = await engine.device.call(lambda: engine.load(key, files))
+        await self._make_room(key, model.size_bytes)
+        return model
+
+    async def _make_room(self, key: ModelKey, size_bytes: int) -> None:
+        """Unload the least recently used so that `size_bytes` for `key` fit into the limit."""
+        self._incoming_bytes[key] = size_bytes
+        incoming = sum(self._incoming_bytes.values())
+        await self._unload(self._memory.choose_evictions(self.loaded, incoming), "memory")
 
     def _forget_failure(self, key: ModelKey, task: asyncio.Task[Loaded]) -> None:
         if task.cancelled() or task.exception() is not None:
             self._models.pop(key, None)
 
-    async def unload_idle(self, idle_s: float) -> list[ModelKey]:
-        """Unload every model that nobody has used for `idle_s` seconds; say which."""
+    async def unload_idle(
+        self, idle_s: float, *, keep: Collection[ModelKey] = ()
+    ) -> list[ModelKey]:
+        """Unload every model but `keep` that nobody has used for `idle_s` seconds; say which."""
         now = self._clock()
         idle = [
             loaded
             for loaded in self.loaded
-            if loaded.users == 0 and now - loaded.last_used >= idle_s
+            if loaded.users == 0 and now - loaded.last_used >= idle_s and loaded.key not in keep
         ]
-        for loaded in idle:  # first all out of reach, then the slow part
+        if idle_s >= 0:  # closing unloads the pinned ones as well
+            idle = [loaded for loaded in idle if not self._memory.is_pinned(loaded.key)]
+        await self._unload(idle, "idle")
+        return [loaded.key for loaded in idle]
+
+    async def _unload(self, chosen: Sequence[Loaded], reason: str) -> None:
+        for loaded in chosen:  # first all out of reach, then the slow part
             loaded.is_closed = True
             del self._models[loaded.key]
             self._metrics.model_bytes.remove(str(loaded.key))
-        closing = asyncio.gather(*(self._close_model(loaded) for loaded in idle))
+        closing = asyncio.gather(*(self._close_model(loaded, reason) for loaded in chosen))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         await asyncio.shield(closing)  # nobody else can reach these models to close them
-        return [loaded.key for loaded in idle]
 
-    async def _close_model(self, loaded: Loaded) -> None:
+    async def _close_model(self, loaded: Loaded, reason: str) -> None:
         try:
             await loaded.engine.device.call(loaded.model.close)
         except Exception:  # the others must be unloaded all the same
             log.exception("unloading failed model=%s engine=%s", loaded.key, loaded.engine.name)
             return
-        self._metrics.model_evictions.labels("idle").inc()
-        log.info("unloaded model=%s engine=%s", loaded.key, loaded.engine.name)
+        self._metrics.model_evictions.labels(reason).inc()
+        log.info("unloaded model=%s engine=%s why=%s", loaded.key, loaded.engine.name, reason)
 
     async def close(self) -> None:
         """Break off downloads, unload everything and end the engines' threads.

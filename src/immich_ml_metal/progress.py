@@ -53,6 +53,18 @@ class DownloadProgress:
             return None
         return (self.total_bytes - self.done_bytes) / self.rate_bytes_s
 
+    def describe(self) -> dict[str, str | float | None]:
+        """As JSON can hold it, for `/health` and the page."""
+        return {
+            "model": str(self.key),
+            "phase": self.phase,
+            "done_bytes": self.done_bytes,
+            "total_bytes": self.total_bytes,
+            "rate_bytes_s": round(self.rate_bytes_s),
+            "remaining_s": None if self.remaining_s is None else round(self.remaining_s, 1),
+            "note": self.note,
+        }
+
 
 Listener = Callable[[DownloadProgress], None]
 

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import FormData, UploadFile
@@ -20,9 +21,12 @@ from immich_ml_metal.config import Settings
 from immich_ml_metal.device import CpuThreads
 from immich_ml_metal.images import ImageLimits, PictureCache, decode
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
+from immich_ml_metal.memory import make_rules
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.pipeline import Pipeline, model_keys
 from immich_ml_metal.pool import EngineTable, Pool, Store
+from immich_ml_metal.preload import preload, preload_keys
+from immich_ml_metal.release import release_free_memory
 from immich_ml_metal.types import Part, Task, TaskRequest
 from immich_ml_metal.wire import parse_entries, render
 
@@ -45,12 +49,27 @@ STATUS: dict[type[errors.ServiceError], int] = {
 }
 _CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 _FORM_OVERHEAD_BYTES = 2**20  # entries, text and boundaries around the largest picture
-_UNLOAD_EVERY_S = 10.0
+_HOUSEKEEPING_S = 10.0
 
 
-def create_app(settings: Settings, engines: EngineTable, store: Store) -> FastAPI:
-    """Build the engine app around its engines and its model store; no module-level state."""
-    service = Service(settings, engines, store)
+def create_app(
+    settings: Settings,
+    engines: EngineTable,
+    store: Store,
+    *,
+    metrics: Metrics | None = None,
+    describe_engines: Callable[[], dict[str, Any]] = dict,
+) -> FastAPI:
+    """Build the engine app around its engines and its model store; no module-level state.
+
+    Args:
+        settings: limits, times, threads.
+        engines: who answers each part of each task.
+        store: where model files come from.
+        metrics: counts and times; its own when None.
+        describe_engines: what `/health` adds about the engines.
+    """
+    service = Service(settings, engines, store, metrics or Metrics(), describe_engines)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,12 +88,21 @@ def create_app(settings: Settings, engines: EngineTable, store: Store) -> FastAP
 class Service:
     """The routes and what they share: threads, pictures, models, numbers."""
 
-    def __init__(self, settings: Settings, engines: EngineTable, store: Store) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engines: EngineTable,
+        store: Store,
+        metrics: Metrics,
+        describe_engines: Callable[[], dict[str, Any]],
+    ) -> None:
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = metrics
         self._engines = engines
+        self._describe_plan = describe_engines
         self._threads = CpuThreads(settings.request_threads)
-        self.pool = Pool(engines, store, self._threads, self.metrics)
+        memory = make_rules(settings, psutil.virtual_memory().total)
+        self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
         limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
         self._pictures = PictureCache(
             lambda data: decode(data, limits),
@@ -88,7 +116,10 @@ class Service:
         self._started = time.monotonic()
         self._in_flight = 0
         self._answered = 0
-        self._unloader: asyncio.Task[None] | None = None
+        self._released_at = 0  # requests answered when free memory was last handed back
+        self._housekeeper: asyncio.Task[None] | None = None
+        self._preload_keys = preload_keys(settings)
+        self._preloader: asyncio.Task[None] | None = None
         self._describe_engines()
 
     def _describe_engines(self) -> None:
@@ -98,22 +129,31 @@ class Service:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "Service":
-        if self.settings.model_ttl_s > 0:
-            self._unloader = asyncio.create_task(self._unload_idle_models())
+        # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
+        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
+        self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._unloader is not None:
-            self._unloader.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._unloader
+        for task in (self._housekeeper, self._preloader):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         await self.pool.close()
         self._threads.close()
 
-    async def _unload_idle_models(self) -> None:
+    async def _keep_house(self) -> None:
+        """Now and then unload idle models, and hand freed memory back once nothing is going on."""
+        ttl_s = self.settings.model_ttl_s
         while True:
-            await asyncio.sleep(min(_UNLOAD_EVERY_S, self.settings.model_ttl_s))
-            await self.pool.unload_idle(self.settings.model_ttl_s)
+            await asyncio.sleep(min(_HOUSEKEEPING_S, ttl_s or _HOUSEKEEPING_S))
+            if ttl_s > 0:
+                keep = self._preload_keys if self.settings.preload_stays else ()
+                await self.pool.unload_idle(ttl_s, keep=keep)
+            if self._in_flight == 0 and self._answered > self._released_at:
+                self._released_at = self._answered
+                await self._threads.run(release_free_memory)
 
     # -- routes ------------------------------------------------------------------------------------
 
@@ -137,8 +177,10 @@ class Service:
                 "engines": {
                     f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
                 },
+                "engine_plan": self._describe_plan(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
+                "downloads": self.pool.describe_downloads(),
                 "picture_cache_bytes": self._pictures.size_bytes,
             }
         )

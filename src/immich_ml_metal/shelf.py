@@ -5,6 +5,7 @@ The layout is Immich's own, so that an existing cache folder can be mounted or c
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,11 @@ from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 STAGING = ".incoming"  # beside the target, so that a rename never crosses a file system
 GRAPH = "model.onnx"
+
+
+# Builds for other hardware beside the ONNX files, the repository's own paperwork, and every name
+# that begins with a dot: so no path from a hub can climb out of the model's folder.
+_NOT_OURS = re.compile(r"(\.armnn|\.rknn)$|(^|/)(rknpu|fp16)/|(^|/)\.|^README\.md$")
 
 
 class State(StrEnum):
@@ -117,6 +123,12 @@ def check_part(
         path: _state(root / path, records.get(path), sides.get(path.partition("/")[2]), digests)
         for path in sorted(paths)
     }
+
+
+def is_for_us(path: str, part: Part) -> bool:
+    """Whether a file is needed for one half; external data lies in the half's folder."""
+    wanted = path == "config.json" or path.startswith(f"{part}/")
+    return wanted and not _NOT_OURS.search(path)
 
 
 def weight_bytes(files: ModelFiles) -> int:

@@ -187,8 +187,9 @@ class ModelStore:
 
     def _how_to_place(self, spec: ModelSpec, key: ModelKey, state: State) -> str:
         """What a person can do about a model that is not here."""
+        found = "damaged" if state is State.DAMAGED else "not on disk"
         return (
-            f"model {key} is {state} on disk and downloads are switched off; fetch "
+            f"model {key} is {found} and downloads are switched off; fetch "
             f"{self._settings.model_organization}/{spec.name} with "
             f"`immich-ml-metal models pull {spec.name}` on a connected machine and copy "
             f"{self.shelf.root(key)}, so that {self.shelf.files(key).graph} exists"

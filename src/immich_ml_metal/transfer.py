@@ -20,6 +20,7 @@ from immich_ml_metal.manifest import git_sha1_of, sha256_of
 from immich_ml_metal.progress import Tracker, format_bytes
 
 PARTIAL = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_RETRY_AFTER_S = 120.0  # a server that asks for more is treated as asking for this
 
@@ -71,6 +72,15 @@ class RemoteFile:
         return (sha256_of(path) if self.sha256 else git_sha1_of(path)) == self.digest
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of one half at one revision."""
+
+    source: str
+    revision: str
+    files: tuple[RemoteFile, ...]
+
+
 class Transient(Exception):
     """This try failed, another may succeed."""
 
@@ -90,6 +100,7 @@ class Transfer:
         self._client = client
         self._retry = retry
         self._tracker = tracker
+        self.met_full_disk = False
 
     def fetch(self, file: RemoteFile, staged: Path) -> None:
         """Bring `file` to `staged`, going on from what an earlier try left beside it.
@@ -117,7 +128,7 @@ class Transfer:
                     raise DownloadFailed(f"{file.path} from {file.url}: {exc}") from exc
                 pause(exc, failures, self._retry, self._tracker)
             except OSError as exc:
-                self._discard(partial)  # a full disk hurts more than starting again
+                self.met_full_disk |= exc.errno in _FULL
                 raise DownloadFailed(explain_os_error(exc, staged)) from exc
             else:
                 return
@@ -222,7 +233,7 @@ def describe_transport(exc: Exception) -> str:
 
 def explain_os_error(exc: OSError, path: Path) -> str:
     """A disk failure in plain words."""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    if exc.errno in _FULL:
         return f"the disk is full while writing {path}; free some space or set ML_MODELS_DIR"
     return f"cannot write {path}: {exc.strerror or exc}"
 

@@ -1,1 +1,1 @@
-"""Where numbers are computed: the only package, with `onnx_mlx`, that imports hardware libraries."""
+"""Where numbers are computed: with `onnx_mlx` the only package that imports hardware libraries."""

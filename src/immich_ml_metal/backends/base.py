@@ -1,4 +1,4 @@
-"""The two seams between the service and the hardware: a loaded model, and the engine that loads it."""
+"""The seams between the service and the hardware: a loaded model, and the engine it runs on."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar

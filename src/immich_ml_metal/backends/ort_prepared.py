@@ -1,9 +1,9 @@
 """Large weights, prepared once for ONNX Runtime's CPU kernels and mapped from disk ever after.
 
 ONNX Runtime packs matrix weights for its kernels at every load and keeps both forms. Prepared, they
-are a file beside the model that is mapped: a load takes a fifth of the time, memory falls by a third
-and can be given back under pressure. The file depends on the weights, the runtime's version and the
-processor, so its folder is named after the three; it is safe to delete.
+are a file beside the model that is mapped: a load takes a fifth of the time, memory falls by a
+third and can be given back under pressure. The file depends on the weights, the runtime's version
+and the processor, so its folder is named after the three; it is safe to delete.
 
 Preparing runs in a process of its own, so that its peak of memory ends with it.
 """
@@ -75,12 +75,17 @@ def _stamp(sources: list[Path]) -> dict[str, list[int]]:
 
 
 def _environment() -> str:
-    """Runtime version and processor, as part of a folder name."""
+    """Runtime version and processor, as the end of a folder's name."""
+    return f"ort{ort.__version__}-{_processor()}"
+
+
+def _processor() -> str:
+    """What this processor can do, as eight hexadecimal digits."""
     cpu = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"ort{ort.__version__}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
+    return hashlib.sha256(cpu.encode()).hexdigest()[:8]
 
 
 def _find(folder: Path, *, stamp: dict[str, list[int]]) -> Path | None:
@@ -118,7 +123,9 @@ def _prepare(path: Path, sources: list[Path]) -> Path:
         files = {name: (staging / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
         manifest = {"sources": stamp, "sha256": digest, "files": files}
         (staging / _MANIFEST).write_text(json.dumps(manifest))
-        for old in folder.glob("[!.]*"):  # of other weights, runtimes or processors
+        # Forms of other weights or runtimes are stale; those of another processor belong to
+        # another machine on the same folder.
+        for old in folder.glob(f"[!.]*-{_processor()}"):
             shutil.rmtree(old, ignore_errors=True)
         staging.rename(target)
     finally:

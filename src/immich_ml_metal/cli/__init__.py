@@ -9,10 +9,12 @@ import sys
 import typer
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli import config, models
+from immich_ml_metal.cli import config, immich, models, service
 from immich_ml_metal.cli.bench import bench
 from immich_ml_metal.cli.demo import demo
+from immich_ml_metal.cli.doctor import doctor
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.parity import parity
 from immich_ml_metal.cli.serve import serve
 from immich_ml_metal.errors import ConfigError, ServiceError
 
@@ -27,6 +29,10 @@ app.command("demo")(demo)
 app.command("bench")(bench)
 app.add_typer(config.app, name="config")
 app.add_typer(models.app, name="models")
+app.add_typer(immich.app, name="immich")
+app.add_typer(service.app, name="service")
+app.command("doctor")(doctor)
+app.command("parity")(parity)
 
 
 @app.callback()

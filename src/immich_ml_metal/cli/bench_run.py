@@ -92,7 +92,7 @@ def measure_all(
                     say(f"{name}, {count} clients, {one.url}")
                     load = asyncio.run(run_load(one.url, ready, clients=count, seconds=seconds))
                     one.loads.setdefault(name, []).append(load)
-            for one in measured:
+            for one in measured if any(name in requests for name in IMPORT) else ():
                 say(f"whole import, {count} clients, {one.url}")
                 one.imports.append(_measure_import(one.url, requests, count, seconds))
         ours.resident_bytes = child.resident_bytes()

@@ -29,6 +29,12 @@ EnvFileOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
+def default_file() -> Path | None:
+    """The file that `config init` writes, if it is there."""
+    path = DEFAULT_FILE.expanduser()
+    return path if path.is_file() else None
+
+
 @app.command("init")
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write.")] = DEFAULT_FILE,
@@ -44,7 +50,9 @@ def init(
     path.touch(mode=0o600)  # it may hold the Immich key
     path.write_text(text, encoding="utf-8")
     typer.echo(f"Wrote {path}")
-    typer.echo(f"Use it with ML_CONFIG_FILE={path}; `service install` picks it up by itself.")
+    typer.echo(f"Use it: immich-ml-metal serve --config {path}, or ML_CONFIG_FILE={path}")
+    if path == DEFAULT_FILE.expanduser():
+        typer.echo("`service` and `doctor` find it there by themselves.")
 
 
 @app.command("show")

@@ -176,12 +176,14 @@ def info(
 ) -> None:
     """What a model is, what it needs, and what changing to it means."""
     from immich_ml_metal.catalog import find_by_name
-    from immich_ml_metal.cli.models_show import print_info
+    from immich_ml_metal.cli.models_info import print_info
+    from immich_ml_metal.manifest import load_manifest
 
     settings, store = _open(models_dir)
     spec = find_by_name(name)
     statuses = [store.status(spec.key(part)) for part in spec.parts]
-    print_info(spec, statuses, settings, as_json=as_json)
+    records = load_manifest(store.shelf.root(spec.key(spec.parts[0]))).files
+    print_info(spec, statuses, records, settings, as_json=as_json)
 
 
 @app.command("recommend")

@@ -13,11 +13,15 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="error, warning, info or debug.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML).")] = None,
     env_file: Annotated[Path | None, typer.Option(help="An Immich .env file.")] = None,
+    gateway: Annotated[
+        bool,
+        typer.Option(
+            "--gateway/--no-gateway",
+            help="Hold requests in a small process before the engine, or run it alone.",
+        ),
+    ] = True,
 ) -> None:
     """Answer Immich's requests on port 3003."""
-    import uvicorn
-
-    from immich_ml_metal.compose import build_app
     from immich_ml_metal.config import load_settings
     from immich_ml_metal.logs import configure_logging
 
@@ -26,12 +30,12 @@ def serve(
         file=config,
         env_file=env_file,
     )
-    configure_logging(settings, "engine")
-    uvicorn.run(
-        build_app(settings),
-        host=settings.host,
-        port=settings.port,
-        timeout_keep_alive=int(settings.keepalive_s),
-        access_log=False,
-        log_config=None,
-    )
+    configure_logging(settings, "gateway" if gateway else "engine")
+    if gateway:
+        from immich_ml_metal import serving
+
+        serving.run(settings)
+    else:
+        from immich_ml_metal import engine
+
+        engine.run(settings)

@@ -1,0 +1,73 @@
+"""An upload, kept until it is answered so that it can be sent to the engine again."""
+
+import asyncio
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import AsyncIterator
+from typing import IO
+
+_PIECE_BYTES = 1024 * 1024
+_BOUNDARY = re.compile(rb'boundary="?([^";,]+)"?', re.IGNORECASE)
+
+
+class Body:
+    """The bytes of one request, in memory or in a file that has no name."""
+
+    def __init__(self, *, spooled: bool) -> None:
+        self.size_bytes = 0
+        self._pieces: list[bytes] = []
+        self._file: IO[bytes] | None = tempfile.TemporaryFile() if spooled else None  # noqa: SIM115 - closed by close()
+
+    @property
+    def spooled(self) -> bool:
+        """Whether the bytes lie in a file."""
+        return self._file is not None
+
+    async def append(self, piece: bytes) -> None:
+        """Add what the client sent next.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self.size_bytes += len(piece)
+        if self._file is None:
+            self._pieces.append(piece)
+        else:
+            await asyncio.to_thread(self._write_all, self._file.fileno(), piece)
+
+    async def pieces(self) -> AsyncIterator[list[bytes]]:
+        """Yield the bytes from the beginning, as often as asked."""
+        if self._file is None:
+            yield self._pieces
+            return
+        offset = 0
+        while offset < self.size_bytes:  # pread: a cancelled reader does not move the next one
+            piece = await asyncio.to_thread(os.pread, self._file.fileno(), _PIECE_BYTES, offset)
+            offset += len(piece)
+            yield [piece]
+
+    async def digest(self, content_type: bytes) -> bytes:
+        """Name the content: the same form has the same digest, whatever its boundary."""
+        pieces = [piece async for some in self.pieces() for piece in some]
+        return await asyncio.to_thread(_digest, pieces, content_type)
+
+    def close(self) -> None:
+        """Forget the bytes."""
+        self._pieces = []
+        if self._file is not None:
+            self._file.close()
+
+    @staticmethod
+    def _write_all(fd: int, piece: bytes) -> None:
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+def _digest(pieces: list[bytes], content_type: bytes) -> bytes:
+    content = b"".join(pieces)
+    if found := _BOUNDARY.search(content_type):  # Node draws a new boundary for every request
+        content = content.replace(found[1], b"")
+    return hashlib.sha256(content).digest()

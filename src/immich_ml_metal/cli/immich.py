@@ -1,0 +1,180 @@
+"""`immich status|requeue`: see the Immich server's side, and bring lost jobs back."""
+
+import json
+from contextlib import closing
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from immich_ml_metal.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from immich_ml_metal.config import Settings
+    from immich_ml_metal.immich.advice import Advice, OurSide
+    from immich_ml_metal.immich.api import QueueCounts, ServerSettings
+    from immich_ml_metal.types import Task
+
+app = typer.Typer(
+    help="See the Immich server's settings and queues; bring back lost jobs.", no_args_is_help=True
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command("status")
+def status(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure what more concurrency would give (a minute).")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show Immich's machine-learning settings beside ours, with advice.
+
+    Exit code: 0 fine, 1 photos go without results until something is changed, 3 unreachable.
+    """
+    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.immich.advice import advise
+    from immich_ml_metal.immich.api import ImmichError, connect
+
+    settings = load_settings()
+    try:
+        with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
+            server, queues = api.settings(), api.queues()
+    except ImmichError as exc:
+        typer.echo(f"immich-ml-metal: {exc}", err=True)
+        raise typer.Exit(Exit.UNREACHABLE) from exc
+    advice = advise(server, our_side(settings, server, measure=measure))
+    failed = _failed_answers(settings)
+    if as_json:
+        _print_json(server, queues, failed, advice)
+    else:
+        _print_tables(settings, server, queues, failed, advice)
+    raise typer.Exit(Exit.FINDING if any(item.is_fault for item in advice) else Exit.OK)
+
+
+@app.command("requeue")
+def requeue(
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="clip, facial-recognition or ocr; default: all."),
+    ] = None,
+) -> None:
+    """Start Immich's "missing" runs: every photo without a result is asked for again.
+
+    Exit code: 0 started, 3 Immich is unreachable or refuses.
+    """
+    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.immich.api import QUEUES, ImmichError, connect
+    from immich_ml_metal.types import Task
+
+    if wrong := [name for name in task or [] if name not in {*Task}]:
+        raise typer.BadParameter(f"unknown task {wrong[0]!r}; there are: {', '.join(Task)}")
+    settings = load_settings()
+    with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
+        for one in [Task(name) for name in task or list(Task)]:
+            try:
+                api.start_missing(one)
+            except ImmichError as exc:
+                typer.echo(f"immich-ml-metal: {exc}", err=True)
+                raise typer.Exit(Exit.UNREACHABLE) from exc
+            typer.echo(f"Asked Immich for the missing {QUEUES[one]} jobs.")
+
+
+def our_side(settings: "Settings", server: "ServerSettings", *, measure: bool) -> "OurSide":
+    """This service as Immich could see it; `measure` takes a minute."""
+    from immich_ml_metal.cli.drawing import draw_preview
+    from immich_ml_metal.host import names_of_this_machine
+    from immich_ml_metal.immich.advice import OurSide
+    from immich_ml_metal.immich.gain import measure_gains
+    from immich_ml_metal.own_service import local_url
+
+    url = local_url(settings)
+    return OurSide(
+        port=settings.port,
+        hosts=names_of_this_machine(),
+        immich_compat=settings.immich_compat,
+        why_not_served=_why_not_served,
+        engines=_engines(url),
+        gains=measure_gains(url, server, draw_preview) if measure else None,
+    )
+
+
+def _engines(url: str) -> "dict[Task, str]":
+    from immich_ml_metal.own_service import NotServing, ask_health
+    from immich_ml_metal.types import Task
+
+    try:
+        table = ask_health(url).engines
+    except NotServing:
+        return {}
+    return {task: name for task in Task for key, name in table.items() if key.startswith(task)}
+
+
+def _why_not_served(task: "Task", name: str) -> str:
+    from immich_ml_metal.catalog import PARTS_OF, find_model
+    from immich_ml_metal.errors import UnknownModel
+
+    try:
+        find_model(name, task, PARTS_OF[task][0])
+    except UnknownModel as exc:
+        return str(exc)
+    return ""
+
+
+def _failed_answers(settings: "Settings") -> int | None:
+    from immich_ml_metal.own_service import NotServing, failed_answers, local_url
+
+    try:
+        return failed_answers(local_url(settings))
+    except NotServing:
+        return None
+
+
+def _print_json(
+    server: "ServerSettings",
+    queues: "dict[Task, QueueCounts]",
+    failed: int | None,
+    advice: "list[Advice]",
+) -> None:
+    report = {
+        "server": asdict(server),
+        "queues": {task: asdict(counts) for task, counts in queues.items()},
+        "answers_failed_since_start": failed,
+        "advice": [asdict(item) for item in advice],
+    }
+    typer.echo(json.dumps(report, indent=2))
+
+
+def _print_tables(
+    settings: "Settings",
+    server: "ServerSettings",
+    queues: "dict[Task, QueueCounts]",
+    failed: int | None,
+    advice: "list[Advice]",
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from immich_ml_metal.types import Task
+
+    console = Console(highlight=False)
+    console.print(f"Immich {server.version} at {settings.immich_url}", markup=False)
+    console.print(f"  its URLs: {', '.join(server.urls)}", markup=False)
+    table = Table("task", "Immich's model", "at once", "active", "waiting", "failed", box=None)
+    for task in Task:
+        counts = queues.get(task)
+        row = (counts.active, counts.waiting, counts.failed) if counts else ("-", "-", "-")
+        paused = " (paused)" if counts and counts.is_paused else ""
+        table.add_row(
+            task + paused,
+            server.models.get(task, "off"),
+            str(server.concurrency.get(task, "-")),
+            *(str(value) for value in row),
+        )
+    console.print(table)
+    shown = "our service is not running" if failed is None else f"{failed} since our start"
+    console.print(f"answers we failed: {shown}")
+    for item in advice:
+        mark, style = ("!", "red") if item.is_fault else ("-", "")
+        console.print(f" {mark} {item.text}", style=style, markup=False)

@@ -1,0 +1,206 @@
+"""`service ...`: start at boot, stop, see, read the logs."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from immich_ml_metal import __version__
+from immich_ml_metal.cli.config import default_file
+from immich_ml_metal.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from immich_ml_metal.config import Settings
+    from immich_ml_metal.service.plan import Manager, ServicePlan
+
+app = typer.Typer(
+    help="Start at boot (launchd on macOS, systemd on Linux), stop, see, read the logs.",
+    no_args_is_help=True,
+)
+
+DaemonOption = Annotated[
+    bool,
+    typer.Option("--daemon", help="macOS: run without anybody logged in; needs sudo."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings file; the one `config init` writes if it is there."),
+]
+
+
+@app.command("install")
+def install(
+    daemon: DaemonOption = False,
+    config: ConfigOption = None,
+    env_file: Annotated[Path | None, typer.Option(help="An Immich .env file.")] = None,
+    show: Annotated[bool, typer.Option("--print", help="Show it; change nothing.")] = False,
+) -> None:
+    """Start the service now and at every boot; run it again after an upgrade."""
+    from immich_ml_metal.config import load_settings
+
+    file = config or default_file()
+    settings = load_settings(file=file, env_file=env_file)
+    manager = _manager(daemon=daemon)
+    plan = _plan(settings, file, env_file)
+    text = manager.render(plan)
+    if problem := manager.validate(text):
+        typer.echo(f"immich-ml-metal: {problem}", err=True)
+        raise typer.Exit(Exit.FINDING)
+    if show:
+        typer.echo(f"# {manager.definition}\n{text}")
+        return
+    manager.install(plan)
+    typer.echo(f"Wrote {manager.definition}")
+    typer.echo(f"It runs {' '.join(plan.command)}, now and at every boot.")
+    typer.echo(f"Logs: {plan.log_file}")
+    _explain(daemon=daemon)
+
+
+@app.command("uninstall")
+def uninstall(daemon: DaemonOption = False) -> None:
+    """Stop the service and forget it. Models, settings and logs stay."""
+    manager = _manager(daemon=daemon)
+    manager.uninstall()
+    typer.echo(f"Removed {manager.definition}")
+
+
+@app.command("start")
+def start(daemon: DaemonOption = False) -> None:
+    """Start the installed service."""
+    _installed(daemon=daemon).start()
+    typer.echo("Started.")
+
+
+@app.command("stop")
+def stop(daemon: DaemonOption = False) -> None:
+    """Stop it, once what is in flight is answered, until the next start or boot."""
+    _installed(daemon=daemon).stop()
+    typer.echo("Stopped.")
+
+
+@app.command("restart")
+def restart(daemon: DaemonOption = False) -> None:
+    """Replace the running process, for example after an upgrade."""
+    _installed(daemon=daemon).restart()
+    typer.echo("Restarted.")
+
+
+@app.command("status")
+def status(
+    daemon: DaemonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Say whether it runs, and whether what runs is what is installed.
+
+    Exit code: 0 running and current, 1 not running, or an old version is still serving.
+    """
+    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.own_service import NotServing, ask_health, local_url
+
+    url = local_url(load_settings(file=default_file()))
+    state = _manager(daemon=daemon).status()
+    try:
+        serving = ask_health(url).version
+    except NotServing:
+        serving = None
+    is_current = serving == __version__
+    if as_json:
+        words = {"state": state.state, "pid": state.pid, "last_exit": state.last_exit}
+        versions = {"url": url, "serving": serving, "installed": __version__}
+        typer.echo(json.dumps({**words, **versions}))
+    else:
+        typer.echo(f"service: {_state_words(state.state, state.pid, state.last_exit)}")
+        typer.echo(_serving_words(url, serving))
+    raise typer.Exit(Exit.OK if state.state == "running" and is_current else Exit.FINDING)
+
+
+@app.command("logs")
+def logs(
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines of each file.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
+) -> None:
+    """Print the end of the logs: gateway, engine, and what could not be logged."""
+    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.logs import file_of
+
+    plan = _plan(load_settings(file=default_file()), None, None)
+    files = [plan.log_file, file_of(plan.log_file, "engine"), plan.stderr_file]
+    present = [file for file in files if file.is_file()]
+    if not present:
+        typer.echo(f"immich-ml-metal: no log yet at {plan.log_file}", err=True)
+        raise typer.Exit(Exit.FINDING)
+    for file in present:
+        typer.echo(f"==> {file} <==")
+        typer.echo("\n".join(tail(file, lines)))
+    if follow:
+        _follow(present)
+
+
+def tail(file: Path, lines: int) -> list[str]:
+    """The last lines of a file; a log file is capped, so it is read whole."""
+    return file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+
+
+def _follow(files: list[Path]) -> None:
+    from immich_ml_metal.service.follow import new_text
+
+    seen = {file: file.stat().st_size for file in files}
+    while True:
+        for file in files:
+            text, seen[file] = new_text(file, seen[file])
+            if text:
+                typer.echo(text, nl=False)
+        time.sleep(0.5)
+
+
+def _plan(settings: "Settings", config: Path | None, env_file: Path | None) -> "ServicePlan":
+    import sys
+
+    from immich_ml_metal.service.choose import log_folder
+    from immich_ml_metal.service.plan import find_program, make_plan
+
+    command = find_program(sys.argv[0])
+    return make_plan(settings, command, log_folder(), config_file=config, env_file=env_file)
+
+
+def _manager(*, daemon: bool) -> "Manager":
+    from immich_ml_metal.runner import run_program
+    from immich_ml_metal.service.choose import choose_manager
+
+    return choose_manager(run_program, daemon=daemon)
+
+
+def _installed(*, daemon: bool) -> "Manager":
+    manager = _manager(daemon=daemon)
+    if not manager.definition.exists():
+        typer.echo("immich-ml-metal: not installed; run: immich-ml-metal service install", err=True)
+        raise typer.Exit(Exit.FINDING)
+    return manager
+
+
+def _state_words(state: str, pid: int | None, last_exit: str) -> str:
+    if state == "running":
+        return f"running, process {pid}"
+    if state == "none":
+        return "not installed (immich-ml-metal service install)"
+    return f"stopped{f', it ended with {last_exit}' if last_exit else ''}"
+
+
+def _serving_words(url: str, serving: str | None) -> str:
+    if serving is None:
+        return f"nothing answers at {url}"
+    if serving == __version__:
+        return f"{url} answers: version {serving}"
+    old = f"version {serving or 'unknown'} is still serving, {__version__} is installed"
+    return f"{url} answers: {old}\n  immich-ml-metal service restart"
+
+
+def _explain(*, daemon: bool) -> None:
+    import platform
+
+    if platform.system() == "Linux":
+        typer.echo("To run without being logged in: loginctl enable-linger")
+    elif not daemon:
+        typer.echo("It starts when you log in. For a Mac that nobody logs in to: --daemon.")

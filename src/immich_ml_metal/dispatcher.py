@@ -1,0 +1,163 @@
+"""Brings the waiting requests and the engine together; decides alone when an engine may stop.
+
+Every decision is a synchronous step on the event loop, so no request can slip in between "nobody is
+waiting" and "stop the engine".
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from immich_ml_metal.body import Body
+from immich_ml_metal.crashes import CrashRecord
+from immich_ml_metal.engine_client import EngineAnswer, EngineLost, exchange
+from immich_ml_metal.engine_process import EngineProcess
+from immich_ml_metal.errors import InferenceError, Overloaded
+from immich_ml_metal.logs import REQUEST_ID_HEADER
+from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.replay import Condemned, Job, JobQueue
+from immich_ml_metal.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened to requests since the gateway started."""
+
+    received: int = 0
+    answered: int = 0
+    refused: int = 0
+    failed: int = 0
+    replayed: int = 0
+    cancelled: int = 0
+
+
+class Dispatcher:
+    """Sends requests to the engine in order of arrival, `limit` at once, and sends them again."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        settings_json: str,
+        *,
+        limit: int,
+        crashes: CrashRecord,
+        metrics: Metrics,
+    ) -> None:
+        self.queue = JobQueue()
+        self.counts = Counts()
+        self.crashes = crashes
+        self.last_active_s = time.monotonic()
+        self.served_by_engine = 0
+        self.supervisor = Supervisor(
+            command,
+            settings_json,
+            crashes=crashes,
+            on_ready=self._engine_ready,
+            on_end=self._engine_ended,
+        )
+        self._limit = limit
+        self._metrics = metrics
+        self._numbers = itertools.count()
+        self._sending: dict[Job, asyncio.Task[None]] = {}
+        self._stop_when_clear: Order | None = None
+
+    def expect(self) -> None:
+        """A request is on its way: an engine may start while the upload comes in."""
+        self.last_active_s = time.monotonic()
+        self.supervisor.wake()
+
+    def submit(self, body: Body, content_type: bytes, request_id: str) -> Job:
+        """Queue a request; its `answer` gets the engine's answer or raises `Condemned`."""
+        answer: asyncio.Future[EngineAnswer] = asyncio.get_running_loop().create_future()
+        job = Job(next(self._numbers), body, content_type, request_id, answer)
+        self.queue.add(job)
+        self.expect()
+        self._pump()
+        return job
+
+    def withdraw(self, job: Job) -> None:
+        """Forget a request, answered or not; the engine sees its connection close."""
+        if (task := self._sending.pop(job, None)) is not None:
+            task.cancel()
+        self.queue.remove(job)
+        self.last_active_s = time.monotonic()
+        self._pump()
+
+    def recycle(self, order: Order) -> None:
+        """End the engine as soon as it works on nothing; requests wait meanwhile."""
+        self._stop_when_clear = order
+        self._pump()
+
+    def stop_if_idle(self, order: Order) -> bool:
+        """End the engine if no request is here."""
+        if self.supervisor.state is not State.READY or self.queue.waiting or self.queue.running:
+            return False
+        self.supervisor.end(order)
+        return True
+
+    def refuse_all(self, reason: str) -> None:
+        """Answer every request that is still here: the service ends."""
+        for job in self.queue.everything():
+            if not job.answer.done():
+                job.answer.set_exception(Overloaded(reason))
+
+    def _pump(self) -> None:
+        engine = self.supervisor.engine
+        if self.supervisor.state is not State.READY or engine is None:
+            return
+        if self._stop_when_clear is not None:
+            if not self.queue.running:
+                self.supervisor.end(self._stop_when_clear)
+            return
+        for job in self.queue.take(self._limit):
+            self._sending[job] = asyncio.create_task(self._send(job, engine))
+
+    async def _send(self, job: Job, engine: EngineProcess) -> None:
+        headers = [
+            (b"content-type", job.content_type),
+            (REQUEST_ID_HEADER.lower().encode(), job.request_id.encode()),
+        ]
+        size_bytes = job.body.size_bytes
+        try:
+            answer = await exchange(
+                engine.socket, "POST /predict", headers, size_bytes, job.body.pieces()
+            )
+        except EngineLost as exc:  # the request is sent again once that engine is known to be gone
+            self.supervisor.end(Order(str(exc), fault=True, grace_s=LAST_WORDS_S))
+            return
+        except OSError as exc:
+            job.answer.set_exception(InferenceError(f"cannot read an upload back: {exc.strerror}"))
+            return
+        self._sending.pop(job, None)
+        self.served_by_engine += 1
+        self.crashes.note_answer()
+        job.answer.set_result(answer)
+
+    def _engine_ready(self) -> None:
+        self.served_by_engine = 0
+        self.last_active_s = time.monotonic()
+        if suspects := self.queue.suspects:
+            logger.info("sending requests again one_by_one=%d", suspects)
+        self._pump()
+
+    def _engine_ended(self, end: End) -> None:
+        for task in self._sending.values():
+            task.cancel()
+        self._sending.clear()
+        self._stop_when_clear = None
+        self._metrics.engine_restarts.labels("crash" if end.fault else end.cause).inc()
+        in_flight = self.queue.running
+        if not end.fault:
+            self.queue.return_running()
+            return
+        condemned = self.queue.blame_running(end.cause, from_outside=end.from_outside)
+        self.counts.replayed += in_flight - len(condemned)
+        self._metrics.replays.inc(in_flight - len(condemned))
+        for job in condemned:
+            if not job.answer.done():
+                job.answer.set_exception(Condemned(", ".join(job.causes)))

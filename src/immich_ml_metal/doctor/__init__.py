@@ -1,0 +1,1 @@
+"""What is wrong with this installation, its cause first, each with a fix."""

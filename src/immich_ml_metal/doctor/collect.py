@@ -1,0 +1,174 @@
+"""Collect the facts of this machine. Asks the system, never changes it."""
+
+import platform
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import psutil
+
+from immich_ml_metal.catalog import find_by_name
+from immich_ml_metal.config import Settings
+from immich_ml_metal.doctor.facts import Machine, ModelFact, Port
+from immich_ml_metal.errors import UnknownModel
+from immich_ml_metal.own_service import NotServing, ask_health, local_url
+from immich_ml_metal.runner import Runner
+from immich_ml_metal.shelf import State, check_part
+from immich_ml_metal.store import ModelStore
+
+CONNECT_TIMEOUT_S = 2.0
+HUB_TIMEOUT_S = 5.0
+_EVERYWHERE = ("onnxruntime", "numpy", "pillow", "opencv-python-headless", "tokenizers")
+_APPLE_SILICON = ("mlx", "pyobjc-framework-Vision", "pyobjc-framework-CoreML")
+
+
+def read_machine(run: Runner) -> Machine:
+    """The computer, its operating system and this Python."""
+    memory = psutil.virtual_memory()
+    system = platform.system()
+    return Machine(
+        system=system,
+        arch=platform.machine(),
+        is_translated=system == "Darwin"
+        and run("sysctl", "-n", "sysctl.proc_translated").out.strip() == "1",
+        release=platform.mac_ver()[0],
+        python=sys.version_info[:3],
+        memory_bytes=memory.total,
+        memory_free_bytes=memory.available,
+        sleep_min=parse_sleep(run("pmset", "-g", "custom").out) if system == "Darwin" else None,
+    )
+
+
+def parse_sleep(text: str) -> int | None:
+    """Minutes until sleep on mains power, out of `pmset -g custom`; None when it does not say."""
+    on_mains = False
+    for line in text.splitlines():
+        if line.endswith("Power:"):
+            on_mains = line.startswith("AC")
+        words = line.split()
+        if on_mains and len(words) > 1 and words[0] == "sleep" and words[1].isdigit():
+            return int(words[1])
+    return None
+
+
+def read_packages(machine: Machine) -> dict[str, str | None]:
+    """The packages this platform computes with, and their versions."""
+    names: list[str] = list(_EVERYWHERE)
+    if machine.system == "Darwin" and machine.arch == "arm64":
+        names += _APPLE_SILICON
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def read_port(settings: Settings, run: Runner) -> Port:
+    """Who answers on our port."""
+    url, number = local_url(settings), settings.port
+    try:
+        health = ask_health(url)
+    except NotServing:
+        host = httpx.URL(url).host
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.settimeout(CONNECT_TIMEOUT_S)
+            if probe.connect_ex((host, number)) != 0:
+                return Port(number, "free")
+        return Port(number, "taken", holder=_holder(number, run))
+    if health.version:
+        return Port(number, "ours", version=health.version)
+    return Port(number, "other_ml", holder=_holder(number, run))
+
+
+def _holder(port: int, run: Runner) -> str:
+    """The program that listens, as far as this user may see."""
+    lines = run("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fcp").out.splitlines()
+    found = {line[0]: line[1:] for line in lines if line}
+    if {"p", "c"} <= found.keys():
+        return f"{found['c']}, process {found['p']}"
+    try:
+        for connection in psutil.net_connections("tcp"):
+            at = connection.laddr
+            if (
+                connection.status == psutil.CONN_LISTEN
+                and at
+                and at.port == port
+                and connection.pid
+            ):
+                return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
+    except psutil.Error:
+        return ""
+    return ""
+
+
+def read_models_dir(settings: Settings) -> tuple[str, int]:
+    """Why the model folder cannot be written (empty when it can), and the free bytes around it."""
+    folder = settings.models_dir.expanduser()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = psutil.disk_usage(str(existing)).free
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return "", free_bytes
+    except OSError as exc:
+        return (exc.strerror or str(exc)).lower(), free_bytes
+
+
+def read_models(
+    settings: Settings, names: Sequence[str], *, digests: bool
+) -> tuple[ModelFact, ...]:
+    """The state on disk of every named model; `digests` reads each file to its end."""
+    store = ModelStore(settings)
+    try:
+        return tuple(_read_model(store, name, digests=digests) for name in names)
+    finally:
+        store.close()
+
+
+def _read_model(store: ModelStore, name: str, *, digests: bool) -> ModelFact:
+    try:
+        spec = find_by_name(name)
+    except UnknownModel as exc:
+        return ModelFact(name, is_present=False, problem=str(exc))
+    is_present = True
+    for part in spec.parts:
+        key = spec.key(part)
+        states = check_part(store.shelf.root(key), spec, part, digests=digests)
+        damaged = [path for path, state in states.items() if state is State.DAMAGED]
+        if damaged:
+            return ModelFact(spec.name, is_present=True, problem=f"{damaged[0]} is damaged")
+        is_present = is_present and store.locate(key) is not None
+    return ModelFact(spec.name, is_present)
+
+
+def read_hub(settings: Settings, endpoint: str, now_s: float) -> tuple[str, float | None]:
+    """Why the hub is not reachable (empty when it is), and our clock minus the hub's."""
+    if settings.offline:
+        return "offline", None
+    try:
+        reply = httpx.head(endpoint, timeout=HUB_TIMEOUT_S, follow_redirects=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        return f"{endpoint} is not reachable ({str(exc) or type(exc).__name__})", None
+    problem = f"{endpoint} answers {reply.status_code}" if reply.is_server_error else ""
+    return problem, clock_skew(reply.headers.get("Date", ""), now_s)
+
+
+def clock_skew(date: str, now_s: float) -> float | None:
+    """Our clock minus the `Date` of an answer, in seconds."""
+    try:
+        return now_s - parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def size_of_logs(files: Sequence[Path]) -> int:
+    """Bytes of the log files with their rotated ones."""
+    found = {path for file in files for path in file.parent.glob(f"{file.name}*")}
+    return sum(path.stat().st_size for path in found if path.is_file())

@@ -1,0 +1,103 @@
+"""Everything the checks look at, as plain data: collected once, or made up by a test."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from immich_ml_metal.immich.advice import Advice
+from immich_ml_metal.parity.client import ModelNames
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The computer and its operating system.
+
+    Attributes:
+        system: `Darwin` or `Linux`.
+        arch: of this Python process: `arm64`, `x86_64`, ...
+        is_translated: whether Rosetta runs this process.
+        release: macOS version, `14.5`; empty elsewhere.
+        sleep_min: minutes until the machine sleeps on mains power; 0 never, None unknown.
+    """
+
+    system: str
+    arch: str
+    is_translated: bool
+    release: str
+    python: tuple[int, int, int]
+    memory_bytes: int
+    memory_free_bytes: int
+    sleep_min: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """Who has our port: nobody, this service, another such service, or something else."""
+
+    number: int
+    state: Literal["free", "ours", "other_ml", "taken"]
+    version: str = ""  # of the service that answers
+    holder: str = ""  # program and process id, where the system tells
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFact:
+    """One configured model on disk; `problem` is empty when it is whole."""
+
+    name: str
+    is_present: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTest:
+    """One task asked for real; `error` is empty when it answered, `skipped` says why it was not."""
+
+    task: str
+    engine: str
+    model: str
+    seconds: float = 0.0
+    error: str = ""
+    skipped: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All there is to know.
+
+    Attributes:
+        config_error: why the settings are refused; empty when they are not.
+        packages: needed package → installed version; None when missing.
+        models_dir_error: why the model folder cannot be written; empty when it can.
+        names: the models that are asked for: Immich's, where it could be asked.
+        hub: "" reachable, "offline" switched off, else why it is not reachable.
+        addresses: of this machine, as others see it.
+        service: what is installed to start at boot: `running`, `stopped` or `none`.
+        immich: advice from the Immich server; None when no server is configured.
+        immich_error: why the server could not be asked.
+        clock_skew_s: our clock minus a server's; None unknown.
+        logs_bytes: size of all log files.
+    """
+
+    version: str
+    machine: Machine
+    host: str
+    port: Port
+    packages: Mapping[str, str | None] = field(default_factory=dict)
+    config_error: str = ""
+    models_dir: str = ""
+    models_dir_error: str = ""
+    disk_free_bytes: int = 0
+    models: tuple[ModelFact, ...] = ()
+    names: ModelNames = field(default_factory=lambda: ModelNames("", "", ""))
+    hub: str = ""
+    tests: tuple[EngineTest, ...] = ()
+    addresses: tuple[str, ...] = ()
+    service: Literal["running", "stopped", "none"] = "none"
+    immich: tuple[Advice, ...] | None = None
+    immich_error: str = ""
+    clock_skew_s: float | None = None
+    logs_bytes: int = 0
+    log_limit_bytes: int = 0

@@ -1,0 +1,119 @@
+"""A bundle for an issue: what doctor found, with nothing private in it.
+
+Left out or replaced: the user, the machine, the network, folders, keys, model folders' location.
+"""
+
+import getpass
+import io
+import ipaddress
+import json
+import re
+import socket
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from immich_ml_metal.config import SECRET, Settings
+from immich_ml_metal.doctor.facts import Facts
+from immich_ml_metal.doctor.result import Result
+from immich_ml_metal.logs import redact
+
+LOG_LINES = 500
+_README = """Made by `immich-ml-metal doctor --share`.
+Names, addresses, folders and keys were replaced.
+"""
+_URL = re.compile(r"(?i)\b(https?://)(\[[0-9a-f:.]+\]|[^\s/:\"']+)(:\d+)?(/[^\s\"']*)?")
+_IPV4 = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b")
+_COLONS = re.compile(r"(?i)(?<![\w.:])[0-9a-f]*:[0-9a-f:.]*:[0-9a-f.]*(?![\w:])")
+_LOCAL_NAME = re.compile(
+    r"(?i)\b[\w-]+(?:\.[\w-]+)*\.(?:lan|local|home|internal|localdomain|ts\.net)\b"
+)
+_MAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.]+\b")
+_PATH = re.compile(
+    r"(/(?:Users|home|Volumes|mnt|media|private|root|srv|opt/photos)(?:/[^\s\"',:;)]+)+)"
+)
+_PUBLIC = frozenset({"127.0.0.1", "0.0.0.0", "::1", "::", "localhost", "host.docker.internal"})
+
+
+def write_bundle(
+    path: Path, facts: Facts, results: Iterable[Result], settings: Settings, logs: Iterable[Path]
+) -> None:
+    """Write the zip file; look into it before you attach it, it is plain text."""
+    known = known_private(settings)
+    members = {
+        "doctor.json": _json([asdict(result) for result in results]),
+        "facts.json": _json(asdict(facts)),
+        "settings.json": _json(_settings(settings)),
+        "README.txt": _README,
+    }
+    for log in logs:
+        if log.is_file():
+            text = log.read_text(encoding="utf-8", errors="replace")
+            members[f"logs/{log.name}"] = "\n".join(text.splitlines()[-LOG_LINES:]) + "\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
+        for name, text in members.items():
+            bundle.writestr(name, anonymise(text, known))
+    path.write_bytes(buffer.getvalue())
+
+
+def known_private(settings: Settings) -> dict[str, str]:
+    """Words of this machine that must not leave it → what stands for them."""
+    host = socket.gethostname()
+    words = {
+        str(Path.home()): "~",
+        host: "HOST",
+        host.partition(".")[0]: "HOST",
+        getpass.getuser(): "USER",
+        str(settings.models_dir.expanduser()): "MODELS",
+    }
+    for url in (settings.immich_url, settings.hub_endpoint):
+        if url is not None and (name := urlsplit(url).hostname):
+            words[name] = "ADDRESS"
+    if settings.immich_api_key is not None:
+        words[settings.immich_api_key.get_secret_value()] = "***"
+    return {word: stand_in for word, stand_in in words.items() if len(word) > 1}
+
+
+def anonymise(text: str, known: Mapping[str, str]) -> str:
+    """Replace everything private in `text`; longer known words first."""
+    for word in sorted(known, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", known[word], text)
+    text = redact(text, [])
+    text = _URL.sub(_hide_host, text)
+    text = _MAIL.sub("MAIL", text)
+    text = _IPV4.sub(lambda found: found[0] if found[0] in _PUBLIC else "IP", text)
+    text = _COLONS.sub(_hide_ipv6, text)
+    text = _LOCAL_NAME.sub(lambda found: found[0] if found[0] in _PUBLIC else "HOST", text)
+    return _PATH.sub("PATH", text)
+
+
+def _hide_host(found: "re.Match[str]") -> str:
+    scheme, host, port, _ = found.groups(default="")
+    return f"{scheme}{host if host in _PUBLIC else 'ADDRESS'}{port}"
+
+
+def _hide_ipv6(found: "re.Match[str]") -> str:
+    """A clock time has colons too, so the address is really parsed."""
+    try:
+        ipaddress.IPv6Address(found[0])
+    except ValueError:
+        return found[0]
+    return found[0] if found[0] in _PUBLIC else "IP"
+
+
+def _settings(settings: Settings) -> dict[str, object]:
+    """The values that differ from the defaults; of a secret only that it is set."""
+    default = Settings()
+    changed = {
+        name: getattr(settings, name)
+        for name in Settings.model_fields
+        if getattr(settings, name) != getattr(default, name)
+    }
+    return {name: "set" if name in SECRET else str(value) for name, value in changed.items()}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, default=str, ensure_ascii=False)

@@ -1,0 +1,229 @@
+"""The public face: takes requests in, holds them until the engine has answered, is always there.
+
+Knows nothing about models, pictures or what a request asks for.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from immich_ml_metal.admission import FORM_BYTES, ClientGone, Reception, Room
+from immich_ml_metal.config import Settings
+from immich_ml_metal.crashes import CrashRecord
+from immich_ml_metal.dispatcher import Dispatcher
+from immich_ml_metal.errors import ImageTooLarge, InferenceError, Overloaded, TimedOut
+from immich_ml_metal.health import report
+from immich_ml_metal.holding import Holding
+from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
+from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
+from immich_ml_metal.replay import Condemned
+from immich_ml_metal.replies import Message, Receive, Send, reply, reply_json, reply_unread
+from immich_ml_metal.supervisor import State
+from immich_ml_metal.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+Scope = Mapping[str, Any]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+ENGINE_COMMAND = (sys.executable, "-m", "immich_ml_metal.engine")
+
+_TEXT = (b"content-type", b"text/plain; charset=utf-8")
+_RETRY = (b"retry-after", b"30")
+_REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
+_ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the engine's part
+
+
+class Gateway:
+    """The ASGI app; its lifespan is the engine's.
+
+    `pages` are apps that answer GET on further paths: the path itself and all below it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        pages: Mapping[str, App] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.is_draining = False
+        self.open_requests = 0
+        self.broken: BaseException | None = None
+        self.on_broken: Callable[[], None] = lambda: None
+        self.started_s = time.monotonic()
+        self.metrics = Metrics()
+        self.crashes = CrashRecord(
+            max_crashes=settings.engine_max_crashes, window_s=settings.engine_crash_window_s
+        )
+        self.dispatcher = Dispatcher(
+            command,
+            settings.model_dump_json(),
+            limit=settings.max_concurrent_requests,
+            crashes=self.crashes,
+            metrics=self.metrics,
+        )
+        self.holding = Holding(
+            self.dispatcher, _reception(settings), hold_limit_s=settings.hold_limit_s
+        )
+        self.watch = Watch(settings, self.dispatcher)
+        self._pages: dict[str, App] = {
+            "/": self._root,
+            "/ping": self._ping,
+            "/health": self._health,
+            "/metrics": self._metrics_page,
+            **(pages or {}),
+        }
+        is_up = self.dispatcher.supervisor
+        self.metrics.engine_up.set_function(lambda: float(is_up.state is State.READY))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or follow the server's life."""
+        if scope["type"] == "lifespan":
+            await _follow(self, receive, send)
+        elif scope["type"] == "http":
+            headers = dict(scope["headers"])
+            sent_id = headers.get(_REQUEST_ID, b"").decode("latin-1") or None
+            with request_scope(sent_id) as name:
+                await self._route(scope, headers, receive, self._observed(scope, send, name))
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Own an engine for the length of the block; it starts at once, and is not waited for."""
+        tasks = [
+            asyncio.create_task(self.dispatcher.supervisor.run()),
+            asyncio.create_task(self.watch.run()),
+        ]
+        for task in tasks:
+            task.add_done_callback(self._task_ended)
+        self.dispatcher.expect()
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def can_serve(self) -> bool:
+        """Whether a request that arrives now can be expected to be answered."""
+        return not (self.is_draining or self.crashes.is_looping(time.monotonic()))
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """Without its supervisor the gateway would hold requests for nothing: let it end."""
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            logger.critical("the gateway cannot go on", exc_info=failure)
+            self.broken = failure
+            self.on_broken()
+
+    def _observed(self, scope: Scope, send: Send, name: str) -> Send:
+        """Count each answer, name it, and let connections end while draining."""
+        started_s = time.perf_counter()
+        path = scope["path"] if scope["path"] in {*self._pages, "/predict"} else "other"
+
+        async def observed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message["headers"], (_REQUEST_ID, name.encode())]
+                if self.is_draining:
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
+                self.metrics.http_requests.labels(path, str(message["status"])).inc()
+                self.metrics.http_seconds.labels(path).observe(time.perf_counter() - started_s)
+            await send(message)
+
+        return observed
+
+    async def _route(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        path, method = scope["path"], scope["method"]
+        page = self._find_page(path)
+        if path == "/predict" and method == "POST":
+            await self._predict(headers, receive, send)
+        elif page is not None and method == "GET":
+            await page(scope, receive, send)
+        elif page is not None or path == "/predict":
+            allowed = b"POST" if page is None else b"GET"
+            await reply_json(send, 405, {"detail": "Method Not Allowed"}, (b"allow", allowed))
+        else:
+            await reply_json(send, 404, {"detail": "Not Found"})
+
+    def _find_page(self, path: str) -> App | None:
+        if path in self._pages:
+            return self._pages[path]
+        below = (
+            page for at, page in self._pages.items() if at != "/" and path.startswith(at + "/")
+        )
+        return next(below, None)
+
+    async def _root(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply_json(send, 200, {"message": "Immich ML"})
+
+    async def _ping(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.can_serve():
+            await reply(send, 200, [_TEXT], b"pong")
+        else:
+            await reply(send, 503, [_TEXT, _RETRY], b"unavailable")
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.watch.ask(_ASK_TIMEOUT_S)
+        await reply_json(send, 200, report(self))
+
+    async def _metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts = {"gateway": self.metrics.render()}
+        if (engine := await self.watch.ask_metrics(_ASK_TIMEOUT_S)) is not None:
+            parts["engine"] = engine
+        await reply(send, 200, [(b"content-type", CONTENT_TYPE.encode())], merge(parts))
+
+    async def _predict(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
+        self.open_requests += 1
+        counts = self.dispatcher.counts
+        counts.received += 1
+        try:
+            answer = await self.holding.answer(headers, receive, request_id.get() or "")
+        except ClientGone:
+            counts.cancelled += 1
+        except (ImageTooLarge, TimedOut) as exc:
+            counts.refused += 1
+            status = 413 if isinstance(exc, ImageTooLarge) else 408
+            await reply_unread(receive, send, status, str(exc))
+        except Overloaded as exc:
+            self._note_failure(str(exc))
+            await reply_unread(receive, send, 503, str(exc), _RETRY)
+        except (Condemned, InferenceError) as exc:
+            self._note_failure(str(exc))
+            await reply_json(send, 500, {"detail": str(exc)})
+        else:
+            counts.answered += 1
+            if answer.status >= 500:
+                self._note_failure(f"the engine answered {answer.status}")
+            await reply(send, answer.status, answer.headers, answer.body)
+        finally:
+            self.open_requests -= 1
+
+    def _note_failure(self, cause: str) -> None:
+        self.dispatcher.counts.failed += 1
+        self.crashes.note_failure(cause)
+        logger.error("request failed cause=%s", cause)
+
+
+def _reception(settings: Settings) -> Reception:
+    room = Room(memory_bytes=settings.hold_memory_bytes, spool_bytes=settings.hold_spool_bytes)
+    return Reception(
+        room,
+        max_body_bytes=settings.max_image_size_bytes + FORM_BYTES,
+        client_timeout_s=settings.client_timeout_s,
+    )
+
+
+async def _follow(gateway: Gateway, receive: Receive, send: Send) -> None:
+    """The lifespan protocol: up at once, down when the engine is gone."""
+    await receive()
+    async with gateway.running():
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+    await send({"type": "lifespan.shutdown.complete"})

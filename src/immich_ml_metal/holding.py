@@ -1,0 +1,106 @@
+"""One request from its first byte to its answer: taken in, kept, sent, sent again, given up.
+
+Knows nothing about status codes: every way to fail is an exception.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from immich_ml_metal.admission import ClientGone, Receive, Reception
+from immich_ml_metal.body import Body
+from immich_ml_metal.dispatcher import Dispatcher
+from immich_ml_metal.engine_client import EngineAnswer
+from immich_ml_metal.errors import Overloaded
+from immich_ml_metal.replay import REMEMBER_S, Condemned, Job, Quarantine
+
+
+class Holding:
+    """Holds requests for as long as the caller waits for them."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, reception: Reception, *, hold_limit_s: float
+    ) -> None:
+        self.reception = reception
+        self.quarantine = Quarantine()
+        self._dispatcher = dispatcher
+        self._hold_limit_s = hold_limit_s
+
+    async def answer(
+        self, headers: Mapping[bytes, bytes], receive: Receive, request_id: str
+    ) -> EngineAnswer:
+        """Get the engine's answer, whatever becomes of engines meanwhile.
+
+        Raises:
+            ImageTooLarge: the upload is over the limit.
+            TimedOut: the client stopped sending.
+            ClientGone: the client hung up.
+            Condemned: the request ended every engine that worked on it.
+            Overloaded: it was held as long as it could be.
+        """
+        try:
+            async with asyncio.timeout(self._hold_limit_s):
+                return await self._answer(headers, receive, request_id)
+        except TimeoutError as exc:
+            state = self._dispatcher.supervisor.state
+            reason = f"held for {self._hold_limit_s:g} s, the engine's state is {state}"
+            raise Overloaded(reason) from exc
+
+    async def _answer(
+        self, headers: Mapping[bytes, bytes], receive: Receive, request_id: str
+    ) -> EngineAnswer:
+        self._dispatcher.expect()
+        body, lease = await self.reception.take(receive, _declared_bytes(headers))
+        try:
+            content_type = headers.get(b"content-type", b"")
+            await self._refuse_known(body, content_type)
+            return await self._dispatch(body, content_type, receive, request_id)
+        finally:
+            body.close()
+            self.reception.room.release(lease)
+
+    async def _dispatch(
+        self, body: Body, content_type: bytes, receive: Receive, request_id: str
+    ) -> EngineAnswer:
+        job = self._dispatcher.submit(body, content_type, request_id)
+        try:
+            return await _answer_or_gone(job, receive)
+        except Condemned as exc:
+            reason = f"the engine ended each time it worked on this ({exc})"
+            self.quarantine.add(await body.digest(content_type), reason, time.monotonic())
+            raise Condemned(reason) from exc
+        finally:
+            self._dispatcher.withdraw(job)
+
+    async def _refuse_known(self, body: Body, content_type: bytes) -> None:
+        self.quarantine.forget_old(time.monotonic())
+        if not len(self.quarantine):
+            return
+        if reason := self.quarantine.find(await body.digest(content_type)):
+            raise Condemned(f"{reason}; it is not tried again for {REMEMBER_S:g} s")
+
+
+async def _answer_or_gone(job: Job, receive: Receive) -> EngineAnswer:
+    gone = asyncio.ensure_future(_until_gone(receive))
+    either: set[asyncio.Future[Any]] = {job.answer, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if job.answer.done():
+        return job.answer.result()
+    raise ClientGone
+
+
+async def _until_gone(receive: Receive) -> None:
+    message: Mapping[str, Any] = {"type": ""}
+    while message["type"] != "http.disconnect":
+        message = await receive()
+
+
+def _declared_bytes(headers: Mapping[bytes, bytes]) -> int | None:
+    """The body's length as announced: 0 for none at all, None when it comes in chunks."""
+    if b"transfer-encoding" in headers:
+        return None
+    return int(headers.get(b"content-length", b"0"))

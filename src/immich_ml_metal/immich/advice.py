@@ -1,0 +1,123 @@
+"""What to change on the Immich side, given its settings and what this service is. Pure."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+from immich_ml_metal.immich.api import ServerSettings
+from immich_ml_metal.types import Task
+
+# Enough in flight that batches form, while each waits its turn well below Immich's 300 s.
+GOOD_CONCURRENCY: Mapping[Task, int] = MappingProxyType({Task.CLIP: 8, Task.FACES: 4, Task.OCR: 4})
+WORTH_IT = 1.05  # below this a gain is noise
+_TITLES: Mapping[Task, str] = MappingProxyType(
+    {Task.CLIP: "smart search", Task.FACES: "face detection", Task.OCR: "OCR"}
+)
+SQUASH_SINCE = (3, 3)  # the first server whose own service squashes where models say so
+
+
+@dataclass(frozen=True, slots=True)
+class OurSide:
+    """This service, as Immich could see it.
+
+    Attributes:
+        port: where it listens.
+        hosts: names and addresses of this machine.
+        immich_compat: the resize rule in force.
+        why_not_served: task and model name → why it cannot be served here; empty when it can.
+        engines: the engine of each task, where known.
+        gains: measured images per second at more in flight over that at Immich's setting.
+    """
+
+    port: int
+    hosts: frozenset[str]
+    immich_compat: str
+    why_not_served: Callable[[Task, str], str]
+    engines: Mapping[Task, str] = field(default_factory=dict)
+    gains: Mapping[Task, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One thing to do; `is_fault` where photos go without results until it is done."""
+
+    text: str
+    is_fault: bool = False
+
+
+def advise(server: ServerSettings, ours: OurSide) -> list[Advice]:
+    """Everything worth changing, faults first."""
+    found = [
+        *_reach(server, ours),
+        *_models(server, ours),
+        *_rule(server, ours),
+        *_speed(server, ours),
+    ]
+    return sorted(found, key=lambda advice: not advice.is_fault)
+
+
+def _reach(server: ServerSettings, ours: OurSide) -> Iterator[Advice]:
+    if not server.is_enabled:
+        yield Advice("machine learning is switched off in Immich's settings", is_fault=True)
+    mine = [url for url in server.urls if _is_mine(url, ours)]
+    if not mine:
+        yield Advice(
+            f"none of Immich's URLs ({', '.join(server.urls) or 'none'}) looks like this machine "
+            f"on port {ours.port}: add it under Machine Learning > URL",
+            is_fault=True,
+        )
+    elif server.urls[0] not in mine:
+        yield Advice(
+            f"{server.urls[0]} is asked first; move {mine[0]} to the top to use this machine"
+        )
+    if len(server.urls) > 1 and not server.availability_checks:
+        yield Advice(
+            "several URLs without availability checks: a dead one is asked first each time"
+        )
+
+
+def _is_mine(url: str, ours: OurSide) -> bool:
+    parts = urlsplit(url)
+    host = (parts.hostname or "").lower()
+    return (parts.port or 80) == ours.port and host in {name.lower() for name in ours.hosts}
+
+
+def _models(server: ServerSettings, ours: OurSide) -> Iterator[Advice]:
+    for task, name in server.models.items():
+        if reason := ours.why_not_served(task, name):
+            yield Advice(f"{_TITLES[task]} asks for {name}: {reason}", is_fault=True)
+        elif ours.engines.get(task) == "vision":
+            yield Advice(
+                f"{_TITLES[task]} asks for {name}, which the engine vision does not run: Apple "
+                "Vision answers instead; profile = exact runs the official model"
+            )
+
+
+def _rule(server: ServerSettings, ours: OurSide) -> Iterator[Advice]:
+    version = _numbers(server.version)
+    if len(version) < len(SQUASH_SINCE):
+        return
+    squashes = version >= SQUASH_SINCE
+    if squashes != (ours.immich_compat == "3.3"):
+        other = "3.3" if squashes else "3.2"
+        yield Advice(
+            f"Immich is {server.version} but immich_compat is {ours.immich_compat}: for SigLIP and "
+            f"its like use {other} if Immich's own service built the index"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split(".")[:2]
+    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
+
+
+def _speed(server: ServerSettings, ours: OurSide) -> Iterator[Advice]:
+    for task, now in server.concurrency.items():
+        good = GOOD_CONCURRENCY[task]
+        if task not in server.models or now >= good:
+            continue
+        gain = (ours.gains or {}).get(task)
+        measured = f", measured here: {gain:.1f} times the throughput" if gain else ""
+        if gain is None or gain > WORTH_IT:
+            yield Advice(f"{_TITLES[task]} runs {now} at once: raise it to {good}{measured}")

@@ -1,0 +1,53 @@
+"""The listening sockets: both families of addresses where the machine has both."""
+
+import contextlib
+import errno
+import socket
+
+from immich_ml_metal.errors import ConfigError
+
+ANY_HOSTS = {"", "*", "0.0.0.0", "::", "[::]"}  # what users write for "every address"
+_BACKLOG = 1024
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Bind `host`, and listen; 0 as `port` picks a free one, the same for every address.
+
+    Every spelling of "any address" listens on IPv4 and IPv6 together, or on IPv4 alone where the
+    machine has no IPv6: `localhost` may resolve to either.
+
+    Raises:
+        ConfigError: the address is not ours or the port is taken.
+    """
+    try:
+        if host in ANY_HOSTS:
+            return [_listen_anywhere(port)]
+        return _listen_on_all(host.strip("[]"), port)
+    except OSError as exc:
+        raise ConfigError(f"cannot listen on {host} port {port}: {exc.strerror}") from exc
+
+
+def _listen_anywhere(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+            )
+        except OSError as exc:
+            if exc.errno == errno.EADDRINUSE:
+                raise
+    return socket.create_server(("0.0.0.0", port), backlog=_BACKLOG)
+
+
+def _listen_on_all(host: str, port: int) -> list[socket.socket]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found)
+    sockets: list[socket.socket] = []
+    with contextlib.ExitStack() as undo:
+        for family, address in addresses:
+            bound = socket.create_server((address, port), family=family, backlog=_BACKLOG)
+            undo.callback(bound.close)
+            sockets.append(bound)
+            port = bound.getsockname()[1]
+        undo.pop_all()
+    return sockets

@@ -1,0 +1,1 @@
+"""Does one service answer as another does? Asking, comparing, judging, explaining, reporting."""

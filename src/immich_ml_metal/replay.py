@@ -1,0 +1,136 @@
+"""Which request goes to the engine next, and which of them ended it.
+
+After the death of an engine, the requests it worked on are sent again one at a time, in the order
+they arrived, before anything else: one that kills engines dies alone and is known. Plain state, no
+I/O.
+"""
+
+import asyncio
+import bisect
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from immich_ml_metal.body import Body
+from immich_ml_metal.engine_client import EngineAnswer
+
+MAX_DEATHS = 2
+# A SIGKILL comes from outside, from a person or a kernel out of memory: two of them prove nothing.
+MAX_KILLS = 3
+REMEMBER_S = 600.0
+_REMEMBER_MAX = 1000
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One accepted request. `deaths` counts the engines that ended while they worked on it."""
+
+    number: int
+    body: Body
+    content_type: bytes
+    request_id: str
+    answer: "asyncio.Future[EngineAnswer]"
+    deaths: int = 0
+    causes: list[str] = field(default_factory=list)
+
+
+class Condemned(Exception):
+    """The request was in flight at as many engine deaths as a request may be."""
+
+
+class JobQueue:
+    """Every unanswered request, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Job] = []
+        self._running: set[Job] = set()
+
+    def __repr__(self) -> str:
+        return f"<JobQueue: {self.waiting} waiting, {self.running} running>"
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not with the engine."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that the engine works on."""
+        return len(self._running)
+
+    @property
+    def suspects(self) -> int:
+        """Waiting requests that were in flight when an engine died."""
+        return sum(job.deaths > 0 for job in self._waiting)
+
+    def everything(self) -> list[Job]:
+        """Every request that is here."""
+        return [*self._running, *self._waiting]
+
+    def add(self, job: Job) -> None:
+        """Queue a request by its number."""
+        bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
+
+    def take(self, limit: int) -> list[Job]:
+        """Move to the engine what it may have next, `limit` at once; a suspect goes alone."""
+        if any(job.deaths for job in self._running):
+            return []
+        count = limit - len(self._running)
+        if self._waiting and self._waiting[0].deaths:  # suspects arrived before all others
+            count = 0 if self._running else 1
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._running.update(taken)
+        return taken
+
+    def remove(self, job: Job) -> None:
+        """Forget a request: it was answered, or nobody waits for it."""
+        self._running.discard(job)
+        if job in self._waiting:
+            self._waiting.remove(job)
+
+    def return_running(self) -> list[Job]:
+        """Queue the running requests again, through no fault of theirs; return them."""
+        returned = sorted(self._running, key=lambda running: running.number)
+        for job in returned:
+            self.add(job)
+        self._running.clear()
+        return returned
+
+    def blame_running(self, cause: str, *, from_outside: bool) -> list[Job]:
+        """Queue the running requests again as suspects; return those that had their last chance."""
+        limit = MAX_KILLS if from_outside else MAX_DEATHS
+        suspects = self.return_running()
+        for job in suspects:
+            job.deaths += 1
+            job.causes.append(cause)
+        condemned = [job for job in suspects if job.deaths >= limit]
+        for job in condemned:
+            self.remove(job)
+        return condemned
+
+
+class Quarantine:
+    """Remembers for a while which contents ended engines, and why."""
+
+    def __init__(self, remember_s: float = REMEMBER_S) -> None:
+        self._remember_s = remember_s
+        self._reasons: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, digest: bytes, reason: str, now_s: float) -> None:
+        """Refuse this content until `remember_s` from now."""
+        self._reasons[digest] = (now_s + self._remember_s, reason)
+        self._reasons.move_to_end(digest)
+        while len(self._reasons) > _REMEMBER_MAX:
+            self._reasons.popitem(last=False)
+
+    def forget_old(self, now_s: float) -> None:
+        """Drop what has been refused long enough."""
+        while self._reasons and next(iter(self._reasons.values()))[0] <= now_s:
+            self._reasons.popitem(last=False)
+
+    def find(self, digest: bytes) -> str | None:
+        """The reason why this content is refused, if it is."""
+        entry = self._reasons.get(digest)
+        return entry[1] if entry else None

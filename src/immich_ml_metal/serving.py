@@ -1,0 +1,125 @@
+"""Runs the gateway: sockets, signals, and an end at which nothing accepted is left unanswered."""
+
+import asyncio
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import uvicorn
+
+from immich_ml_metal.config import Settings
+from immich_ml_metal.gateway import ENGINE_COMMAND, App, Gateway
+from immich_ml_metal.listen import listen
+from immich_ml_metal.patient import PatientProtocol
+from immich_ml_metal.supervisor import Order
+
+logger = logging.getLogger(__name__)
+
+# Of the drain limit, kept for ending the engine and the connections.
+_END_RESERVE_S = 3.0
+# A client between two requests sends its next one on its open connection within this time, and is
+# told with the answer that the connection ends.
+_QUIET_S = 0.5
+_POLL_S = 0.05
+# launchd allows 256; every held request has a connection, and a file once memory is full.
+_OPEN_FILES = 8192
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn with the gateway's signals.
+
+    SIGTERM and SIGINT drain, a second one ends at once; SIGHUP restarts the engine when clear.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__(
+            uvicorn.Config(
+                gateway,
+                log_config=None,
+                log_level="warning",  # its start and stop lines repeat ours
+                access_log=False,
+                ws="none",
+                http=PatientProtocol,
+                server_header=False,
+                timeout_keep_alive=max(1, round(gateway.settings.keepalive_s)),
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._gateway = gateway
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and listen to signals."""
+        self._loop = asyncio.get_running_loop()
+        self._gateway.on_broken = self.begin_drain
+        await super().startup(sockets)
+        again = Order("asked by SIGHUP")
+        self._loop.add_signal_handler(signal.SIGHUP, self._gateway.dispatcher.recycle, again)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take SIGTERM or SIGINT; uvicorn installs this as their handler."""
+        logger.info("stopping signal=%s", signal.Signals(sig).name)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        """Stop taking connections, answer what is here, then end. The second call ends at once."""
+        if self._drain is None:
+            self._gateway.is_draining = True
+            self._drain = asyncio.ensure_future(self._answer_the_rest())
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def _answer_the_rest(self) -> None:
+        for listener in self.servers:
+            listener.close()
+        limit_s = self._gateway.settings.drain_limit_s
+        try:
+            async with asyncio.timeout(max(limit_s - _END_RESERVE_S, limit_s / 2)):
+                await self._quiet()
+        except TimeoutError:
+            left = self._gateway.open_requests
+            logger.warning("drain limit reached limit_s=%.0f unanswered=%d", limit_s, left)
+            self._gateway.dispatcher.refuse_all("the service is stopping")
+        finally:
+            self.should_exit = True
+
+    async def _quiet(self) -> None:
+        """Return once no request has been open for `_QUIET_S`."""
+        quiet_s = 0.0
+        while quiet_s < _QUIET_S:
+            await asyncio.sleep(_POLL_S)
+            quiet_s = 0.0 if self._gateway.open_requests else quiet_s + _POLL_S
+
+
+def run(
+    settings: Settings,
+    *,
+    command: Sequence[str] = ENGINE_COMMAND,
+    pages: Mapping[str, App] | None = None,
+) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        ConfigError: the address cannot be listened on, or two settings contradict each other.
+    """
+    _allow_many_files()
+    gateway = Gateway(settings, command=command, pages=pages)
+    sockets = listen(settings.host, settings.port)
+    for listener in sockets:
+        host, port = listener.getsockname()[:2]
+        logger.info("listening host=%s port=%d", host, port)
+    GatewayServer(gateway).run(sockets=sockets)
+    if gateway.broken is not None:  # a service manager starts us again only after a failure
+        raise gateway.broken
+
+
+def _allow_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

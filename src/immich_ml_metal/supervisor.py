@@ -1,0 +1,202 @@
+"""Keeps an engine running for as long as one is wanted. Knows nothing about requests.
+
+idle ──wake──▶ pause ──▶ starting ──▶ ready ──▶ stopping ──▶ idle or pause
+                 ▲                      │
+                 └──── it died ◀────────┘
+"""
+
+import asyncio
+import logging
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from immich_ml_metal.crashes import CrashRecord
+from immich_ml_metal.engine import EXIT_BAD_SETTINGS
+from immich_ml_metal.engine_process import EngineProcess, describe
+from immich_ml_metal.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Importing every model library from a cold disk takes tens of seconds on a small Mac.
+START_LIMIT_S = 120.0
+STOP_LIMIT_S = 10.0
+# When the gateway itself stops, every answer is out already.
+_LAST_STOP_LIMIT_S = 2.0
+# A connection breaks a moment before its process is gone, whose exit status tells why.
+LAST_WORDS_S = 1.0
+
+# What a person or the kernel sends; failing libraries raise SIGABRT, SIGSEGV, SIGBUS, SIGTRAP.
+_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+
+_TMP_PATH_MAX = 60
+
+
+class State(StrEnum):
+    """Where the engine stands, as on `/health`."""
+
+    IDLE = "idle"
+    PAUSE = "pause"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Ends the engine: for a fault at once (or after `grace_s` to end by itself), else politely.
+
+    `again` wants another engine afterwards, whether a request waits or not.
+    """
+
+    reason: str
+    fault: bool = False
+    again: bool = True
+    grace_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an engine ended. `from_outside`: by a SIGKILL that was not ours."""
+
+    cause: str
+    fault: bool
+    from_outside: bool = False
+
+
+class Supervisor:
+    """Owns the engine process. Event loop only.
+
+    `on_ready` and `on_end` are called synchronously at those transitions.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        settings_json: str,
+        *,
+        crashes: CrashRecord,
+        on_ready: Callable[[], None],
+        on_end: Callable[[End], None],
+    ) -> None:
+        self.state = State.IDLE
+        self.engine: EngineProcess | None = None
+        self.starts = 0
+        self._command = command
+        self._settings_json = settings_json
+        self._crashes = crashes
+        self._on_ready = on_ready
+        self._on_end = on_end
+        self._was_ready = False
+        self._wanted = asyncio.Event()
+        self._order: asyncio.Future[Order] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Supervisor: {self.state}, {self.starts} starts>"
+
+    def wake(self) -> None:
+        """An engine is wanted: start one if there is none and none is on its way."""
+        self._wanted.set()
+
+    def end(self, order: Order) -> None:
+        """End the current engine. The first order counts; an engine that is ending needs none."""
+        if self._order is None or self._order.done():
+            return
+        if not order.again:
+            self._wanted.clear()
+        self._order.set_result(order)
+
+    async def run(self) -> None:
+        """Start, watch, restart, until cancelled; then stop the engine.
+
+        Raises:
+            ConfigError: the first engine refuses its settings, as every other one would.
+        """
+        with tempfile.TemporaryDirectory(
+            prefix="immich-ml-", dir=_short_folder(), ignore_cleanup_errors=True
+        ) as folder:  # private to this user
+            while True:
+                self.state = State.IDLE
+                await self._wanted.wait()
+                self.state = State.PAUSE
+                await asyncio.sleep(self._crashes.pause_s())
+                await self._live(Path(folder))
+
+    async def _live(self, folder: Path) -> None:
+        self.state = State.STARTING
+        self.starts += 1
+        self._order = asyncio.get_running_loop().create_future()
+        socket = folder / f"engine-{self.starts}.sock"
+        try:
+            engine = await EngineProcess.start(self._command, self._settings_json, socket)
+        except OSError as exc:
+            self._ended(End(f"cannot start: {exc.strerror}", fault=True))
+            return
+        self.engine = engine
+        try:
+            end = await self._watch(engine, self._order)
+        finally:  # cancelled: the gateway ends
+            if not engine.gone.done():
+                await engine.stop(_LAST_STOP_LIMIT_S)
+            self.engine = None
+        self._ended(end)
+
+    async def _watch(self, engine: EngineProcess, order: "asyncio.Future[Order]") -> End:
+        ready = asyncio.ensure_future(engine.ready())
+        ends: set[asyncio.Future[Any]] = {engine.gone, order}
+        try:
+            await asyncio.wait(
+                {ready, *ends}, timeout=START_LIMIT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not (ready.done() or engine.gone.done() or order.done()):
+                self.end(Order(f"not ready within {START_LIMIT_S:g} s", fault=True))
+        finally:
+            ready.cancel()
+        if not (engine.gone.done() or order.done()):
+            self.state = State.READY
+            self._was_ready = True
+            logger.info("engine ready pid=%d after_s=%.1f", engine.pid, _age_s(engine))
+            self._on_ready()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        return await self._stop(engine, order)
+
+    async def _stop(self, engine: EngineProcess, order: "asyncio.Future[Order]") -> End:
+        self.state = State.STOPPING
+        if not engine.gone.done():
+            await asyncio.wait({engine.gone}, timeout=order.result().grace_s)
+        if engine.gone.done():
+            status = await engine.kill()
+            if status == EXIT_BAD_SETTINGS and not self._was_ready:
+                raise ConfigError("the engine refuses its settings; its own message says why")
+            cause = describe(status)
+            return End(cause, fault=True, from_outside=status in _FROM_OUTSIDE)
+        asked = order.result()
+        if asked.fault:
+            await engine.kill()
+        else:
+            await engine.stop(STOP_LIMIT_S)
+        return End(asked.reason, fault=asked.fault)
+
+    def _ended(self, end: End) -> None:
+        self._order = None
+        self.state = State.PAUSE
+        if end.fault:
+            self._crashes.note_crash(f"engine ended: {end.cause}", time.monotonic())
+            logger.error("engine ended cause=%r pause_s=%.1f", end.cause, self._crashes.pause_s())
+        else:
+            logger.info("engine stopped reason=%r", end.cause)
+        self._on_end(end)
+
+
+def _short_folder() -> str | None:
+    """A socket's path has at most 104 bytes on macOS; None is the system's temporary folder."""
+    return "/tmp" if len(tempfile.gettempdir()) > _TMP_PATH_MAX else None
+
+
+def _age_s(engine: EngineProcess) -> float:
+    return time.monotonic() - engine.started_s

@@ -1,0 +1,215 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from immich_ml_metal.doctor.checks import CHECKS
+from immich_ml_metal.doctor.facts import GIB, EngineTest, Facts, Machine, ModelFact, Port
+from immich_ml_metal.doctor.result import Level, Result, examine, first_cause
+from immich_ml_metal.immich.advice import Advice
+
+MAC = Machine("Darwin", "arm64", False, "15.2", (3, 12, 4), 24 * GIB, 12 * GIB, sleep_min=0)
+MODELS = tuple(ModelFact(name, True) for name in ("ViT-B-32__openai", "buffalo_l"))
+HEALTHY = Facts(
+    version="0.1.0",
+    machine=MAC,
+    host="0.0.0.0",
+    port=Port(3003, "ours", version="0.1.0"),
+    packages={"mlx": "0.32.4", "onnxruntime": "1.32.0"},
+    models_dir="/Users/me/.cache/immich_ml",
+    disk_free_bytes=100 * GIB,
+    models=MODELS,
+    tests=(EngineTest("clip", "mlx", "ViT-B-32__openai", 0.021),),
+    addresses=("192.168.1.20",),
+    service="running",
+    immich=(),
+    clock_skew_s=0.4,
+)
+
+
+def with_machine(**changes: Any) -> Facts:
+    return replace(HEALTHY, machine=replace(MAC, **changes))
+
+
+ENGINE_DOWN = (EngineTest("clip", "mlx", "ViT-B-32__openai", error="no answer"),)
+MISSING = (ModelFact("ViT-B-32__openai", False), ModelFact("buffalo_l", True))
+CORRUPT = (ModelFact("buffalo_l", True, "detection/model.onnx is damaged"),)
+
+# name: facts, the check that must be named first, words of its finding, words of its fix
+BROKEN: dict[str, tuple[Facts, str, str, str]] = {
+    "rosetta": (
+        replace(
+            with_machine(is_translated=True, arch="x86_64"),
+            packages={"mlx": None},
+            tests=ENGINE_DOWN,
+        ),
+        "architecture",
+        "Rosetta",
+        "arch -arm64",
+    ),
+    "old macOS": (
+        replace(with_machine(release="13.6"), packages={"mlx": None}, tests=ENGINE_DOWN),
+        "system",
+        "13.6, needs 14",
+        "update macOS",
+    ),
+    "old Python": (with_machine(python=(3, 10, 2)), "python", "3.10.2", "--python 3.12"),
+    "missing wheel": (
+        replace(HEALTHY, packages={"mlx": None}, tests=ENGINE_DOWN),
+        "packages",
+        "mlx",
+        "--force",
+    ),
+    "bad setting": (
+        replace(HEALTHY, config_error="ML_PORT = '70000': too large", service="stopped"),
+        "settings",
+        "70000",
+        "config check",
+    ),
+    "no memory": (
+        replace(with_machine(memory_free_bytes=GIB // 2), tests=ENGINE_DOWN),
+        "memory",
+        "0.5 of 24 GiB",
+        "smaller models",
+    ),
+    "disk full": (
+        replace(HEALTHY, disk_free_bytes=GIB // 4, models=MISSING, models_dir_error="disk full"),
+        "disk",
+        "0.2 GiB",
+        "models_dir",
+    ),
+    "read-only model folder": (
+        replace(HEALTHY, models=MISSING, models_dir_error="permission denied", hub=""),
+        "model folder",
+        "permission denied",
+        "chown",
+    ),
+    "hub blocked": (
+        replace(HEALTHY, models=MISSING, hub="connection refused", tests=ENGINE_DOWN),
+        "hub",
+        "connection refused",
+        "HF_ENDPOINT",
+    ),
+    "offline without models": (
+        replace(HEALTHY, models=MISSING, hub="offline", tests=ENGINE_DOWN),
+        "hub",
+        "offline by setting",
+        "ML_OFFLINE",
+    ),
+    "model corrupt": (
+        replace(HEALTHY, models=CORRUPT, tests=ENGINE_DOWN),
+        "models",
+        "detection/model.onnx",
+        "models pull buffalo_l",
+    ),
+    "clock wrong": (
+        replace(HEALTHY, clock_skew_s=-86400, hub="certificate not yet valid", models=MISSING),
+        "clock",
+        "-86400 s",
+        "automatic time",
+    ),
+    "port taken": (
+        replace(HEALTHY, port=Port(3003, "taken", holder="node, process 812"), service="stopped"),
+        "port",
+        "node, process 812",
+        "ML_PORT",
+    ),
+    "the container has the port": (
+        replace(HEALTHY, port=Port(3003, "other_ml"), tests=ENGINE_DOWN),
+        "port",
+        "another machine-learning service",
+        "published port",
+    ),
+    "old process serving": (
+        replace(HEALTHY, port=Port(3003, "ours", version="0.0.9"), tests=ENGINE_DOWN),
+        "version",
+        "0.0.9 is still serving",
+        "service restart",
+    ),
+    "engine broken": (replace(HEALTHY, tests=ENGINE_DOWN), "engines", "no answer", "--share"),
+    "service stopped": (
+        replace(HEALTHY, service="stopped", port=Port(3003, "free")),
+        "start at boot",
+        "not running",
+        "service logs",
+    ),
+    "immich refuses": (
+        replace(HEALTHY, immich=None, immich_error="refuses the API key"),
+        "immich",
+        "refuses the API key",
+        "immich status",
+    ),
+    "immich asks elsewhere": (
+        replace(HEALTHY, immich=(Advice("none of Immich's URLs", is_fault=True),)),
+        "immich",
+        "none of Immich's URLs",
+        "immich status",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_set_up_is_told_by_its_cause(name: str) -> None:
+    facts, check, finding, fix = BROKEN[name]
+    cause = first_cause(examine(CHECKS, facts))
+    assert cause is not None
+    assert cause.name == check
+    assert finding in cause.text
+    assert fix in cause.fix
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_other_failure_of_a_broken_set_up_points_to_the_cause(name: str) -> None:
+    facts, check, _, _ = BROKEN[name]
+    failures = [r for r in examine(CHECKS, facts) if r.level is Level.FAIL]
+    assert failures[0].name == check
+    assert {r.follows for r in failures[1:]} <= {check}
+
+
+def result_of(facts: Facts, name: str) -> Result:
+    return next(r for r in examine(CHECKS, facts) if r.name == name)
+
+
+def test_a_healthy_set_up_has_nothing_to_fix() -> None:
+    results = examine(CHECKS, HEALTHY)
+    assert [r for r in results if r.level is not Level.OK] == []
+    assert first_cause(results) is None
+    assert len(results) >= 18
+
+
+@pytest.mark.parametrize(
+    ("facts", "check", "words"),
+    [
+        (replace(HEALTHY, host="127.0.0.1"), "address", "host.docker.internal:3003"),
+        (replace(HEALTHY, addresses=()), "address", "no network address"),
+        (replace(HEALTHY, hub="timed out"), "hub", "all configured models are here"),
+        (replace(HEALTHY, models=MISSING), "models", "fetched at first use: ViT-B-32__openai"),
+        (with_machine(sleep_min=10), "sleep", "sleeps after 10 min"),
+        (with_machine(memory_free_bytes=2 * GIB), "memory", "2.0 of 24"),
+        (replace(HEALTHY, disk_free_bytes=3 * GIB), "disk", "3.0 GiB"),
+        (replace(HEALTHY, clock_skew_s=90), "clock", "+90 s"),
+        (replace(HEALTHY, service="none"), "start at boot", "does not start"),
+        (replace(HEALTHY, logs_bytes=2**30, log_limit_bytes=2**20), "logs", "1024.0 MiB"),
+        (replace(HEALTHY, immich=(Advice("raise it to 8"),)), "immich", "raise it to 8"),
+        (with_machine(arch="x86_64"), "architecture", "Intel Mac"),
+    ],
+)
+def test_what_works_but_could_be_better_is_a_warning(facts: Facts, check: str, words: str) -> None:
+    result = result_of(facts, check)
+    assert result.level is Level.WARN
+    assert words in result.text
+
+
+def test_the_address_to_type_is_given_for_both_families() -> None:
+    facts = replace(HEALTHY, addresses=("192.168.1.20", "fd00::7"))
+    text = result_of(facts, "address").text
+    assert "http://192.168.1.20:3003 or http://[fd00::7]:3003" in text
+
+
+def test_a_full_disk_does_not_matter_once_the_models_are_here() -> None:
+    assert result_of(replace(HEALTHY, disk_free_bytes=GIB), "disk").level is Level.WARN
+
+
+def test_skipped_self_tests_say_why() -> None:
+    tests = (EngineTest("ocr", "cpu", "PP-OCRv6_small", skipped="(not downloaded)"),)
+    assert "ocr on cpu (not downloaded)" in result_of(replace(HEALTHY, tests=tests), "engines").text

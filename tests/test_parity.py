@@ -1,0 +1,319 @@
+"""Two loopback services that really compute on the pixels, one of them deliberately different."""
+
+import io
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from typer.testing import CliRunner
+
+from immich_ml_metal.cli import app
+from immich_ml_metal.parity.compare import (
+    Comparison,
+    FaceAnswer,
+    cosine,
+    face_agreement,
+    iou,
+    line_agreement,
+    match_faces,
+)
+from immich_ml_metal.parity.judge import Level, judge, summarise
+from immich_ml_metal.parity.run import find_photos
+
+DIM = 64
+
+
+@dataclass(frozen=True)
+class Double:
+    """A service in miniature: real decoding and resizing, a random projection for a network."""
+
+    swap_channels: bool = False
+    crop: bool = False
+    seed: int = 0
+    dim: int = DIM
+    face_noise: float = 0.0
+    faces: int = 2
+    garble_text: bool = False
+    fail: tuple[str, ...] = ()
+
+    def _project(self, pixels: np.ndarray[Any, Any], stream: int) -> str:
+        rng = np.random.default_rng([self.seed, stream])
+        weights = rng.standard_normal((self.dim, pixels.size))
+        vector = weights @ (pixels.astype(np.float64).ravel() - 127)
+        return json.dumps([float(x) for x in vector / np.linalg.norm(vector)])
+
+    def _pixels(self, picture: Image.Image) -> np.ndarray[Any, Any]:
+        if self.crop:
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side))
+        pixels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC))
+        return pixels[:, :, ::-1] if self.swap_channels else pixels
+
+    def clip(self, picture: Image.Image | None, text: str) -> str:
+        if picture is not None:
+            return self._project(self._pixels(picture), 1)
+        return self._project(np.frombuffer(text.encode().ljust(64)[:64], np.uint8), 2)
+
+    def detect(self, picture: Image.Image) -> list[dict[str, Any]]:
+        w, h = picture.size
+        found = []
+        for k in range(self.faces):
+            box = (w * k // 4, h // 4, w * (k + 1) // 4, h * 3 // 4)
+            vector = np.array(json.loads(self._project(self._pixels(picture.crop(box)), 3 + k)))
+            noise = np.random.default_rng(k).standard_normal(self.dim)
+            vector += self.face_noise * noise / np.linalg.norm(noise)
+            sides = dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True))
+            embedding = json.dumps(vector.tolist())
+            found.append({"boundingBox": sides, "embedding": embedding, "score": 0.9})
+        return found
+
+    def read(self, picture: Image.Image) -> dict[str, Any]:
+        lines = [f"{picture.width} x {picture.height}", "total 12.50"]
+        return {"text": [line[::-1] for line in lines] if self.garble_text else lines}
+
+    async def predict(self, request: Request) -> Response:
+        async with request.form() as form:
+            (task,) = json.loads(str(form["entries"]))
+            upload, text = form.get("image"), str(form.get("text", ""))
+            image = await upload.read() if isinstance(upload, UploadFile) else None
+        return self.answer(task, image, text)
+
+    def answer(self, task: str, image: bytes | None, text: str) -> Response:
+        picture = None
+        if image is not None:
+            try:
+                picture = Image.open(io.BytesIO(image)).convert("RGB")
+            except OSError:
+                return PlainTextResponse("not a picture", 400)
+        if task in self.fail:
+            return PlainTextResponse("Internal Server Error", 500)
+        if task == "clip":
+            return JSONResponse({"clip": self.clip(picture, text)})
+        assert picture is not None
+        return JSONResponse({task: self.read(picture) if task == "ocr" else self.detect(picture)})
+
+
+async def ping(_: Request) -> Response:
+    return PlainTextResponse("pong")
+
+
+Serve = Callable[[Double], str]
+
+
+@pytest.fixture
+def serve(loopback: Callable[[Any], str]) -> Serve:
+    def start(double: Double) -> str:
+        routes = [Route("/ping", ping), Route("/predict", double.predict, methods=["POST"])]
+        return loopback(Starlette(routes=routes))
+
+    return start
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(7)
+    for k, (w, h) in enumerate([(160, 96), (96, 160), (200, 100)]):
+        coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
+        Image.fromarray(coarse).resize((w, h)).save(folder / f"p{k}.png")
+    return folder
+
+
+def run(*args: str) -> Any:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["parity", *args])
+
+
+def verdict(ours: str, theirs: str, photos: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    result = run(str(photos), "--url", ours, "--against", theirs, "--json", *more)
+    assert result.exit_code in (0, 1, 4), result.output
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_a_service_against_itself_is_safe_to_switch(serve: Serve, photos: Path) -> None:
+    url = serve(Double())
+    code, report = verdict(url, url, photos)
+    assert (code, report["verdict"]) == (0, "safe to switch")
+    for task in report["tasks"].values():
+        assert task["minimum"] == pytest.approx(1)
+    faces = report["tasks"]["faces"]
+    assert (faces["faces_both"], faces["faces_only_ours"]) == (6, 0)
+    assert report["tasks"]["text"]["count"] == 3
+    assert report["tasks"]["clip text"]["count"] == 10
+    assert 0.05 < report["tasks"]["clip image"]["speed"] < 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        (Double(swap_channels=True), "swaps red and blue"),
+        (Double(crop=True), "resize rule differs"),
+        (Double(seed=1), "other weights"),
+        (Double(dim=32), "64 and 32 numbers"),
+    ],
+    ids=["bgr", "crop", "weights", "dimension"],
+)
+def test_a_service_that_computes_otherwise_is_not_to_be_mixed(
+    serve: Serve, photos: Path, wrong: Double, cause: str
+) -> None:
+    code, report = verdict(serve(Double()), serve(wrong), photos)
+    assert (code, report["verdict"]) == (4, "do not mix")
+    assert cause in report["cause"]
+
+
+def test_other_landmarks_are_safe_for_search_only(serve: Serve, photos: Path) -> None:
+    code, report = verdict(serve(Double()), serve(Double(face_noise=0.2)), photos)
+    assert (code, report["verdict"]) == (1, "safe for search; people may differ")
+    assert 0.97 < report["tasks"]["faces"]["median"] < 0.99
+
+
+def test_missed_faces_are_safe_for_search_only(serve: Serve, photos: Path) -> None:
+    code, report = verdict(serve(Double(faces=1)), serve(Double(faces=3)), photos)
+    assert (code, report["verdict"]) == (1, "safe for search; people may differ")
+    assert report["tasks"]["faces"]["faces_only_theirs"] == 6
+    assert "3 of 9 faces" in report["reasons"][0]
+
+
+def test_other_text_is_safe_for_search_only(serve: Serve, photos: Path) -> None:
+    code, report = verdict(serve(Double()), serve(Double(garble_text=True)), photos)
+    assert (code, report["verdict"]) == (1, "safe for search; text may differ")
+
+
+def test_a_side_that_fails_at_search_is_not_safe(serve: Serve, photos: Path) -> None:
+    code, report = verdict(serve(Double()), serve(Double(fail=("clip",))), photos)
+    assert (code, report["verdict"]) == (4, "do not mix")
+    assert "answered 500" in report["tasks"]["clip image"]["problems"][0]
+
+
+def test_a_picture_that_both_refuse_is_no_difference(
+    serve: Serve, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "broken.jpg").write_bytes(b"not a picture")
+    url, page = serve(Double()), tmp_path / "r.html"
+    code, report = verdict(url, url, photos, "--html", str(page))
+    assert (code, report["tasks"]["clip image"]["problems"]) == (0, [])
+    assert "Lowest" not in page.read_text()
+
+
+def test_only_the_named_tasks_are_asked(serve: Serve, photos: Path) -> None:
+    url = serve(Double(fail=("ocr", "facial-recognition")))
+    _, report = verdict(url, url, photos, "--task", "clip text", "--text", "one dog")
+    assert list(report["tasks"]) == ["clip text"]
+    assert report["tasks"]["clip text"]["count"] == 1
+
+
+def test_the_page_pictures_the_worst_pairs(serve: Serve, photos: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    theirs = serve(Double(swap_channels=True, garble_text=True))
+    result = run(str(photos), "--url", serve(Double()), "--against", theirs, "--html", str(page))
+    text = page.read_text()
+    assert result.exit_code == 4
+    assert "do not mix" in result.stdout
+    assert "p0.png" in text
+    assert text.count("data:image/jpeg;base64,") == 9  # three pictures, three tasks
+    assert "only theirs: 05.21 latot" in text
+    assert "http" not in text.split("</style>")[1].replace("http://127.0.0.1", "")
+
+
+def test_nobody_listening_is_said_and_is_its_own_code(photos: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    result = run(
+        str(photos), "--url", f"http://127.0.0.1:{port}", "--against", "http://127.0.0.1:1"
+    )
+    assert result.exit_code == 3
+    assert f"no service at http://127.0.0.1:{port}" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [["--task", "people"], ["/no/such/photo.jpg"]])
+def test_a_wrong_option_is_a_usage_error(photos: Path, wrong: list[str]) -> None:
+    assert run(str(photos), "--against", "http://127.0.0.1:1", *wrong).exit_code == 2
+
+
+def test_folders_give_their_pictures_once(photos: Path) -> None:
+    (photos / "notes.md").write_text("x")
+    found = find_photos([photos, photos / "p1.png"])
+    assert [path.name for path in found] == ["p0.png", "p1.png", "p2.png"]
+
+
+# -- the maths ------------------------------------------------------------------------------------
+
+
+def floats(*rows: list[float]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array(rows, np.float32)
+
+
+def test_overlap_of_boxes() -> None:
+    overlaps = iou(floats([0, 0, 10, 10]), floats([0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30]))
+    assert overlaps[0] == pytest.approx([1, 1 / 3, 0])
+
+
+def test_each_face_is_matched_at_most_once_best_first() -> None:
+    ours = FaceAnswer(floats([0, 0, 10, 10], [0, 0, 10, 9]), floats([1, 0], [0, 1]))
+    theirs = FaceAnswer(floats([0, 0, 10, 9]), floats([0, 1]))
+    match = match_faces(ours, theirs)
+    assert match.pairs == ((1, 0),)
+    assert (match.only_ours, match.only_theirs) == (1, 0)
+    assert match.cosines == (1.0,)
+    assert face_agreement(match) == pytest.approx(0.5)
+
+
+def test_no_faces_on_either_side_agree() -> None:
+    nothing = FaceAnswer(floats().reshape(0, 4), floats().reshape(0, 512))
+    assert face_agreement(match_faces(nothing, nothing)) == 1.0
+
+
+def test_line_agreement_ignores_order_and_counts_repeats() -> None:
+    assert line_agreement(["a", "b"], ["b", "a"]) == 1
+    assert line_agreement(["a", "a"], ["a"]) == pytest.approx(2 / 3)
+    assert line_agreement([], []) == 1
+    assert line_agreement(["a"], []) == 0
+
+
+@given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
+def test_line_agreement_is_symmetric_and_bounded(a: list[str], b: list[str]) -> None:
+    assert 0 <= line_agreement(a, b) == line_agreement(b, a) <= 1
+
+
+def test_vectors_of_different_length_do_not_agree() -> None:
+    assert cosine(np.ones(4, np.float32), np.ones(5, np.float32)) == 0
+    assert cosine(np.zeros(4, np.float32), np.ones(4, np.float32)) == 0
+
+
+def test_one_bad_picture_in_many_is_enough() -> None:
+    good = [Comparison("clip image", str(i), 1.0, 1, 2) for i in range(99)]
+    summary = summarise("clip image", [*good, Comparison("clip image", "bad", 0.9, 1, 2)])
+    assert summary.level is Level.UNSAFE
+    assert summary.speed == 2
+    assert summary.p5 == 1
+    assert "0.9000" in summary.reason
+
+
+@pytest.mark.parametrize(
+    ("task", "level"),
+    [("clip image", Level.UNSAFE), ("clip text", Level.UNSAFE), ("text", Level.DIFFERS)],
+)
+def test_an_answer_that_only_one_side_gives_is_a_difference(task: str, level: Level) -> None:
+    good = [Comparison(task, str(i), 1.0, 1, 1) for i in range(9)]
+    lost = Comparison(task, "lost", None, 0, 0, problem="theirs answered 500")
+    summary = summarise(task, [*good, lost])
+    assert summary.level is level
+    assert summary.reason == "1 answered by one side only"
+
+
+def test_nothing_compared_is_not_called_safe() -> None:
+    assert judge([summarise("faces", [])]).words == "nothing could be compared"
