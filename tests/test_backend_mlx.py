@@ -1,6 +1,7 @@
 """The mlx engine: its thread, its limits, its number format, and a process that ends well."""
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -89,6 +90,7 @@ async def test_twelve_callers_each_get_their_own_vector_from_shared_batches(
 
 async def test_unloading_returns_the_memory(files: ModelFiles) -> None:
     engine = MlxEngine(Settings())
+    gc.collect()  # graphs of other tests, never closed
     before = engine.memory().active_bytes
     try:
         for _ in range(3):
