@@ -116,6 +116,21 @@ async def test_a_model_that_mlx_cannot_run_fails_to_load_and_says_why(files: Mod
         await asyncio.to_thread(engine.device.close)
 
 
+async def test_a_model_whose_side_file_is_missing_leaves_no_weights_behind(
+    files: ModelFiles,
+) -> None:
+    (files.folder / "preprocess_cfg.json").unlink()
+    engine = MlxEngine(Settings())
+    gc.collect()
+    before = engine.memory().active_bytes
+    try:
+        with pytest.raises(LoadFailed, match=r"preprocess_cfg\.json"):
+            await load(engine, files)
+        assert engine.memory().active_bytes <= before
+    finally:
+        await asyncio.to_thread(engine.device.close)
+
+
 async def test_settings_reach_the_model(files: ModelFiles) -> None:
     settings = Settings(mlx_max_batch=3, mlx_dtype="float16", mlx_prepared=False)
     engine = MlxEngine(settings)
