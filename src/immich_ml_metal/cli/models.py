@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from immich_ml_metal.config import Settings
@@ -18,7 +19,6 @@ app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_h
 Names = Annotated[list[str] | None, typer.Argument(help="Model names, as in Immich's settings.")]
 SomeNames = Annotated[list[str], typer.Argument(help="Model names, as in Immich's settings.")]
 FolderOption = Annotated[Path | None, typer.Option("--models-dir", help="Model folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DeletedJsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON for scripts; deletes only with --yes.")
 ]
@@ -185,7 +185,6 @@ def export(
 ) -> None:
     """Copy models for another machine, which takes them with `models import`."""
     from immich_ml_metal.catalog import find_by_name
-    from immich_ml_metal.cli.models_show import print_json
     from immich_ml_metal.models.importing import export_models
 
     _, store = _open(models_dir)

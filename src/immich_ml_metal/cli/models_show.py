@@ -1,6 +1,5 @@
 """The tables and JSON of `models list|verify|import|recommend`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
+from immich_ml_metal.cli.json_output import print_json
 from immich_ml_metal.errors import ModelError
 from immich_ml_metal.models.advice import Advice
 from immich_ml_metal.models.importing import Imported
@@ -193,8 +193,3 @@ def _languages(spec: ModelSpec) -> str:
     if len(spec.languages) > _MANY:
         return f"{len(spec.languages)} languages"
     return " ".join(spec.languages) or "-"
-
-
-def print_json(value: Any) -> None:
-    """Print a value for scripts."""
-    typer.echo(json.dumps(value, indent=2))
