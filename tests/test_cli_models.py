@@ -200,6 +200,15 @@ def test_a_script_learns_which_files_were_exported(cli: Cli, tmp_path: Path) -> 
     assert "facial-recognition/buffalo_s/detection/model.onnx" in said["files"]
 
 
+def test_prune_unused_keeps_what_is_preloaded_or_spelt_as_immich_allows(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    names = {"ML_CLIP_MODEL": "ViT-B-32::openai", "ML_PRELOAD_FACE_DETECTION": "buffalo_s"}
+    cli = Cli(hub, tmp_path / "models", **names)
+    cli("pull", "buffalo_s", "ViT-B-32__openai")
+    assert cli.json("prune", "--unused")["found"] == []
+
+
 def test_export_and_import_move_a_model(cli: Cli, hub: FakeHub, tmp_path: Path) -> None:
     cli("pull", "buffalo_s")
     assert "3 files" in cli("export", "buffalo_s", "--to", str(tmp_path / "x.zip")).stdout

@@ -147,10 +147,11 @@ def prune(
     as_json: DeletedJsonOption = False,
 ) -> None:
     """Delete unfinished downloads and files for other hardware."""
+    from immich_ml_metal.catalog import clean_name
     from immich_ml_metal.models.prune import find_waste
 
     settings, store = _open(models_dir)
-    keep = frozenset(_configured(settings)) if unused else None
+    keep = frozenset(map(clean_name, _configured(settings))) if unused else None
     _delete(store.shelf, find_waste(store.shelf, keep), yes=yes, as_json=as_json)
 
 
@@ -244,7 +245,12 @@ def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
 
 
 def _configured(settings: "Settings") -> tuple[str, ...]:
-    return settings.clip_model, settings.face_model, settings.ocr_model
+    """Every name in the settings: what the service answers with, and what it preloads."""
+    from immich_ml_metal.preload import preload_keys
+
+    preloaded = (key.name for key in preload_keys(settings))
+    named = (settings.clip_model, settings.face_model, settings.ocr_model, *preloaded)
+    return tuple(dict.fromkeys(named))
 
 
 def _delete(shelf: "Shelf", found: "list[Waste]", *, yes: bool, as_json: bool) -> None:
