@@ -84,7 +84,8 @@ class OrtGraph:
     def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute every output."""
         try:
-            return list(self.session.run(None, dict(feeds)))
+            outputs: Any = self.session.run(None, dict(feeds))  # arrays: no graph gives sequences
+            return list(outputs)
         except Exception as exc:  # as above
             raise InferenceError(f"ONNX Runtime: {exc}") from exc
 
