@@ -19,7 +19,7 @@ from immich_ml_metal.errors import (
     MissingPayload,
     TimedOut,
 )
-from immich_ml_metal.images import ImageLimits, PictureCache, decode
+from immich_ml_metal.images import ImageLimits, Picture, PictureCache, decode
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.pipeline import Pipeline, keep_lines, model_keys
 from immich_ml_metal.pool import Pool
@@ -80,7 +80,13 @@ class Stage:
     name = "scripted"
     needs_files = True
 
-    def __init__(self, *, timeout_s: float = 30.0, without: set[ModelKey] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float = 30.0,
+        without: set[ModelKey] | None = None,
+        giant_pixels: int = 10_000,
+    ) -> None:
         self.device = Device("scripted", width=2)
         self.models = {
             VISUAL: Scripted(answer=lambda _: np.ones(4, np.float32)),
@@ -97,8 +103,16 @@ class Stage:
         table = {(key.task, key.part): self for key in KEYS if key not in (without or set())}
         self.pool = Pool(table, FakeStore(), self.threads, self.metrics)
         limits = ImageLimits(10_000, 200)
-        pictures = PictureCache(lambda data: decode(data, limits), self.threads, max_bytes=0)
-        self.pipeline = Pipeline(self.pool, pictures, self.metrics, timeout_s=timeout_s)
+        self.decoded: list[bytes] = []
+
+        def decode_and_tell(data: bytes) -> Picture:
+            self.decoded.append(data)
+            return decode(data, limits)
+
+        pictures = PictureCache(decode_and_tell, self.threads, max_bytes=0)
+        self.pipeline = Pipeline(
+            self.pool, pictures, self.metrics, timeout_s=timeout_s, giant_pixels=giant_pixels
+        )
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
         assert files == FILES
@@ -214,6 +228,21 @@ async def test_tasks_of_one_request_share_the_decoded_picture(stage: Stage) -> N
     seen = stage.models[VISUAL].batches[0][0]
     assert stage.models[DETECTOR].batches[0][0].picture is seen
     assert stage.models[FINDER].batches[0][0].picture is seen
+
+
+async def test_giant_pictures_are_held_one_at_a_time() -> None:
+    stage = Stage(giant_pixels=40 * 20 - 1)
+    model = stage.models[VISUAL]
+    model.gate.close()
+    request = TaskRequest(clip_visual=ClipVisual(VISUAL))
+    giants = [asyncio.create_task(stage.ask(request, picture(width))) for width in (40, 41)]
+    small = asyncio.create_task(stage.ask(request, picture(39)))
+    await until(lambda: sum(map(len, model.batches)) == 2)  # one giant, and the small one
+    assert len(stage.decoded) == 2
+    model.gate.open()
+    await asyncio.gather(*giants, small)
+    assert len(stage.decoded) == 3
+    await close(stage)
 
 
 async def test_all_models_of_a_request_load_before_any_runs(stage: Stage) -> None:

@@ -25,6 +25,9 @@ from immich_ml_metal.types import Bytes
 # Pillow keeps RGB as 4 bytes a pixel, and `Picture.pixels` is a second copy of 3.
 _BYTES_PER_PIXEL = 7
 
+# Where the official service, and Pillow by default, refuses a picture.
+OFFICIAL_MAX_PIXELS = 178_956_970
+
 _WIDEST_FILTER_PX = 3  # how far Lanczos reaches to each side, the widest of Pillow's filters
 
 # What Pillow's decoders raise on files that break off or lie about themselves; found by fuzzing.
@@ -96,6 +99,16 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageTooLarge(f"the image is over {limits.max_pixels} pixels") from exc
     except _BROKEN as exc:
         raise InvalidImage(f"the image cannot be decoded: {_reason(exc)}") from exc
+
+
+def count_pixels(data: bytes) -> int:
+    """Pixels that a file's header announces; 0 where it cannot be read, which `decode` explains."""
+    _raise_pillow_limit(OFFICIAL_MAX_PIXELS)
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            return math.prod(image.size)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *_BROKEN):
+        return 0
 
 
 @cache
@@ -189,6 +202,10 @@ class PictureCache:
     def size_bytes(self) -> int:
         """Memory held by kept pictures."""
         return sum(picture.size_bytes for picture in self._kept.values())
+
+    async def count_pixels(self, data: bytes) -> int:
+        """Pixels that the header of `data` announces, before anything is decoded."""
+        return await self._threads.run(lambda: count_pixels(data))
 
     async def get(self, data: bytes) -> Picture:
         """The decoded picture of `data`.

@@ -5,7 +5,8 @@ means *looked and found nothing*.
 """
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
+from contextlib import asynccontextmanager, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -36,6 +37,7 @@ from immich_ml_metal.types import (
 
 T = TypeVar("T")
 
+GIANT_PIXELS = 32_000_000  # ten previews' worth: some 220 MB decoded
 FACE_VECTOR_DIM = 512  # of every face model, fixed by Immich's database (contract §1.9)
 
 
@@ -43,13 +45,29 @@ class Pipeline:
     """Answers requests with the models of a pool."""
 
     def __init__(
-        self, pool: Pool, pictures: PictureCache, metrics: Metrics, *, timeout_s: float
+        self,
+        pool: Pool,
+        pictures: PictureCache,
+        metrics: Metrics,
+        *,
+        timeout_s: float,
+        giant_pixels: int = GIANT_PIXELS,
     ) -> None:
-        """`timeout_s` limits the work itself, not the loading of models before it."""
+        """Work with these.
+
+        Args:
+            pool: the models.
+            pictures: decodes, once per picture.
+            metrics: is told of stages, faces and lines.
+            timeout_s: limits the work itself, not the loading of models before it.
+            giant_pixels: pictures above this are worked on one at a time.
+        """
         self._pool = pool
         self._pictures = pictures
         self._metrics = metrics
         self._timeout_s = timeout_s
+        self._giant_pixels = giant_pixels
+        self._giants = asyncio.Semaphore(1)
 
     async def answer(self, request: TaskRequest, image: bytes | None, text: str | None) -> Answer:
         """Do everything `request` asks for; an image wins over a text.
@@ -60,15 +78,23 @@ class Pipeline:
             InferenceError, InvalidOutput, TimedOut: an engine failed.
         """
         if image is not None:
-            picture = await self._decode(image)
-            _check_request(request, has_image=True)
-            await self._load_models(request)
-            return await self._timed(self._look(request, picture))
+            async with self._room_for(image):
+                picture = await self._decode(image)
+                _check_request(request, has_image=True)
+                await self._load_models(request)
+                return await self._timed(self._look(request, picture))
         if text is None:
             raise MissingPayload("Either image or text must be provided")
         _check_request(request, has_image=False)
         await self._load_models(request)
         return await self._timed(self._read_query(request, text))
+
+    @asynccontextmanager
+    async def _room_for(self, image: bytes) -> AsyncIterator[None]:
+        """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB."""
+        is_giant = await self._pictures.count_pixels(image) > self._giant_pixels
+        async with self._giants if is_giant else nullcontext():
+            yield
 
     async def _decode(self, image: bytes) -> Picture:
         with self._metrics.stage("image", "decode"):
