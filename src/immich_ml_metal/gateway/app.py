@@ -187,9 +187,9 @@ class Gateway:
     async def _predict(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
         self.open_requests += 1
         self.dispatcher.counts.received += 1
-        self.companions.begin()
         upload = _Upload(receive)
         status: int | None = None
+        self.companions.begin()
         try:
             status = await self._hold(headers, upload, send)
         finally:
