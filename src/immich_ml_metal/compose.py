@@ -26,7 +26,8 @@ def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
     """
     plan = choose_engines(settings, probe or SystemProbe())
     _report_plan(plan)
-    store, metrics = ModelStore(settings), Metrics()
+    metrics = Metrics()
+    store = ModelStore(settings, on_download=metrics.count_download)
     engines = create_engines(
         plan,
         settings,

@@ -83,7 +83,7 @@ class Metrics:
         )
         self.model_bytes = self._gauge("model_bytes", "Memory of each loaded model.", "model")
         self.downloads = self._counter(
-            "downloads", "Model files fetched, by outcome (ok, failed).", "outcome"
+            "downloads", "Downloads of a model's half, by outcome (ok, failed).", "outcome"
         )
         self.download_bytes = self._counter("download_bytes", "Bytes of model files fetched.")
         self.engine_info = self._gauge(
@@ -112,6 +112,11 @@ class Metrics:
             yield
         finally:
             self.stage_seconds.labels(task, stage).observe(time.perf_counter() - started_s)
+
+    def count_download(self, is_whole: bool, received_bytes: int) -> None:
+        """Count one download that is over; any thread."""
+        self.downloads.labels("ok" if is_whole else "failed").inc()
+        self.download_bytes.inc(received_bytes)
 
     def watch_queue(self, device: str, depth: Callable[[], float]) -> None:
         """Report `depth()` as the queue depth of `device` at every scrape."""
