@@ -204,6 +204,19 @@ async def test_health_tells_about_both_processes(tmp_path: Path) -> None:
     assert [name for name in health if f"| `{name}` |" not in text] == []
 
 
+async def test_metrics_show_what_is_with_the_engine_and_what_waits_for_it(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, max_concurrent_requests=1) as service:
+        held = [asyncio.create_task(service.predict(body)) for body in (b"[hang]", b"[hang] ")]
+        await service.started(1)
+        await until(lambda: service.gateway.dispatcher.queue.waiting, "a request that waits")
+        text = (await service.client.get("/metrics")).text
+        for request in held:
+            request.cancel()
+    assert 'immich_ml_in_flight{process="gateway"} 2.0' in text
+    assert 'immich_ml_queue_depth{device="engine",process="gateway"} 1.0' in text
+    assert "immich_ml_faces_found_total" not in text  # the fake engine has none
+
+
 async def test_an_idle_engine_ends_and_the_next_request_starts_one(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, model_ttl_s=0.1) as service, service.watched_closely():
         await service.ready()

@@ -59,6 +59,17 @@ def test_memory_and_version_are_always_there() -> None:
     assert one(values, "immich_ml_info", version="0.1.0") == 1
 
 
+def test_a_process_shows_only_what_it_feeds() -> None:
+    gateway, engine = Metrics("gateway"), Metrics("engine")
+    engine.engine_up.set(1)  # harmless, though nobody sees it
+    gateway_names = {name for name, _ in parse(gateway.render())}
+    engine_names = {name for name, _ in parse(engine.render())}
+    everything = {name for name, _ in parse(Metrics().render())}
+    assert gateway_names | engine_names == everything
+    both = {name.removeprefix("immich_ml_") for name in gateway_names & engine_names}
+    assert both == {"in_flight", "memory_bytes", "info"}
+
+
 def test_merging_keeps_both_processes_apart() -> None:
     gateway, engine = Metrics(), Metrics()
     gateway.http_requests.labels("/predict", "200").inc(2)

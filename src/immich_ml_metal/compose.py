@@ -26,7 +26,7 @@ def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
     """
     plan = choose_engines(settings, probe or SystemProbe())
     _report_plan(plan)
-    metrics = Metrics()
+    metrics = Metrics("engine")
     store = ModelStore(settings, on_download=metrics.count_download)
     engines = create_engines(
         plan,

@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample
 from immich_ml_metal import __version__
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+Process = Literal["gateway", "engine"]
 Stage = Literal["read", "queue", "decode", "preprocess", "infer", "postprocess"]
 
 # From a cached decode (1 ms) to the 300 s after which Immich's own client gives up.
@@ -30,10 +31,15 @@ BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64)
 class Metrics:
     """The instruments of one process; callers use the attributes and give labels in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: Process | None = None) -> None:
+        """`process` shows only what that process feeds; None shows all."""
         self.registry = CollectorRegistry()
+        self._shown_in: CollectorRegistry | None = self.registry
+        self._make_load_instruments()
+        self._shown_in = self.registry if process != "gateway" else None
         self._make_request_instruments()
         self._make_model_instruments()
+        self._shown_in = self.registry if process != "engine" else None
         self._make_gateway_instruments()
         Gauge(
             "immich_ml_memory_bytes", "Resident memory of the process.", registry=self.registry
@@ -43,28 +49,32 @@ class Metrics:
         ).set(1)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"immich_ml_{name}", text, labels, registry=self.registry)
+        return Counter(f"immich_ml_{name}", text, labels, registry=self._shown_in)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"immich_ml_{name}", text, labels, registry=self.registry)
+        return Gauge(f"immich_ml_{name}", text, labels, registry=self._shown_in)
 
     def _histogram(
         self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS
     ) -> Histogram:
-        return Histogram(f"immich_ml_{name}", text, labels, buckets=buckets, registry=self.registry)
+        return Histogram(
+            f"immich_ml_{name}", text, labels, buckets=buckets, registry=self._shown_in
+        )
+
+    def _make_load_instruments(self) -> None:
+        self.in_flight = self._gauge("in_flight", "Requests taken in and not answered yet.")
+        self.queue_depth = self._gauge("queue_depth", "Items waiting for a device.", "device")
 
     def _make_request_instruments(self) -> None:
         self.requests = self._counter(
             "requests", "Tasks answered, by task and HTTP status.", "task", "status"
         )
-        self.in_flight = self._gauge("in_flight", "Requests being worked on.")
         self.stage_seconds = self._histogram(
             "stage_seconds", "Seconds of one stage of one request.", "task", "stage"
         )
         self.batch_items = self._histogram(
             "batch_items", "Items of one inference.", "model", buckets=BATCH_ITEMS
         )
-        self.queue_depth = self._gauge("queue_depth", "Items waiting for a device.", "device")
         self.faces = self._counter("faces_found", "Faces found.")
         self.text_lines = self._counter("text_lines_found", "Text lines read.")
         self.fallbacks = self._counter(

@@ -60,7 +60,7 @@ class Gateway:
         self.broken: BaseException | None = None
         self.on_broken: Callable[[], None] = lambda: None
         self.started_s = time.monotonic()
-        self.metrics = Metrics()
+        self.metrics = Metrics("gateway")
         self.crashes = CrashRecord(
             max_crashes=settings.engine_max_crashes, window_s=settings.engine_crash_window_s
         )
@@ -84,6 +84,8 @@ class Gateway:
             **(pages or {}),
         }
         is_up = self.dispatcher.supervisor
+        self.metrics.in_flight.set_function(lambda: float(self.open_requests))
+        self.metrics.watch_queue("engine", lambda: float(self.dispatcher.queue.waiting))
         self.metrics.engine_up.set_function(lambda: float(is_up.state is State.READY))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
