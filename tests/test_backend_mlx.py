@@ -1,6 +1,7 @@
 """The mlx engine: its thread, its limits, its number format, and a process that ends well."""
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -89,6 +90,7 @@ async def test_twelve_callers_each_get_their_own_vector_from_shared_batches(
 
 async def test_unloading_returns_the_memory(files: ModelFiles) -> None:
     engine = MlxEngine(Settings())
+    gc.collect()  # graphs of other tests, never closed
     before = engine.memory().active_bytes
     try:
         for _ in range(3):
@@ -110,6 +112,21 @@ async def test_a_model_that_mlx_cannot_run_fails_to_load_and_says_why(files: Mod
     try:
         with pytest.raises(LoadFailed, match="operator Det has no translation; the cpu engine can"):
             await load(engine, files)
+    finally:
+        await asyncio.to_thread(engine.device.close)
+
+
+async def test_a_model_whose_side_file_is_missing_leaves_no_weights_behind(
+    files: ModelFiles,
+) -> None:
+    (files.folder / "preprocess_cfg.json").unlink()
+    engine = MlxEngine(Settings())
+    gc.collect()
+    before = engine.memory().active_bytes
+    try:
+        with pytest.raises(LoadFailed, match=r"preprocess_cfg\.json"):
+            await load(engine, files)
+        assert engine.memory().active_bytes <= before
     finally:
         await asyncio.to_thread(engine.device.close)
 

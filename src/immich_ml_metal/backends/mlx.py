@@ -14,6 +14,7 @@ from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.tensor import build_model
 from immich_ml_metal.config import Settings
 from immich_ml_metal.device import Device
+from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
 from immich_ml_metal.types import ModelFiles, ModelKey
 
@@ -66,7 +67,11 @@ class MlxEngine:
             memory.active_bytes >> 20,
             memory.cache_bytes >> 20,
         )
-        return build_model(key, files, graph, self._settings)
+        try:
+            return build_model(key, files, graph, self._settings)
+        except LoadFailed:  # a side file is missing: nobody else holds the graph
+            graph.close()
+            raise
 
     def memory(self) -> MlxMemory:
         """What MLX holds now. Any thread."""
