@@ -1,5 +1,7 @@
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -68,6 +70,15 @@ def test_a_process_shows_only_what_it_feeds() -> None:
     assert gateway_names | engine_names == everything
     both = {name.removeprefix("immich_ml_") for name in gateway_names & engine_names}
     assert both == {"in_flight", "memory_bytes", "info"}
+
+
+def test_every_instrument_is_fed_somewhere() -> None:
+    folder = Path(__file__).parents[1] / "src" / "immich_ml_metal"
+    source = "\n".join(path.read_text() for path in folder.rglob("*.py"))
+    names = [name for name, value in vars(Metrics()).items() if hasattr(value, "describe")]
+    fed = {name for name in names if re.search(rf"\.{name}\.(labels|inc|dec|set|observe)", source)}
+    assert len(names) > 15
+    assert sorted(set(names) - fed) == []
 
 
 def test_merging_keeps_both_processes_apart() -> None:

@@ -89,7 +89,7 @@ class Metrics:
             "model_load_seconds", "Seconds to load a model.", "engine"
         )
         self.model_evictions = self._counter(
-            "model_evictions", "Models unloaded, by reason (idle, memory, stop).", "reason"
+            "model_evictions", "Models unloaded, by reason (idle, memory).", "reason"
         )
         self.model_bytes = self._gauge("model_bytes", "Memory of each loaded model.", "model")
         self.downloads = self._counter(
@@ -109,7 +109,9 @@ class Metrics:
         )
         self.engine_up = self._gauge("engine_up", "1 while the engine process is serving.")
         self.engine_restarts = self._counter(
-            "engine_restarts", "Engine processes started again, by reason (crash, idle).", "reason"
+            "engine_restarts",
+            "Engine processes that ended, by reason (crash, idle, memory).",
+            "reason",
         )
         self.replays = self._counter("replays", "Requests sent again after the engine died.")
         self.requeues = self._counter("requeues", "Times Immich was asked for its missing jobs.")

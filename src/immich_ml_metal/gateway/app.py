@@ -83,10 +83,7 @@ class Gateway:
             "/metrics": self._metrics_page,
             **(pages or {}),
         }
-        is_up = self.dispatcher.supervisor
-        self.metrics.in_flight.set_function(lambda: float(self.open_requests))
-        self.metrics.watch_queue("engine", lambda: float(self.dispatcher.queue.waiting))
-        self.metrics.engine_up.set_function(lambda: float(is_up.state is State.READY))
+        self._feed_gauges()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the server's life."""
@@ -119,6 +116,12 @@ class Gateway:
     def can_serve(self) -> bool:
         """Whether a request that arrives now can be expected to be answered."""
         return not (self.is_draining or self.crashes.is_looping(time.monotonic()))
+
+    def _feed_gauges(self) -> None:
+        queue, supervisor = self.dispatcher.queue, self.dispatcher.supervisor
+        self.metrics.in_flight.set_function(lambda: float(self.open_requests))
+        self.metrics.watch_queue("engine", lambda: float(queue.waiting))
+        self.metrics.engine_up.set_function(lambda: float(supervisor.state is State.READY))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""
