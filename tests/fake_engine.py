@@ -1,7 +1,8 @@
 """A test double of the engine: a real process on a real unix socket, without any model.
 
 It answers a `/predict` with the SHA-256 of the body it got. Words in the body make it misbehave:
-`[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`.
+`[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
+`[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
 `slow` (holding seconds), `stubborn`. It writes what it does into `journal` there.
 Run as `python fake_engine.py FOLDER SOCKET`.
@@ -21,7 +22,7 @@ from typing import Any
 
 from immich_ml_metal.engine import EXIT_BAD_SETTINGS, read_settings, serve
 
-_WORD = re.compile(rb"\[(abort|hang|block|burn|sleep|leak|status|bye) ?([\d.]*)\]")
+_WORD = re.compile(rb"\[(abort|hang|block|burn|sleep|leak|status|bye|later) ?([\d.]*)\]")
 
 
 class FakeEngine:
@@ -69,7 +70,8 @@ class FakeEngine:
             self.note(f"hung-up {hashlib.sha256(body).hexdigest()}")
             return
         self.progress += 1
-        await reply(send, status, json.dumps({"digest": hashlib.sha256(body).hexdigest()}))
+        later = [(b"retry-after", b"0")] if b"[later]" in body and status == 503 else []
+        await reply(send, status, json.dumps({"digest": hashlib.sha256(body).hexdigest()}), *later)
 
     async def obey(self, body: bytes, receive: Any) -> int | None:
         """The status to answer with, None when the caller hung up."""
@@ -85,6 +87,8 @@ class FakeEngine:
                 self.leaked.append(b"x" * int(value) * 2**20)
             elif word == b"status":
                 status = int(value)
+            elif word == b"later":
+                status = 503 if (self.folder / "offline").exists() else 200
             else:
                 fail(word, value)
         return status
@@ -108,10 +112,10 @@ def fail(word: bytes, value: bytes) -> None:
             pass
 
 
-async def reply(send: Any, status: int, text: str) -> None:
+async def reply(send: Any, status: int, text: str, *more: tuple[bytes, bytes]) -> None:
     kind = b"application/json" if text.startswith("{") else b"text/plain"
     length = str(len(text)).encode()
-    headers = [(b"content-type", kind), (b"content-length", length)]
+    headers = [(b"content-type", kind), (b"content-length", length), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text.encode()})
 

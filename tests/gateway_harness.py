@@ -18,6 +18,7 @@ import httpx
 
 from immich_ml_metal.config import Settings
 from immich_ml_metal.gateway.app import Gateway
+from immich_ml_metal.gateway.companions import Companions
 from immich_ml_metal.gateway.engine_process import EngineProcess
 from immich_ml_metal.gateway.listen import listen
 from immich_ml_metal.gateway.serving import GatewayServer
@@ -119,9 +120,11 @@ class Service:
 
 
 @asynccontextmanager
-async def running_gateway(folder: Path, **changes: Any) -> AsyncIterator[Service]:
+async def running_gateway(
+    folder: Path, *, companions: Companions | None = None, **changes: Any
+) -> AsyncIterator[Service]:
     chosen = settings(**changes)
-    gateway = Gateway(chosen, command=fake_engine(folder))
+    gateway = Gateway(chosen, command=fake_engine(folder), companions=companions)
     server = GatewayServer(gateway)
     sockets = listen(chosen.host, chosen.port)
     port = sockets[0].getsockname()[1]
@@ -165,9 +168,13 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def gateway_process(
-    folder: Path, *, open_files: int | None = None, **changes: Any
+    folder: Path,
+    *,
+    open_files: int | None = None,
+    programs: Path | None = None,
+    **changes: Any,
 ) -> AsyncIterator[GatewayProcess]:
-    """`open_files` is the soft limit that the process finds when it starts."""
+    """A process that finds `open_files` as its soft limit and `programs` first on its path."""
 
     def limit_files() -> None:
         if open_files is not None:
@@ -181,6 +188,7 @@ async def gateway_process(
         str(folder),
         settings(port=port, **changes).model_dump_json(),
         preexec_fn=limit_files,
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"} if programs else None,
     )
     url = f"http://127.0.0.1:{port}"
     try:

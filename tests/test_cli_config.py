@@ -88,6 +88,28 @@ def test_check_passes_and_mentions_names_without_meaning_here(tmp_path: Path) ->
     assert "MACHINE_LEARNING_WORKERS is set" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("PRELOAD__CLIP=ViT-B-32__openai", "PRELOAD__CLIP__TEXTUAL and __VISUAL instead"),
+        (
+            "PRELOAD__FACIAL_RECOGNITION=buffalo_l",
+            "PRELOAD__FACIAL_RECOGNITION__DETECTION and __RECOGNITION instead",
+        ),
+        ("PRELOAD__CLIP__TEXTUAL=ViT-B-32__openai", None),
+    ],
+)
+def test_check_mentions_an_old_name_and_the_new_ones(
+    tmp_path: Path, line: str, advice: str | None
+) -> None:
+    env = tmp_path / ".env"
+    env.write_text(f"MACHINE_LEARNING_{line}\n")
+    result = run(app, ["config", "check", "--env-file", str(env)])
+    assert result.exit_code == 0
+    assert ("old name" in result.stdout) is (advice is not None)
+    assert (advice or "") in result.stdout
+
+
 def test_check_stops_at_a_wrong_value(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text("port = 70000\n")

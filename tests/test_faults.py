@@ -295,6 +295,7 @@ def test_a_download_that_fails_is_a_503_with_its_reason(models: Path) -> None:
     with serve(app) as url:
         answer = call(url, (Task.CLIP, Part.TEXTUAL))
     assert (answer.status_code, answer.json()) == (503, {"detail": "no route to the hub"})
+    assert answer.headers["retry-after"] == "5"  # the gateway asks again
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,59 @@ async def test_health_tells_about_both_processes(tmp_path: Path) -> None:
     assert health["engine"]["pid"] == pid
     assert health["engine"]["health"]["progress"] == 1
     assert health["engine"]["memory_peak_bytes"] >= health["engine"]["memory_bytes"] > 10**6
-    assert health["gateway"]["memory_peak_bytes"] > 10**7
+    assert health["gateway"]["memory_peak_bytes"] >= health["gateway"]["memory_bytes"] > 10**7
     assert health["requests"]["answered"] == 1
     assert "a picture" not in json.dumps(health)
+    text = (Path(__file__).parents[1] / "docs" / "gateway.md").read_text()
+    assert [name for name in health if f"| `{name}` |" not in text] == []
+
+
+async def test_what_the_engine_puts_off_is_asked_again_until_it_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "offline").touch()
+    async with running_gateway(tmp_path) as service:
+        held = asyncio.create_task(service.predict(b"[later]"))
+        await service.started(3)
+        assert not held.done()
+        (tmp_path / "offline").unlink()
+        assert (await held).json() == right_answer(b"[later]")
+        counts = service.gateway.dispatcher.counts
+        assert (counts.answered, counts.failed) == (1, 0)
+
+
+async def test_what_is_put_off_to_the_end_of_the_hold_gets_the_engines_reason(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "offline").touch()
+    async with running_gateway(tmp_path, hold_limit_s=1.5) as service:
+        await service.ready()
+        start_s = time.monotonic()
+        answer = await service.predict(b"[later]")
+        assert time.monotonic() - start_s >= 1.4
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "0")
+    assert answer.json() == right_answer(b"[later]")  # what the engine said
+
+
+async def test_a_caller_that_hangs_up_between_two_tries_is_let_go(tmp_path: Path) -> None:
+    (tmp_path / "offline").touch()
+    async with running_gateway(tmp_path) as service:
+        held = asyncio.create_task(service.predict(b"[later]"))
+        await service.started(2)
+        held.cancel()
+        await until(lambda: service.gateway.dispatcher.counts.cancelled == 1)
+        assert service.gateway.holding.reception.room.held("memory") == 0
+
+
+async def test_metrics_show_what_is_with_the_engine_and_what_waits_for_it(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, max_concurrent_requests=1) as service:
+        held = [asyncio.create_task(service.predict(body)) for body in (b"[hang]", b"[hang] ")]
+        await service.started(1)
+        await until(lambda: service.gateway.dispatcher.queue.waiting, "a request that waits")
+        text = (await service.client.get("/metrics")).text
+        for request in held:
+            request.cancel()
+    assert 'immich_ml_in_flight{process="gateway"} 2.0' in text
+    assert 'immich_ml_queue_depth{device="engine",process="gateway"} 1.0' in text
+    assert "immich_ml_faces_found_total" not in text  # the fake engine has none
 
 
 async def test_an_idle_engine_ends_and_the_next_request_starts_one(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ async def test_what_cannot_be_answered_within_the_drain_limit_is_told_so(tmp_pat
     assert (answer.status_code, answer.json()["detail"]) == (503, "the service is stopping")
 
 
+async def test_what_is_put_off_when_the_drain_ends_gets_its_answer_too(tmp_path: Path) -> None:
+    (tmp_path / "offline").touch()
+    async with gateway_process(tmp_path, drain_limit_s=2) as gateway:
+        held = asyncio.create_task(gateway.client.post("/predict", content=b"[later]"))
+        await until(lambda: len(gateway.journal("start")) >= 2, "a second try")
+        gateway.process.terminate()
+        assert (await held).status_code == 503
+        assert await gateway.process.wait() == 0
+
+
 async def test_a_second_signal_ends_the_gateway_at_once(tmp_path: Path) -> None:
     async with gateway_process(tmp_path, drain_limit_s=3600) as gateway:
         task = asyncio.create_task(gateway.client.post("/predict", content=b"[hang]"))

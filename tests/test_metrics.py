@@ -1,5 +1,7 @@
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -57,6 +59,26 @@ def test_memory_and_version_are_always_there() -> None:
     values = parse(Metrics().render())
     assert one(values, "immich_ml_memory_bytes") > 2**20
     assert one(values, "immich_ml_info", version="0.1.0") == 1
+
+
+def test_a_process_shows_only_what_it_feeds() -> None:
+    gateway, engine = Metrics("gateway"), Metrics("engine")
+    engine.engine_up.set(1)  # harmless, though nobody sees it
+    gateway_names = {name for name, _ in parse(gateway.render())}
+    engine_names = {name for name, _ in parse(engine.render())}
+    everything = {name for name, _ in parse(Metrics().render())}
+    assert gateway_names | engine_names == everything
+    both = {name.removeprefix("immich_ml_") for name in gateway_names & engine_names}
+    assert both == {"in_flight", "memory_bytes", "info"}
+
+
+def test_every_instrument_is_fed_somewhere() -> None:
+    folder = Path(__file__).parents[1] / "src" / "immich_ml_metal"
+    source = "\n".join(path.read_text() for path in folder.rglob("*.py"))
+    names = [name for name, value in vars(Metrics()).items() if hasattr(value, "describe")]
+    fed = {name for name in names if re.search(rf"\.{name}\.(labels|inc|dec|set|observe)", source)}
+    assert len(names) > 15
+    assert sorted(set(names) - fed) == []
 
 
 def test_merging_keeps_both_processes_apart() -> None:

@@ -75,6 +75,44 @@ def test_its_memory_is_counted(child: Child) -> None:
     assert 20 * 2**20 < child.resident_bytes() < 4 * 2**30
 
 
+@pytest.fixture(scope="module")
+def bare(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Child, Path]]:
+    """`serve --no-gateway` with an old official name in its `.env`, and its log file."""
+    folder = tmp_path_factory.mktemp("bare")
+    log = folder / "log"
+    (folder / ".env").write_text("MACHINE_LEARNING_PRELOAD__CLIP=ViT-B-32__openai\n")
+    (folder / "c.toml").write_text(f"models_dir = {str(models)!r}\nlog_file = {str(log)!r}\n")
+    options = {"--config": str(folder / "c.toml"), "--env-file": str(folder / ".env")}
+    with running_service(options | {"--no-gateway": ""}) as child:
+        yield child, log
+    assert not psutil.pid_exists(child.pid), "it did not stop when asked to"
+
+
+def test_without_a_gateway_the_engine_answers_alone(bare: tuple[Child, Path]) -> None:
+    child, _ = bare
+    assert predict(child.url, VISUAL, image=PHOTO).is_success
+    assert psutil.Process(child.pid).children(recursive=True) == []
+    assert "gateway" not in httpx.get(f"{child.url}/health").json()
+    metrics = httpx.get(f"{child.url}/metrics").text
+    assert "immich_ml_requests_total" in metrics
+    assert "process=" not in metrics
+
+
+def test_with_a_gateway_there_are_two_processes(child: Child) -> None:
+    assert len(psutil.Process(child.pid).children()) == 1
+    assert httpx.get(f"{child.url}/health").json()["gateway"]["pid"] == child.pid
+
+
+def test_an_old_preload_name_works_and_is_warned_of(bare: tuple[Child, Path]) -> None:
+    child, log = bare
+    predict(child.url, TEXTUAL, text="dog")  # waits for what is being loaded
+    health = httpx.get(f"{child.url}/health").json()
+    halves = {model["part"] for model in health["models"]} | {*health["loading"]}
+    assert len(halves) == 2
+    text = "".join(path.read_text() for path in log.parent.glob("log*"))
+    assert text.count("MACHINE_LEARNING_PRELOAD__CLIP is an old name") == 1
+
+
 def test_a_service_that_cannot_start_is_reported_with_its_last_words(tmp_path: Path) -> None:
     options = {"--config": str(tmp_path / "none.toml")}
     with pytest.raises(ServiceDidNotStart, match=r"none\.toml") as caught:  # noqa: SIM117

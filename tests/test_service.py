@@ -103,7 +103,12 @@ def test_the_plan_names_the_files_and_copies_no_secret(tmp_path: Path) -> None:
     assert plan.command == ("x", "serve", "--config", str(config), "--env-file", env_file)
     assert "tell-nobody" not in repr(plan)
     assert plan.stderr_file == tmp_path / "service.stderr"
-    assert plan.stop_timeout_s >= settings.request_timeout_s
+
+
+def test_a_stop_waits_longer_than_the_service_drains(tmp_path: Path) -> None:
+    assert make_plan(Settings(), ("x",), tmp_path).stop_timeout_s == 40
+    patient = Settings(drain_limit_s=200.5, request_timeout_s=1)
+    assert make_plan(patient, ("x",), tmp_path).stop_timeout_s > 200.5
 
 
 # -- launchd ---------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def test_the_agent_restarts_after_a_crash_with_a_throttle(
     assert job["RunAtLoad"] is True
     assert job["EnvironmentVariables"]["ML_LOG_FILE"] == str(plan.log_file)
     assert job["StandardErrorPath"] == str(plan.stderr_file)
-    assert job["ExitTimeOut"] > 120
+    assert job["ExitTimeOut"] == plan.stop_timeout_s >= 40
     assert "UserName" not in job
 
 
@@ -170,11 +175,11 @@ def test_launchd_status_is_read(
     assert status.last_exit == ("6: SIGABRT" if printed.out else "")
 
 
-def test_launchd_restart_loads_a_job_that_was_stopped(tmp_path: Path) -> None:
-    run = FakeRunner(kickstart=Completed(113), print=Completed(113))
+@pytest.mark.parametrize("bootout", [Completed(0), Completed(113)])
+def test_launchd_restart_lets_the_process_end_by_itself(tmp_path: Path, bootout: Completed) -> None:
+    run = FakeRunner(bootout=bootout, print=Completed(113))
     Launchd(run, tmp_path, 501).restart()
-    assert run.verbs()[0] == "kickstart"
-    assert run.verbs()[-1] == "bootstrap"
+    assert run.verbs() == ["bootout", "print", "enable", "bootstrap"]
 
 
 def test_a_refusal_of_launchd_is_told(tmp_path: Path) -> None:

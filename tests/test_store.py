@@ -9,6 +9,7 @@ from fake_hub import FakeHub, Fault, add_clip, add_faces, external_onnx, onnx_by
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable, UnknownModel
+from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.manifest import load_manifest, sha256_of
 from immich_ml_metal.models.progress import DownloadProgress, Phase
 from immich_ml_metal.models.store import ModelStore
@@ -191,6 +192,31 @@ def test_progress_is_shown_while_it_runs_and_gone_afterwards(hub: FakeHub, tmp_p
     assert shown[-1].done_bytes == shown[-1].total_bytes == total
     assert {p.phase for p in shown} == {Phase.DOWNLOADING}
     assert store.downloads() == ()
+
+
+def test_every_download_is_counted_once_at_its_end(hub: FakeHub, tmp_path: Path) -> None:
+    add_clip(hub)
+    metrics = Metrics()
+    store = ModelStore(
+        Settings(models_dir=tmp_path, hub_endpoint=hub.url),
+        retry=FAST,
+        on_download=metrics.count_download,
+    )
+    hub.fail("textual/model.onnx", forever=Fault(status=404))
+    with pytest.raises((ModelUnavailable, DownloadFailed)):
+        store.ensure(TEXTUAL)
+    received_bytes = counted(metrics, "immich_ml_download_bytes_total")
+    store.ensure(VISUAL)
+    store.ensure(VISUAL)
+    assert counted(metrics, "immich_ml_downloads_total", outcome="failed") == 1
+    assert counted(metrics, "immich_ml_downloads_total", outcome="ok") == 1
+    graph = tmp_path / "clip" / "ViT-B-32__openai" / "visual" / "model.onnx"
+    received_bytes = counted(metrics, "immich_ml_download_bytes_total") - received_bytes
+    assert graph.stat().st_size <= received_bytes < graph.stat().st_size + 10_000
+
+
+def counted(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 def test_a_closed_store_ends_its_downloads(hub: FakeHub, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
     """
     plan = choose_engines(settings, probe or SystemProbe())
     _report_plan(plan)
-    store, metrics = ModelStore(settings), Metrics()
+    metrics = Metrics("engine")
+    store = ModelStore(settings, on_download=metrics.count_download)
     engines = create_engines(
         plan,
         settings,

@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample
 from immich_ml_metal import __version__
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+Process = Literal["gateway", "engine"]
 Stage = Literal["read", "queue", "decode", "preprocess", "infer", "postprocess"]
 
 # From a cached decode (1 ms) to the 300 s after which Immich's own client gives up.
@@ -30,10 +31,15 @@ BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64)
 class Metrics:
     """The instruments of one process; callers use the attributes and give labels in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: Process | None = None) -> None:
+        """`process` shows only what that process feeds; None shows all."""
         self.registry = CollectorRegistry()
+        self._shown_in: CollectorRegistry | None = self.registry
+        self._make_load_instruments()
+        self._shown_in = self.registry if process != "gateway" else None
         self._make_request_instruments()
         self._make_model_instruments()
+        self._shown_in = self.registry if process != "engine" else None
         self._make_gateway_instruments()
         Gauge(
             "immich_ml_memory_bytes", "Resident memory of the process.", registry=self.registry
@@ -43,28 +49,32 @@ class Metrics:
         ).set(1)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"immich_ml_{name}", text, labels, registry=self.registry)
+        return Counter(f"immich_ml_{name}", text, labels, registry=self._shown_in)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"immich_ml_{name}", text, labels, registry=self.registry)
+        return Gauge(f"immich_ml_{name}", text, labels, registry=self._shown_in)
 
     def _histogram(
         self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS
     ) -> Histogram:
-        return Histogram(f"immich_ml_{name}", text, labels, buckets=buckets, registry=self.registry)
+        return Histogram(
+            f"immich_ml_{name}", text, labels, buckets=buckets, registry=self._shown_in
+        )
+
+    def _make_load_instruments(self) -> None:
+        self.in_flight = self._gauge("in_flight", "Requests taken in and not answered yet.")
+        self.queue_depth = self._gauge("queue_depth", "Items waiting for a device.", "device")
 
     def _make_request_instruments(self) -> None:
         self.requests = self._counter(
             "requests", "Tasks answered, by task and HTTP status.", "task", "status"
         )
-        self.in_flight = self._gauge("in_flight", "Requests being worked on.")
         self.stage_seconds = self._histogram(
             "stage_seconds", "Seconds of one stage of one request.", "task", "stage"
         )
         self.batch_items = self._histogram(
             "batch_items", "Items of one inference.", "model", buckets=BATCH_ITEMS
         )
-        self.queue_depth = self._gauge("queue_depth", "Items waiting for a device.", "device")
         self.faces = self._counter("faces_found", "Faces found.")
         self.text_lines = self._counter("text_lines_found", "Text lines read.")
         self.fallbacks = self._counter(
@@ -79,11 +89,11 @@ class Metrics:
             "model_load_seconds", "Seconds to load a model.", "engine"
         )
         self.model_evictions = self._counter(
-            "model_evictions", "Models unloaded, by reason (idle, memory, stop).", "reason"
+            "model_evictions", "Models unloaded, by reason (idle, memory).", "reason"
         )
         self.model_bytes = self._gauge("model_bytes", "Memory of each loaded model.", "model")
         self.downloads = self._counter(
-            "downloads", "Model files fetched, by outcome (ok, failed).", "outcome"
+            "downloads", "Downloads of a model's half, by outcome (ok, failed).", "outcome"
         )
         self.download_bytes = self._counter("download_bytes", "Bytes of model files fetched.")
         self.engine_info = self._gauge(
@@ -99,7 +109,9 @@ class Metrics:
         )
         self.engine_up = self._gauge("engine_up", "1 while the engine process is serving.")
         self.engine_restarts = self._counter(
-            "engine_restarts", "Engine processes started again, by reason (crash, idle).", "reason"
+            "engine_restarts",
+            "Engine processes that ended, by reason (crash, idle, memory).",
+            "reason",
         )
         self.replays = self._counter("replays", "Requests sent again after the engine died.")
         self.requeues = self._counter("requeues", "Times Immich was asked for its missing jobs.")
@@ -112,6 +124,11 @@ class Metrics:
             yield
         finally:
             self.stage_seconds.labels(task, stage).observe(time.perf_counter() - started_s)
+
+    def count_download(self, is_whole: bool, received_bytes: int) -> None:
+        """Count one download that is over; any thread."""
+        self.downloads.labels("ok" if is_whole else "failed").inc()
+        self.download_bytes.inc(received_bytes)
 
     def watch_queue(self, device: str, depth: Callable[[], float]) -> None:
         """Report `depth()` as the queue depth of `device` at every scrape."""

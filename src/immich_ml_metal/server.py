@@ -50,6 +50,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
 _CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 _FORM_OVERHEAD_BYTES = 2**20  # entries, text and boundaries around the largest picture
 _HOUSEKEEPING_S = 10.0
+_RETRY_AFTER_S = "5"  # a network comes back; the gateway asks again for as long as it may hold
 
 
 def create_app(
@@ -328,7 +329,8 @@ def _render_error(exc: Exception) -> JSONResponse:
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
-    return JSONResponse({"detail": reason}, status_code=status)
+    headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(exc, errors.DownloadFailed) else None
+    return JSONResponse({"detail": reason}, status_code=status, headers=headers)
 
 
 def every_part(engine: Any) -> EngineTable:

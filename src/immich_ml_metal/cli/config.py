@@ -12,9 +12,9 @@ from immich_ml_metal.config import (
     Settings,
     env_names,
     ignored_names,
-    load_settings,
     resolve,
 )
+from immich_ml_metal.old_names import old_names_used
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
 
@@ -73,7 +73,9 @@ def show(
 @app.command("check")
 def check(file: FileOption = None, env_file: EnvFileOption = None) -> None:
     """Validate the settings; exit 2 and name the setting when one is wrong."""
-    load_settings(file=file, env_file=env_file)
+    _, origin = resolve(file=file, env_file=env_file)
+    for warning in old_names_used(origin):
+        typer.echo(warning)
     for name in ignored_names(env_file=env_file):
         typer.echo(f"{name} is set, but it has no meaning here and is ignored")
     typer.echo("The settings are valid.")

@@ -35,5 +35,6 @@ def demo(
     image = picture.read_bytes() if picture is not None else draw_preview(seed=1)
     console = Console()
     options = {"--models-dir": str(settings.models_dir), "--log-level": "warning"}
+    options["--no-gateway"] = ""  # here a download that fails is to be told, not waited out
     with running_service(options) as child:
         show_demo(settings, child.url, image, output, console, pull=pull)

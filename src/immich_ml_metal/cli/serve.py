@@ -1,9 +1,12 @@
 """`serve`: run the service until it is told to stop."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -22,15 +25,18 @@ def serve(
     ] = True,
 ) -> None:
     """Answer Immich's requests on port 3003."""
-    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.config import resolve
     from immich_ml_metal.logs import configure_logging
+    from immich_ml_metal.old_names import old_names_used
 
-    settings = load_settings(
+    settings, origin = resolve(
         {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level},
         file=config,
         env_file=env_file,
     )
     configure_logging(settings, "gateway" if gateway else "engine")
+    for warning in old_names_used(origin):
+        log.warning("%s", warning)
     if gateway:
         from immich_ml_metal.gateway import serving
 

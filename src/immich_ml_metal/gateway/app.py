@@ -66,7 +66,7 @@ class Gateway:
         self.broken: BaseException | None = None
         self.on_broken: Callable[[], None] = lambda: None
         self.started_s = time.monotonic()
-        self.metrics = Metrics()
+        self.metrics = Metrics("gateway")
         self.crashes = CrashRecord(
             max_crashes=settings.engine_max_crashes, window_s=settings.engine_crash_window_s
         )
@@ -89,8 +89,7 @@ class Gateway:
             "/metrics": self._metrics_page,
             **(pages or {}),
         }
-        is_up = self.dispatcher.supervisor
-        self.metrics.engine_up.set_function(lambda: float(is_up.state is State.READY))
+        self._feed_gauges()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the server's life."""
@@ -123,6 +122,12 @@ class Gateway:
     def can_serve(self) -> bool:
         """Whether a request that arrives now can be expected to be answered."""
         return not (self.is_draining or self.crashes.is_looping(time.monotonic()))
+
+    def _feed_gauges(self) -> None:
+        queue, supervisor = self.dispatcher.queue, self.dispatcher.supervisor
+        self.metrics.in_flight.set_function(lambda: float(self.open_requests))
+        self.metrics.watch_queue("engine", lambda: float(queue.waiting))
+        self.metrics.engine_up.set_function(lambda: float(supervisor.state is State.READY))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""
@@ -194,9 +199,9 @@ class Gateway:
     async def _predict(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
         self.open_requests += 1
         self.dispatcher.counts.received += 1
-        self.companions.begin()
         upload = _Upload(receive)
         status: int | None = None
+        self.companions.begin()
         try:
             status = await self._hold(headers, upload, send)
         finally:

@@ -4,11 +4,14 @@ Both are optional; the gateway tells of each request's beginning and end and kno
 """
 
 import asyncio
+import logging
 from typing import Protocol
 
 from immich_ml_metal.config import Settings
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.power import KeepAwake, make_keep_awake
+
+logger = logging.getLogger(__name__)
 
 _TICK_S = 5.0
 
@@ -28,14 +31,20 @@ class AsksAgain(Protocol):
 class Companions:
     """Event loop only."""
 
-    def __init__(self, awake: KeepAwake | None, requeuer: AsksAgain | None) -> None:
+    def __init__(
+        self, awake: KeepAwake | None, requeuer: AsksAgain | None, *, tick_s: float = _TICK_S
+    ) -> None:
         self._awake = awake
         self._requeuer = requeuer
+        self._tick_s = tick_s
 
     def begin(self) -> None:
         """A request has come."""
         if self._awake is not None:
-            self._awake.begin()
+            try:
+                self._awake.begin()
+            except OSError as exc:  # no process to be had: rather a Mac asleep than a request lost
+                logger.warning("cannot keep the machine awake reason=%s", exc.strerror)
 
     def end(self, head: bytes, status: int | None) -> None:
         """A request is done.
@@ -53,7 +62,7 @@ class Companions:
         """Do what time brings, until cancelled; then let the machine sleep."""
         try:
             while True:
-                await asyncio.sleep(_TICK_S)
+                await asyncio.sleep(self._tick_s)
                 if self._awake is not None:
                     self._awake.tick()
                 if self._requeuer is not None:

@@ -21,14 +21,15 @@ def report(gateway: "Gateway") -> dict[str, Any]:
     """The state of the service as JSON. Any: a tree of plain values."""
     now_s = time.monotonic()
     supervisor, crashes = gateway.dispatcher.supervisor, gateway.crashes
+    own_bytes = memory_bytes(getpid())
     return {
         "status": _status(gateway, now_s),
         "versions": {"service": __version__, "python": platform.python_version()},
         "gateway": {
             "pid": getpid(),
             "age_s": round(now_s - gateway.started_s, 1),
-            "memory_bytes": memory_bytes(getpid()),
-            "memory_peak_bytes": _own_peak_bytes(),
+            "memory_bytes": own_bytes,
+            "memory_peak_bytes": max(own_bytes or 0, _own_peak_bytes()),
         },
         "engine": _engine(gateway, now_s),
         "queue": _queue(gateway),

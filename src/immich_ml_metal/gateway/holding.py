@@ -15,6 +15,9 @@ from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.engine_client import EngineAnswer
 from immich_ml_metal.gateway.replay import REMEMBER_S, Condemned, Job, Quarantine
 
+_UNAVAILABLE = 503
+_MIN_PAUSE_S = 0.1
+
 
 class Holding:
     """Holds requests for as long as the caller waits for them."""
@@ -26,6 +29,7 @@ class Holding:
         self.quarantine = Quarantine()
         self._dispatcher = dispatcher
         self._hold_limit_s = hold_limit_s
+        self._ended = asyncio.Event()
 
     async def answer(
         self, headers: Mapping[bytes, bytes], receive: Receive, request_id: str
@@ -39,26 +43,61 @@ class Holding:
             Condemned: the request ended every engine that worked on it.
             Overloaded: it was held as long as it could be.
         """
+        put_off: list[EngineAnswer] = []
         try:
             async with asyncio.timeout(self._hold_limit_s):
-                return await self._answer(headers, receive, request_id)
+                return await self._answer(headers, receive, request_id, put_off)
         except TimeoutError as exc:
+            if put_off:
+                return put_off[-1]  # it says why
             state = self._dispatcher.supervisor.state
             reason = f"held for {self._hold_limit_s:g} s, the engine's state is {state}"
             raise Overloaded(reason) from exc
 
     async def _answer(
-        self, headers: Mapping[bytes, bytes], receive: Receive, request_id: str
+        self,
+        headers: Mapping[bytes, bytes],
+        receive: Receive,
+        request_id: str,
+        put_off: list[EngineAnswer],
     ) -> EngineAnswer:
         self._dispatcher.expect()
         body, lease = await self.reception.take(receive, _declared_bytes(headers))
         try:
             content_type = headers.get(b"content-type", b"")
             await self._refuse_known(body, content_type)
-            return await self._dispatch(body, content_type, receive, request_id)
+            while True:
+                answer = await self._dispatch(body, content_type, receive, request_id)
+                pause_s = _pause_s(answer)
+                if pause_s is None:
+                    return answer
+                put_off[:] = [answer]
+                if await self._ends_within(pause_s, receive):
+                    return answer
         finally:
             body.close()
             self.reception.room.release(lease)
+
+    def end(self) -> None:
+        """Try nothing again from now on: the service ends."""
+        self._ended.set()
+
+    async def _ends_within(self, pause_s: float, receive: Receive) -> bool:
+        """Wait before the next try; whether there is to be none.
+
+        Raises:
+            ClientGone: the client hung up.
+        """
+        gone = asyncio.ensure_future(_until_gone(receive))
+        ended = asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait({gone, ended}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            ended.cancel()
+        if gone.done() and not gone.cancelled():
+            raise ClientGone
+        return self._ended.is_set()
 
     async def _dispatch(
         self, body: Body, content_type: bytes, receive: Receive, request_id: str
@@ -79,6 +118,17 @@ class Holding:
             return
         if reason := self.quarantine.find(await body.digest(content_type)):
             raise Condemned(f"{reason}; it is not tried again for {REMEMBER_S:g} s")
+
+
+def _pause_s(answer: EngineAnswer) -> float | None:
+    """When the engine wants to be asked again, None if its answer is final.
+
+    Only what may pass by itself, a download above all, is answered 503 with `Retry-After`.
+    """
+    after = dict(answer.headers).get(b"retry-after", b"")
+    if answer.status != _UNAVAILABLE or not after.isdigit():
+        return None
+    return max(_MIN_PAUSE_S, float(after))
 
 
 async def _answer_or_gone(job: Job, receive: Receive) -> EngineAnswer:

@@ -85,6 +85,7 @@ class GatewayServer(uvicorn.Server):
             left = self._gateway.open_requests
             logger.warning("drain limit reached limit_s=%.0f unanswered=%d", limit_s, left)
             self._gateway.dispatcher.refuse_all("the service is stopping")
+            self._gateway.holding.end()
         finally:
             self.should_exit = True
 

@@ -118,7 +118,7 @@ class ImmichApi:
         headers = {"x-api-key": self._key.get_secret_value(), "Accept": "application/json"}
         try:
             reply = self._client.request(method, self.url + path, headers=headers, json=body)
-        except httpx.HTTPError as exc:
+        except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise ImmichError(f"cannot reach Immich at {self.url}: {type(exc).__name__}") from exc
         if reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise ImmichError(

@@ -1,6 +1,7 @@
 """Runs the requeue policy inside the gateway: counts answers, and asks Immich when a run is due."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -53,21 +54,23 @@ class Requeuer:
             await self._start(due)
 
     async def _start(self, due: tuple[Task, ...]) -> None:
-        api = self._connect()
         try:
-            for task in due:
-                lost = self._policy.lost.get(task, 0)
-                await asyncio.to_thread(api.start_missing, task)
-                self._policy.started(task, self._clock())
-                self._on_started()
-                log.warning(
-                    "asked Immich for its missing jobs task=%s answers_failed=%d", task, lost
-                )
+            with contextlib.closing(self._connect()) as api:
+                for task in due:
+                    await self._start_one(api, task)
         except ServiceError as exc:
             self._policy.refused(self._clock())
             log.warning("could not ask Immich for its missing jobs reason=%s", exc)
-        finally:
-            api.close()
+        except Exception:  # a fault in this courtesy must not end the gateway it runs in
+            self._policy.refused(self._clock())
+            log.exception("could not ask Immich for its missing jobs")
+
+    async def _start_one(self, api: StartsMissing, task: Task) -> None:
+        lost = self._policy.lost.get(task, 0)
+        await asyncio.to_thread(api.start_missing, task)
+        self._policy.started(task, self._clock())
+        self._on_started()
+        log.warning("asked Immich for its missing jobs task=%s answers_failed=%d", task, lost)
 
 
 def make_requeuer(settings: Settings, on_started: Callable[[], None]) -> Requeuer | None:

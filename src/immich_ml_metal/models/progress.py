@@ -89,6 +89,12 @@ class Tracker:
         self._note: str | None = None
         self._started = self._logged = self._clock()
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that came over the network and were kept so far."""
+        with self._lock:
+            return max(0, self._done - self._inherited)
+
     def wait(self) -> None:
         """Say that another download of the same files is being waited for."""
         self._set(Phase.WAITING)

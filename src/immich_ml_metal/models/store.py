@@ -6,7 +6,7 @@ when it is whole and its digest has been checked.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -27,13 +27,24 @@ logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 0.5
 
+# Told of every download at its end: whether it brought everything, and the bytes received.
+OnDownload = Callable[[bool, int], None]
+
 
 class ModelStore:
     """Finds models on disk and downloads those that are not."""
 
-    def __init__(self, settings: Settings, *, retry: Retry | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        retry: Retry | None = None,
+        on_download: OnDownload = lambda _is_whole, _received_bytes: None,
+    ) -> None:
+        """`on_download` is called on the thread that downloads."""
         self._settings = settings
         self._retry = retry or Retry()
+        self._on_download = on_download
         self._downloads = Downloads()
         self.shelf = Shelf(settings.models_dir.expanduser(), settings.model_revision)
 
@@ -142,7 +153,12 @@ class ModelStore:
         with self._downloads.track(key, listener) as tracker, self._alone(key, tracker):
             if self.shelf.status(spec, key.part, digests=digests).is_usable:
                 return  # whoever held the lock has brought it
-            self._download(spec, key, tracker, digests=digests).run()
+            is_whole = False
+            try:
+                self._download(spec, key, tracker, digests=digests).run()
+                is_whole = True
+            finally:
+                self._on_download(is_whole, tracker.received_bytes)
 
     def _download(
         self, spec: ModelSpec, key: ModelKey, tracker: Tracker, *, digests: bool = False

@@ -105,9 +105,12 @@ class Launchd:
         self._unload()
 
     def restart(self) -> None:
-        """Kill and start the process; load the job first if need be."""
-        if self._run("launchctl", "kickstart", "-k", self._target).code != 0:
-            self.start()
+        """Unload the job, which lets the process answer what it has, and load it again.
+
+        Not `kickstart -k`: it kills, and is not documented to give the process time to end.
+        """
+        self._unload()
+        self._load()
 
     def status(self) -> ServiceStatus:
         """What `launchctl print` says."""

@@ -1,5 +1,6 @@
 """What a service manager is told to run: a program path that survives upgrades, and its logs."""
 
+import math
 import re
 import shutil
 import sys
@@ -14,6 +15,8 @@ from immich_ml_metal.logs import stderr_of
 PROGRAM = "immich-ml-metal"
 # A service in a crash loop must not heat the Mac all night.
 THROTTLE_S = 10
+# The gateway keeps its drain limit; killed within it, answers would be lost.
+_END_S = 10
 _CELLAR = re.compile(r"^(?P<prefix>.+)/Cellar/[^/]+/[^/]+/")
 
 
@@ -135,6 +138,6 @@ def make_plan(
     return ServicePlan(
         command=(*command, *arguments),
         log_file=log_file,
-        stop_timeout_s=int(settings.request_timeout_s) + THROTTLE_S,
+        stop_timeout_s=math.ceil(settings.drain_limit_s) + _END_S,
         environment={"ML_LOG_FILE": str(log_file), "PYTHONDONTWRITEBYTECODE": "1"},
     )
