@@ -23,13 +23,14 @@ def hub() -> Iterator[FakeHub]:
 class Cli:
     """The command line against one hub and one folder."""
 
-    def __init__(self, hub: FakeHub, folder: Path) -> None:
+    def __init__(self, hub: FakeHub, folder: Path, **settings: str) -> None:
         env = {
             "HF_ENDPOINT": hub.url,
             "ML_MODELSCOPE_ENDPOINT": hub.url,
             "ML_OCR_MODEL": "PP-OCRv5_mobile",  # not in the rapidocr wheel, not on this hub
             "ML_MODELS_DIR": str(folder),
             "COLUMNS": "200",
+            **settings,
         }
         self._runner = CliRunner(env={"ML_CONFIG_FILE": None, **env})
 
@@ -61,6 +62,21 @@ def test_the_list_names_all_75_and_what_is_here(cli: Cli) -> None:
     assert "verified" in table
     assert "insightface" in table
     assert "ViT-B-32__openai" not in table
+
+
+def test_the_list_tells_the_engines_without_loading_one(hub: FakeHub, tmp_path: Path) -> None:
+    cli = Cli(
+        hub,
+        tmp_path / "models",
+        ML_OCR_ENGINE="vision",
+        ML_FACE_DETECTION_ENGINE="mlx",
+        ML_FACE_RECOGNITION_ENGINE="cpu",
+    )
+    engines = {row["name"]: row["engines"] for row in cli.json("list")}
+    assert engines["buffalo_s"] == {"detection": "mlx", "recognition": "cpu"}
+    assert engines["PP-OCRv5_mobile"] == {"detection": "vision", "recognition": "vision"}
+    table = cli("list", "--task", "facial-recognition").stdout
+    assert "mlx, cpu" in table
 
 
 def test_the_list_can_be_narrowed_to_a_language(cli: Cli) -> None:

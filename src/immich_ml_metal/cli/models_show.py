@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from immich_ml_metal.backends.selection import EnginePlan
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
 from immich_ml_metal.models.advice import Advice
 from immich_ml_metal.models.importing import Imported
@@ -23,12 +24,17 @@ _STYLE = {
 _MANY = 4  # languages named one by one; more are counted
 
 
-def print_list(rows: Sequence[tuple[ModelSpec, list[PartStatus]]], *, as_json: bool) -> None:
-    """The catalogue with what is on disk."""
+def print_list(
+    rows: Sequence[tuple[ModelSpec, list[PartStatus]]], plan: EnginePlan, *, as_json: bool
+) -> None:
+    """The catalogue with what is on disk, and the engine that the settings mean for each."""
     if as_json:
-        print_json([describe_model(spec, statuses) for spec, statuses in rows])
+        engines = [{"engines": _engines(spec, plan)} for spec, _ in rows]
+        models = [describe_model(spec, statuses) for spec, statuses in rows]
+        print_json([model | one for model, one in zip(models, engines, strict=True)])
         return
-    table = Table("model", "family", "dim", "size", "languages", "licence", "here", box=None)
+    columns = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
+    table = Table(*columns, box=None)
     for spec, statuses in rows:
         table.add_row(
             spec.name,
@@ -37,6 +43,7 @@ def print_list(rows: Sequence[tuple[ModelSpec, list[PartStatus]]], *, as_json: b
             format_bytes(spec.size_bytes),
             _languages(spec),
             spec.licence,
+            ", ".join(dict.fromkeys(_engines(spec, plan).values())),
             describe_presence(statuses),
         )
     Console().print(table)
@@ -103,6 +110,10 @@ def describe_model(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str,
         "licence": spec.licence,
         "parts": [_status(status) for status in statuses],
     }
+
+
+def _engines(spec: ModelSpec, plan: EnginePlan) -> dict[str, str]:
+    return {part: plan.engine_of(spec.task, part) for part in spec.parts}
 
 
 def _status(status: PartStatus) -> dict[str, Any]:
