@@ -35,6 +35,7 @@ def print_list(
         return
     columns = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
     table = Table(*columns, box=None)
+    table.columns[0].overflow = "fold"  # on a narrow terminal a name breaks, and is not cut
     for spec, statuses in rows:
         table.add_row(
             spec.name,
