@@ -47,7 +47,7 @@ check: $(DEV)  ## Check format, lint, types and the macOS dependency set; change
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python scripts/resolve_macos.py
 
 fmt: $(DEV)  ## Format and fix

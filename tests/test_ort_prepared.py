@@ -51,6 +51,12 @@ def test_the_prepared_form_gives_the_same_numbers(large: Path) -> None:
     assert OrtGraph(prepared, options=session_options(1)).size_bytes > MIN_BYTES
 
 
+def test_its_size_is_that_of_the_weights_not_of_both_forms(large: Path) -> None:
+    original = large / "model.onnx"
+    graph = OrtGraph(prepared_graph(original), options=session_options(1), weights=original)
+    assert graph.size_bytes == original.stat().st_size
+
+
 def test_it_is_made_once(large: Path) -> None:
     before = [(p, p.stat().st_mtime_ns) for p in forms(large / "model.onnx")]
     assert len(before) == 1

@@ -67,8 +67,19 @@ class OrtGraph:
         *,
         options: ort.SessionOptions,
         providers: Sequence[str | tuple[str, dict[str, str]]] = ("CPUExecutionProvider",),
+        weights: Path | None = None,
     ) -> None:
-        """Raises LoadFailed when ONNX Runtime rejects the file."""
+        """Open a file.
+
+        Args:
+            path: the ONNX file.
+            options: how the session is set up.
+            providers: where it may run, in order of preference.
+            weights: the official file where `path` is its prepared form, which holds them twice.
+
+        Raises:
+            LoadFailed: ONNX Runtime rejects the file.
+        """
         try:
             session = ort.InferenceSession(
                 path, options, providers=list(providers), disabled_optimizers=disabled_optimizers()
@@ -79,12 +90,15 @@ class OrtGraph:
         self.inputs = tuple(_spec(value) for value in session.get_inputs())
         self.outputs = tuple(_spec(value) for value in session.get_outputs())
         self.metadata: Mapping[str, str] = dict(session.get_modelmeta().custom_metadata_map)
-        self.size_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}*"))
+        source = weights or path
+        files = (file for file in source.parent.glob(f"{source.stem}*") if file.is_file())
+        self.size_bytes = sum(file.stat().st_size for file in files)
 
     def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute every output."""
         try:
-            return list(self.session.run(None, dict(feeds)))
+            outputs: Any = self.session.run(None, dict(feeds))  # arrays: no graph gives sequences
+            return list(outputs)
         except Exception as exc:  # as above
             raise InferenceError(f"ONNX Runtime: {exc}") from exc
 
@@ -119,7 +133,7 @@ class OrtEngine:
             options = session_options(threads)
             if path != files.graph:  # optimised when it was prepared
                 options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            return OrtGraph(path, options=options)
+            return OrtGraph(path, options=options, weights=files.graph)
 
         # Faces and lines come several at a time, even from a lone request: one core each.
         cores = 1 if key.part is Part.RECOGNITION else self._cores
