@@ -56,6 +56,11 @@ def test_languages_that_no_text_model_reads_together_are_named() -> None:
     assert advice.reason.endswith("lacks ko")
 
 
+def test_a_multilingual_model_is_not_said_to_read_one_language_in_particular() -> None:
+    assert "reads 100 languages or more" in recommend(64 * GB, ["xx"], "mlx")[0].reason
+    assert "reads en;" in recommend(4 * GB, ["en"], "cpu")[0].reason
+
+
 def test_mlx_holds_weights_in_half_precision() -> None:
     spec = find_by_name("ViT-B-32__openai")
     assert memory_bytes(spec)["mlx"] * 2 == memory_bytes(spec)["cpu"] == spec.size_bytes

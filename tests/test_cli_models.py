@@ -7,6 +7,7 @@ import pytest
 from fake_hub import FakeHub, Fault, add_clip, add_faces, serve_hub
 from typer.testing import CliRunner, Result
 
+from immich_ml_metal.catalog import all_models
 from immich_ml_metal.cli import app
 from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.errors import ModelUnavailable, UnknownModel
@@ -23,14 +24,14 @@ def hub() -> Iterator[FakeHub]:
 class Cli:
     """The command line against one hub and one folder."""
 
-    def __init__(self, hub: FakeHub, folder: Path, **settings: str) -> None:
+    def __init__(self, hub: FakeHub, folder: Path, **environ: str) -> None:
         env = {
             "HF_ENDPOINT": hub.url,
             "ML_MODELSCOPE_ENDPOINT": hub.url,
             "ML_OCR_MODEL": "PP-OCRv5_mobile",  # not in the rapidocr wheel, not on this hub
             "ML_MODELS_DIR": str(folder),
             "COLUMNS": "200",
-            **settings,
+            **environ,
         }
         self._runner = CliRunner(env={"ML_CONFIG_FILE": None, **env})
 
@@ -64,19 +65,14 @@ def test_the_list_names_all_75_and_what_is_here(cli: Cli) -> None:
     assert "ViT-B-32__openai" not in table
 
 
-def test_the_list_tells_the_engines_without_loading_one(hub: FakeHub, tmp_path: Path) -> None:
-    cli = Cli(
-        hub,
-        tmp_path / "models",
-        ML_OCR_ENGINE="vision",
-        ML_FACE_DETECTION_ENGINE="mlx",
-        ML_FACE_RECOGNITION_ENGINE="cpu",
-    )
-    engines = {row["name"]: row["engines"] for row in cli.json("list")}
-    assert engines["buffalo_s"] == {"detection": "mlx", "recognition": "cpu"}
-    assert engines["PP-OCRv5_mobile"] == {"detection": "vision", "recognition": "vision"}
-    table = cli("list", "--task", "facial-recognition").stdout
-    assert "mlx, cpu" in table
+def test_no_name_in_the_list_is_cut_short_however_narrow_the_window(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    names = [spec.name for spec in all_models()]
+    piped = Cli(hub, tmp_path, COLUMNS="60")("list").stdout.splitlines()
+    assert [line.split()[0] for line in piped[1:]] == names
+    shown = Cli(hub, tmp_path, COLUMNS="80", FORCE_COLOR="1")("list").stdout
+    assert all(name in shown for name in names)
 
 
 def test_the_list_can_be_narrowed_to_a_language(cli: Cli) -> None:
@@ -172,6 +168,47 @@ def test_prune_unused_keeps_the_configured_models(cli: Cli, tmp_path: Path) -> N
     assert (tmp_path / "models/clip/ViT-B-32__openai/visual/model.onnx").exists()
 
 
+def test_a_script_sees_what_would_be_deleted_and_deletes_only_with_yes(
+    cli: Cli, tmp_path: Path
+) -> None:
+    cli("pull", "buffalo_s")
+    folder = tmp_path / "models/facial-recognition/buffalo_s"
+    for command in (["rm", "buffalo_s"], ["prune", "--unused"]):
+        said = cli.json(*command)
+        assert not said["deleted"]
+        assert [row["path"] for row in said["found"]] == [str(folder)]
+        assert said["found"][0]["size_bytes"] > 0
+    assert folder.exists()
+    assert cli.json("rm", "buffalo_s", "--yes")["deleted"]
+    assert not folder.exists()
+    assert cli.json("prune", "--unused") == {"deleted": False, "found": []}
+
+
+def test_a_script_learns_which_half_could_not_be_pulled_and_why(cli: Cli, hub: FakeHub) -> None:
+    hub.fail("detection/model.onnx", forever=Fault(status=404))
+    rows = {row["part"]: row for row in cli.json("pull", "buffalo_s", code=Exit.UNREACHABLE)}
+    assert "404: no such file" in rows["detection"]["error"]
+    assert not rows["detection"]["usable"]
+    assert rows["recognition"]["error"] is None
+    assert rows["recognition"]["state"] == "verified"
+
+
+def test_a_script_learns_which_files_were_exported(cli: Cli, tmp_path: Path) -> None:
+    cli("pull", "buffalo_s")
+    said = cli.json("export", "buffalo_s", "--to", str(tmp_path / "x.zip"))
+    assert said["to"] == str(tmp_path / "x.zip")
+    assert "facial-recognition/buffalo_s/detection/model.onnx" in said["files"]
+
+
+def test_prune_unused_keeps_what_is_preloaded_or_spelt_as_immich_allows(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    names = {"ML_CLIP_MODEL": "ViT-B-32::openai", "ML_PRELOAD_FACE_DETECTION": "buffalo_s"}
+    cli = Cli(hub, tmp_path / "models", **names)
+    cli("pull", "buffalo_s", "ViT-B-32__openai")
+    assert cli.json("prune", "--unused")["found"] == []
+
+
 def test_export_and_import_move_a_model(cli: Cli, hub: FakeHub, tmp_path: Path) -> None:
     cli("pull", "buffalo_s")
     assert "3 files" in cli("export", "buffalo_s", "--to", str(tmp_path / "x.zip")).stdout
@@ -218,3 +255,9 @@ def test_recommend_answers_for_this_machine(cli: Cli) -> None:
     names = [row["model"] for row in cli.json("recommend", "--language", "uk")]
     assert names[1:] == ["buffalo_l", "ESLAV__PP-OCRv5_mobile"]
     assert f"models pull {' '.join(names)}" in cli("recommend", "--language", "uk").stdout
+
+
+@pytest.mark.parametrize("command", ["list", "recommend"])
+def test_a_language_that_is_not_a_code_is_refused(cli: Cli, command: str) -> None:
+    assert "such as de" in cli(command, "--language", "German", code=Exit.USAGE).output
+    assert cli.json(command, "--language", "de-AT") == cli.json(command, "--language", "de")

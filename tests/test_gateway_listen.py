@@ -35,5 +35,5 @@ def test_a_name_is_listened_on_at_each_of_its_addresses() -> None:
 def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"127.0.0.1 port {port}"):
+        with pytest.raises(ConfigError, match=f"127.0.0.1 port {port}: another program"):
             listen("127.0.0.1", port)

@@ -1,6 +1,8 @@
 """The real `immich-ml-metal serve` process."""
 
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
 from immich_ml_metal.cli.child import Child, ServiceDidNotStart, running_service
+from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.errors import ConfigError
 
 PHOTO = draw_faces((160, 160))
@@ -97,3 +100,27 @@ def test_a_wrong_setting_stops_the_start_with_its_name(
     result = CliRunner(env=env).invoke(app, ["serve", *arguments])
     assert isinstance(result.exception, ConfigError)
     assert words in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("clip_model = 'ViT-B-32_openai'", "clip_model: unknown model 'ViT-B-32_openai'; near"),
+        ("face_model = 'PP-OCRv6_small'", "face_model: 'PP-OCRv6_small' is a text model"),
+    ],
+)
+def test_a_setting_that_names_no_model_of_its_kind_stops_the_start(
+    tmp_path: Path, file: str, words: str
+) -> None:
+    (tmp_path / "c.toml").write_text(f"port = 0\nhost = '127.0.0.1'\n{file}\n")
+    command = [sys.executable, "-m", "immich_ml_metal", "serve"]
+    ended = subprocess.run(
+        [*command, "--config", str(tmp_path / "c.toml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == Exit.USAGE, ended.stderr
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr

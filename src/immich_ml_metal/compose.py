@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -9,20 +10,31 @@ from starlette.types import ASGIApp
 from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.backends.selection import EnginePlan, Probe, choose_engines, create_engines
 from immich_ml_metal.backends.self_tests import SystemProbe
-from immich_ml_metal.catalog import find_by_name
+from immich_ml_metal.catalog import get_model
 from immich_ml_metal.config import Settings
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.preload import key_of_setting
 from immich_ml_metal.server import create_app
+from immich_ml_metal.types import Part, Task
 
 log = logging.getLogger(__name__)
+
+_MODEL_SETTINGS = MappingProxyType(
+    {
+        "clip_model": (Task.CLIP, Part.VISUAL),
+        "face_model": (Task.FACES, Part.DETECTION),
+        "ocr_model": (Task.OCR, Part.DETECTION),
+    }
+)
 
 
 def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
     """The engine app as `serve` runs it; says which engines answer and which models are here.
 
     Raises:
-        ConfigError: an engine that was asked for by name cannot be used on this machine.
+        ConfigError: an engine that was asked for by name cannot be used on this machine, or a
+            setting names no official model.
     """
     plan = choose_engines(settings, probe or SystemProbe())
     _report_plan(plan)
@@ -65,9 +77,15 @@ def _report_plan(plan: EnginePlan) -> None:
 
 
 def report_models(settings: Settings, store: ModelStore) -> None:
-    """Log each configured model as present, or as missing with the way to get it."""
-    for name in (settings.clip_model, settings.face_model, settings.ocr_model):
-        spec = find_by_name(name)
+    """Log each configured model as present, or as missing with the way to get it.
+
+    Raises:
+        ConfigError: a setting names no official model of its kind.
+    """
+    for setting, (task, part) in _MODEL_SETTINGS.items():
+        spec = get_model(key_of_setting(setting, getattr(settings, setting), task, part).name)
+        if spec is None:  # an `open_clip/` name: its engine fetches it, and tells
+            continue
         missing = [part for part in spec.parts if store.locate(spec.key(part)) is None]
         if not missing:
             log.info("model is here model=%s", spec.name)

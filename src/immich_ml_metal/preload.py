@@ -26,14 +26,24 @@ def preload_keys(settings: Settings) -> tuple[ModelKey, ...]:
     Raises:
         ConfigError: a name is no official model of that kind.
     """
-    keys = []
-    for setting, (task, part) in _SETTINGS.items():
-        for name in getattr(settings, setting):
-            try:
-                keys.append(model_key(name, task, part))
-            except UnknownModel as exc:
-                raise ConfigError(f"{setting}: {exc}") from exc
+    keys = [
+        key_of_setting(setting, name, task, part)
+        for setting, (task, part) in _SETTINGS.items()
+        for name in getattr(settings, setting)
+    ]
     return tuple(dict.fromkeys(keys))
+
+
+def key_of_setting(setting: str, name: str, task: Task, part: Part) -> ModelKey:
+    """The key of one half of the model that a setting names.
+
+    Raises:
+        ConfigError: it is no official model of that kind.
+    """
+    try:
+        return model_key(name, task, part)
+    except UnknownModel as exc:
+        raise ConfigError(f"{setting}: {exc}") from exc
 
 
 class Loader(Protocol):

@@ -3,12 +3,13 @@
 Speed is told as ratios made in the same minutes on the same machine; absolute numbers move.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 CLIENTS = (1, 2, 8)
 
@@ -24,7 +25,7 @@ def bench(
     ocr_model: Annotated[str | None, typer.Option(help="Text model.")] = None,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each measurement.")] = 6.0,
     against: Annotated[str | None, typer.Option(help="A second service to measure too.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure requests per second, latency and memory; compare with the raw engine."""
     from rich.console import Console
@@ -51,6 +52,6 @@ def bench(
         say=lambda line: console.print(line, style="dim"),
     )
     if as_json:
-        typer.echo(json.dumps(asdict(result), indent=2))
+        print_json(asdict(result))
     else:
         render(result, console)

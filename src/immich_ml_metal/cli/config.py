@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 from immich_ml_metal.config import (
     SECRET,
     Settings,
@@ -26,7 +27,6 @@ FileOption = Annotated[
 EnvFileOption = Annotated[
     Path | None, typer.Option("--env-file", help="An Immich .env file to read as well.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def default_file() -> Path | None:
@@ -65,7 +65,7 @@ def show(
         rows = {
             name: {"value": plain_value(settings, name), "from": origin[name]} for name in origin
         }
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     _print_table(settings, origin)
 

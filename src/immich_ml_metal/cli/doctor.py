@@ -1,6 +1,5 @@
 """`doctor`: one screen of checks, the cause first, a fix for each failure."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ import typer
 
 from immich_ml_metal import __version__
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from immich_ml_metal.config import Settings
@@ -40,7 +40,6 @@ TestOption = Annotated[bool, typer.Option("--test/--no-test", help="Ask every ta
 ShareOption = Annotated[
     Path | None, typer.Option("--share", help="Write a zip without anything private.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def doctor(
@@ -71,7 +70,7 @@ def doctor(
         _share(share, facts, results, settings)
     if as_json:
         words = {"cause": cause and cause.name, "checks": [asdict(result) for result in results]}
-        typer.echo(json.dumps(words, indent=2))
+        print_json(words)
     else:
         _print(results, cause)
     raise typer.Exit(Exit.FINDING if cause else Exit.OK)

@@ -1,6 +1,5 @@
 """`immich status|requeue`: see the Immich server's side, and bring lost jobs back."""
 
-import json
 from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from immich_ml_metal.config import Settings
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="See the Immich server's settings and queues; bring back lost jobs.", no_args_is_help=True
 )
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 @app.command("status")
@@ -143,7 +141,7 @@ def _print_json(
         "answers_failed_since_start": failed,
         "advice": [asdict(item) for item in advice],
     }
-    typer.echo(json.dumps(report, indent=2))
+    print_json(report)
 
 
 def _print_tables(

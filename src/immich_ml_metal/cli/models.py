@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from immich_ml_metal.config import Settings
@@ -18,15 +19,27 @@ app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_h
 Names = Annotated[list[str] | None, typer.Argument(help="Model names, as in Immich's settings.")]
 SomeNames = Annotated[list[str], typer.Argument(help="Model names, as in Immich's settings.")]
 FolderOption = Annotated[Path | None, typer.Option("--models-dir", help="Model folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+DeletedJsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON for scripts; deletes only with --yes.")
+]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+_CODE_LETTERS = (2, 3)  # ISO 639
+
+
+def _language_code(text: str) -> str:
+    code = text.partition("-")[0].lower()
+    if not (code.isascii() and code.isalpha() and len(code) in _CODE_LETTERS):
+        raise typer.BadParameter(f"{text!r} is not a language code such as de, en or zh")
+    return code
 
 
 @app.command("list")
 def list_models(
     here: Annotated[bool, typer.Option("--here", help="Only models on this disk.")] = False,
     task: Annotated[str | None, typer.Option(help="clip, facial-recognition or ocr.")] = None,
-    language: Annotated[str | None, typer.Option(help="Only models that read it: de, zh.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Only models that read it: de, zh.", parser=_language_code)
+    ] = None,
     models_dir: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,10 +70,12 @@ def pull(
     ] = False,
     all_faces: Annotated[bool, typer.Option("--all-faces", help="Every face model.")] = False,
     models_dir: FolderOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Download models; what is here already is not fetched again."""
     from immich_ml_metal.catalog import Family, all_models, find_by_name
     from immich_ml_metal.cli.models_pull import pull_models
+    from immich_ml_metal.cli.models_show import print_pulled
 
     settings, store = _open(models_dir)
     wanted = [find_by_name(name) for name in names or []]
@@ -71,7 +86,10 @@ def pull(
     if not wanted:
         raise typer.BadParameter("name a model, or give --configured or --all-faces")
     keys = dict.fromkeys(spec.key(part) for spec in wanted for part in spec.parts)
-    if not pull_models(store, list(keys)):
+    failures = pull_models(store, list(keys))
+    if as_json:
+        print_pulled([store.status(key) for key in keys], failures)
+    if failures:
         raise typer.Exit(Exit.UNREACHABLE)
 
 
@@ -100,7 +118,12 @@ def verify(
 
 
 @app.command("rm")
-def remove(names: SomeNames, yes: YesOption = False, models_dir: FolderOption = None) -> None:
+def remove(
+    names: SomeNames,
+    yes: YesOption = False,
+    models_dir: FolderOption = None,
+    as_json: DeletedJsonOption = False,
+) -> None:
     """Delete models from the disk, every revision of them."""
     from immich_ml_metal.catalog import find_by_name
     from immich_ml_metal.errors import ModelUnavailable
@@ -113,7 +136,7 @@ def remove(names: SomeNames, yes: YesOption = False, models_dir: FolderOption = 
         if waste is None:
             raise ModelUnavailable(f"{name} is not on disk")
         found.append(waste)
-    _delete(store.shelf, found, yes=yes)
+    _delete(store.shelf, found, yes=yes, as_json=as_json)
 
 
 @app.command("prune")
@@ -123,13 +146,15 @@ def prune(
     ] = False,
     yes: YesOption = False,
     models_dir: FolderOption = None,
+    as_json: DeletedJsonOption = False,
 ) -> None:
     """Delete unfinished downloads and files for other hardware."""
+    from immich_ml_metal.catalog import clean_name
     from immich_ml_metal.models.prune import find_waste
 
     settings, store = _open(models_dir)
-    keep = frozenset(_configured(settings)) if unused else None
-    _delete(store.shelf, find_waste(store.shelf, keep), yes=yes)
+    keep = frozenset(map(clean_name, _configured(settings))) if unused else None
+    _delete(store.shelf, find_waste(store.shelf, keep), yes=yes, as_json=as_json)
 
 
 @app.command("import")
@@ -159,6 +184,7 @@ def export(
     names: SomeNames,
     to: Annotated[Path, typer.Option("--to", help="A folder, or a name that ends in .zip.")],
     models_dir: FolderOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Copy models for another machine, which takes them with `models import`."""
     from immich_ml_metal.catalog import find_by_name
@@ -167,6 +193,9 @@ def export(
     _, store = _open(models_dir)
     cleaned = [find_by_name(name).name for name in names]
     files = export_models(store.shelf, cleaned, to.expanduser())
+    if as_json:
+        print_json({"to": str(to), "files": [path.as_posix() for path in files]})
+        return
     typer.echo(f"Wrote {len(files)} files to {to}")
 
 
@@ -191,7 +220,8 @@ def info(
 @app.command("recommend")
 def recommend(
     language: Annotated[
-        list[str] | None, typer.Option(help="A language your users search in; repeat it.")
+        list[str] | None,
+        typer.Option(help="A language your users search in; repeat it.", parser=_language_code),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -217,21 +247,28 @@ def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
 
 
 def _configured(settings: "Settings") -> tuple[str, ...]:
-    return settings.clip_model, settings.face_model, settings.ocr_model
+    """Every name in the settings: what the service answers with, and what it preloads."""
+    from immich_ml_metal.preload import preload_keys
+
+    preloaded = (key.name for key in preload_keys(settings))
+    named = (settings.clip_model, settings.face_model, settings.ocr_model, *preloaded)
+    return tuple(dict.fromkeys(named))
 
 
-def _delete(shelf: "Shelf", found: "list[Waste]", *, yes: bool) -> None:
+def _delete(shelf: "Shelf", found: "list[Waste]", *, yes: bool, as_json: bool) -> None:
+    from immich_ml_metal.cli.models_show import print_deletable, print_deleted
     from immich_ml_metal.models.progress import format_bytes
     from immich_ml_metal.models.prune import remove as remove_one
 
-    if not found:
-        typer.echo("Nothing to delete.")
-        return
-    for waste in found:
-        typer.echo(f"{format_bytes(waste.size_bytes):>8}  {waste.path}  ({waste.reason})")
     total = format_bytes(sum(waste.size_bytes for waste in found))
-    if not yes:
-        typer.confirm(f"Delete these, {total}?", abort=True)
-    for waste in found:
+    if not as_json:
+        print_deletable(found)
+        if found and not yes:
+            typer.confirm(f"Delete these, {total}?", abort=True)
+    is_agreed = yes or not as_json
+    for waste in found if is_agreed else ():
         remove_one(shelf, waste)
-    typer.echo(f"Freed {total}.")
+    if as_json:
+        print_deleted(found, deleted=is_agreed)
+    elif found:
+        typer.echo(f"Freed {total}.")

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from immich_ml_metal.catalog import ModelSpec
-from immich_ml_metal.cli.models_show import describe_model, describe_presence, print_json
+from immich_ml_metal.cli.json_output import print_json
+from immich_ml_metal.cli.models_show import describe_model, describe_presence
 from immich_ml_metal.config import Settings
 from immich_ml_metal.models.advice import memory_bytes
 from immich_ml_metal.models.manifest import FileRecord

@@ -22,12 +22,12 @@ from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import ModelKey
 
 
-def pull_models(store: ModelStore, keys: Iterable[ModelKey]) -> bool:
-    """Fetch each half in turn, a failure not stopping the rest; whether all are here in the end."""
+def pull_models(store: ModelStore, keys: Iterable[ModelKey]) -> dict[ModelKey, ModelError]:
+    """Fetch each half in turn, a failure not stopping the rest; what failed, and why."""
     console = Console(stderr=True)
     with _bars(console) as bars:
-        outcomes = [_pull_one(store, key, bars) for key in keys]
-    return all(outcomes)
+        outcomes = {key: _pull_one(store, key, bars) for key in keys}
+    return {key: failure for key, failure in outcomes.items() if failure is not None}
 
 
 def verify_models(
@@ -51,21 +51,21 @@ def verify_models(
     return found
 
 
-def _pull_one(store: ModelStore, key: ModelKey, bars: Progress) -> bool:
+def _pull_one(store: ModelStore, key: ModelKey, bars: Progress) -> ModelError | None:
     if store.locate(key) is not None:
         bars.console.print(f"[green]here[/]     {key}")
-        return True
+        return None
     bar = bars.add_task(str(key), total=None)
     try:
         files = store.ensure(key, _follow(bars, bar))
     except ModelError as exc:  # told at once; the other halves are still wanted
         bars.console.print(f"[red]failed[/]   {key}: {exc}", soft_wrap=True)
-        return False
+        return exc
     finally:
         bars.remove_task(bar)
     size = format_bytes(store.status(key).size_bytes)
     bars.console.print(f"[green]fetched[/]  {key}  {size}  {files.folder}", soft_wrap=True)
-    return True
+    return None
 
 
 def _follow(bars: Progress, bar: TaskID) -> Listener:

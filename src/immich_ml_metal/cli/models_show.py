@@ -1,7 +1,6 @@
 """The tables and JSON of `models list|verify|import|recommend`."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -10,10 +9,14 @@ from rich.table import Table
 
 from immich_ml_metal.backends.selection import EnginePlan
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
+from immich_ml_metal.cli.json_output import print_json
+from immich_ml_metal.errors import ModelError
 from immich_ml_metal.models.advice import Advice
 from immich_ml_metal.models.importing import Imported
 from immich_ml_metal.models.progress import format_bytes
+from immich_ml_metal.models.prune import Waste
 from immich_ml_metal.models.shelf import PartStatus, State
+from immich_ml_metal.types import ModelKey
 
 _STYLE = {
     State.VERIFIED: "green",
@@ -21,6 +24,9 @@ _STYLE = {
     State.DAMAGED: "red",
     State.MISSING: "dim",
 }
+_COLUMNS = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
+_NARROW_COLUMNS = ("model", "dim", "size", "here")
+_WIDEST = 1000  # characters; more than any row has
 _MANY = 4  # languages named one by one; more are counted
 
 
@@ -33,21 +39,19 @@ def print_list(
         models = [describe_model(spec, statuses) for spec, statuses in rows]
         print_json([model | one for model, one in zip(models, engines, strict=True)])
         return
-    columns = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
-    table = Table(*columns, box=None)
-    table.columns[0].overflow = "fold"  # on a narrow terminal a name breaks, and is not cut
-    for spec, statuses in rows:
-        table.add_row(
-            spec.name,
-            spec.family,
-            str(spec.dim or "-"),
-            format_bytes(spec.size_bytes),
-            _languages(spec),
-            spec.licence,
-            ", ".join(dict.fromkeys(_engines(spec, plan).values())),
-            describe_presence(statuses),
-        )
-    Console().print(table)
+    cells = [
+        _cells(spec, statuses) | {"engine": ", ".join(dict.fromkeys(_engines(spec, plan).values()))}
+        for spec, statuses in rows
+    ]
+    console = Console()
+    table = _table(_COLUMNS, cells)
+    width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+    if not console.is_terminal:  # a file or a pipe has no width
+        console = Console(width=width)
+    is_narrow = width > console.width
+    console.print(_table(_NARROW_COLUMNS, cells) if is_narrow else table)
+    if is_narrow:
+        console.print("A wider window, or --json, shows family, languages, licence and engine.")
 
 
 def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
@@ -64,6 +68,36 @@ def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
                 console.print(f"    {path} is {state}", soft_wrap=True)
     if not statuses:
         console.print("No model is on disk.")
+
+
+def print_pulled(statuses: Sequence[PartStatus], failures: Mapping[ModelKey, ModelError]) -> None:
+    """What is here of each half that was asked for, and why it is not, as JSON."""
+    print_json(
+        [
+            {
+                **_status(status),
+                "error": str(failures[status.key]) if status.key in failures else None,
+            }
+            for status in statuses
+        ]
+    )
+
+
+def print_deletable(found: Sequence[Waste]) -> None:
+    """What is about to go, one line each."""
+    if not found:
+        typer.echo("Nothing to delete.")
+    for waste in found:
+        typer.echo(f"{format_bytes(waste.size_bytes):>8}  {waste.path}  ({waste.reason})")
+
+
+def print_deleted(found: Sequence[Waste], *, deleted: bool) -> None:
+    """What went, or would go, as JSON."""
+    rows = [
+        {"path": str(waste.path), "reason": waste.reason, "size_bytes": waste.size_bytes}
+        for waste in found
+    ]
+    print_json({"deleted": deleted, "found": rows})
 
 
 def print_imported(done: Sequence[Imported], *, as_json: bool) -> None:
@@ -129,6 +163,27 @@ def _status(status: PartStatus) -> dict[str, Any]:
     }
 
 
+def _cells(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str, str]:
+    return {
+        "model": spec.name,
+        "family": spec.family,
+        "dim": str(spec.dim or "-"),
+        "size": format_bytes(spec.size_bytes),
+        "languages": _languages(spec),
+        "licence": spec.licence,
+        "here": describe_presence(statuses),
+    }
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(box=None)
+    for column in columns:  # a name that is cut short cannot be told from its neighbours
+        table.add_column(column, no_wrap=column in ("model", "dim", "size"), overflow="fold")
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    return table
+
+
 def describe_presence(statuses: Sequence[PartStatus]) -> str:
     """What is here of a model, in a word or two."""
     if all(status.state is State.MISSING and not status.size_bytes for status in statuses):
@@ -146,12 +201,7 @@ def _styled(state: State) -> str:
 
 def _languages(spec: ModelSpec) -> str:
     if MULTILINGUAL in spec.languages:
-        return "about 100 or more"
+        return "100 or more"
     if len(spec.languages) > _MANY:
         return f"{len(spec.languages)} languages"
     return " ".join(spec.languages) or "-"
-
-
-def print_json(value: Any) -> None:
-    """Print a value for scripts."""
-    typer.echo(json.dumps(value, indent=2))

@@ -1,6 +1,5 @@
 """`parity`: does this service answer as another one does, and is switching safe?"""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from immich_ml_metal.parity.client import ModelNames, Service
@@ -31,7 +31,6 @@ Tasks = Annotated[
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Most pictures to compare.")]
 Html = Annotated[Path | None, typer.Option(help="Write a report with the worst pairs.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def parity(
@@ -45,7 +44,7 @@ def parity(
     ocr_model: Annotated[str | None, typer.Option(help="Text model to ask for.")] = None,
     limit: Limit = 200,
     html: Html = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Send the same pictures and texts to two services and say whether switching is safe.
 
@@ -174,7 +173,7 @@ def _print_json(report: "Report") -> None:
         "cause": report.cause,
         "tasks": tasks,
     }
-    typer.echo(json.dumps(words, indent=2, ensure_ascii=False))
+    print_json(words)
 
 
 def _print_table(report: "Report") -> None:

@@ -1,6 +1,5 @@
 """`service ...`: start at boot, stop, see, read the logs."""
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ import typer
 from immich_ml_metal import __version__
 from immich_ml_metal.cli.config import default_file
 from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from immich_ml_metal.config import Settings
@@ -90,7 +90,7 @@ def restart(daemon: DaemonOption = False) -> None:
 @app.command("status")
 def status(
     daemon: DaemonOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say whether it runs, and whether what runs is what is installed.
 
@@ -109,7 +109,7 @@ def status(
     if as_json:
         words = {"state": state.state, "pid": state.pid, "last_exit": state.last_exit}
         versions = {"url": url, "serving": serving, "installed": __version__}
-        typer.echo(json.dumps({**words, **versions}))
+        print_json({**words, **versions})
     else:
         typer.echo(f"service: {_state_words(state.state, state.pid, state.last_exit)}")
         typer.echo(_serving_words(url, serving))

@@ -12,7 +12,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from immich_ml_metal.config import Settings
-from immich_ml_metal.errors import ImageTooLarge, InferenceError, Overloaded, TimedOut
+from immich_ml_metal.errors import (
+    ConfigError,
+    ImageTooLarge,
+    InferenceError,
+    Overloaded,
+    TimedOut,
+)
 from immich_ml_metal.gateway.admission import FORM_BYTES, ClientGone, Reception, Room
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
@@ -121,7 +127,8 @@ class Gateway:
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""
         if not task.cancelled() and (failure := task.exception()) is not None:
-            logger.critical("the gateway cannot go on", exc_info=failure)
+            if not isinstance(failure, ConfigError):  # its words are the command's last line
+                logger.critical("the gateway cannot go on", exc_info=failure)
             self.broken = failure
             self.on_broken()
 

@@ -24,7 +24,13 @@ def listen(host: str, port: int) -> list[socket.socket]:
             return [_listen_anywhere(port)]
         return _listen_on_all(host.strip("[]"), port)
     except OSError as exc:
-        raise ConfigError(f"cannot listen on {host} port {port}: {exc.strerror}") from exc
+        raise ConfigError(f"cannot listen on {host} port {port}: {_reason(exc)}") from exc
+
+
+def _reason(exc: OSError) -> str:
+    if exc.errno == errno.EADDRINUSE:  # Python's own words name the address a second time
+        return "another program listens there; ML_PORT chooses another port"
+    return str(exc.strerror)
 
 
 def _listen_anywhere(port: int) -> socket.socket:

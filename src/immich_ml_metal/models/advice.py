@@ -65,9 +65,8 @@ def _search_model(memory_total_bytes: int, wanted: frozenset[str], engine: str) 
     fitting = [spec for spec in able if memory_bytes(spec)[engine] <= budget]
     spec = fitting[0] if fitting else min(able, key=lambda spec: spec.size_bytes)
     need = format_bytes(memory_bytes(spec)[engine])
-    reason = (
-        f"best of Immich's short list that reads {', '.join(sorted(wanted))}; {need} on {engine}"
-    )
+    read = "100 languages or more" if MULTILINGUAL in spec.languages else ", ".join(sorted(wanted))
+    reason = f"best of Immich's short list that reads {read}; {need} on {engine}"
     if not fitting:
         reason += f", more than the advised {format_bytes(budget)}"
     return Advice(spec, reason)
