@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -58,8 +59,10 @@ def supported() -> tuple[str, ...]:
 def main() -> None:
     """Resolve each Python; exit 1 and say why when one does not work."""
     wrong: list[str] = []
-    for python in sys.argv[1:] or supported():
-        versions = resolve(python)
+    pythons = sys.argv[1:] or supported()
+    with ThreadPoolExecutor() as threads:  # each waits for the package index, and for little else
+        resolved = list(threads.map(resolve, pythons))
+    for python, versions in zip(pythons, resolved, strict=True):
         wrong += problems(python, versions)
         pyobjc = versions.get("pyobjc-framework-vision")
         print(

@@ -173,6 +173,15 @@ def test_the_number_format_suits_the_device(wanted: Any, on_gpu: bool, expected:
     assert choose_dtype(wanted, on_gpu=on_gpu) == expected
 
 
+def test_the_engine_tells_its_number_format_device_and_memory() -> None:
+    engine = MlxEngine(Settings(mlx_dtype="bfloat16", mlx_max_batch=5))
+    told = engine.describe()
+    assert (told["dtype"], told["on_gpu"], told["max_batch"]) == ("bfloat16", engine.on_gpu, 5)
+    assert set(told["memory"]) == {"active_bytes", "cache_bytes", "peak_bytes", "cache_limit_bytes"}
+    assert json.loads(json.dumps(told)) == told
+    engine.device.close()
+
+
 def test_the_engine_fits_the_seam() -> None:
     engine: Engine = MlxEngine(Settings())
     assert (engine.name, engine.needs_files, engine.device.width) == ("mlx", True, 1)

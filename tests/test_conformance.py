@@ -1,7 +1,6 @@
 """The running service against the recorded answers of the official one, and as its real client."""
 
 import asyncio
-import hashlib
 import io
 import itertools
 import json
@@ -10,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,52 +16,20 @@ from typing import Any
 from urllib.parse import urlparse
 
 import httpx
-import onnx
 import pytest
-from filelock import FileLock
 from live import TEXTUAL, VISUAL, face_entries, numbers, predict, text_entries
-from onnx import helper
 from PIL import Image
+from shared_models import OTHER_FACES
 
 from immich_ml_metal.cli.child import running_service
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(300)]
 
-OTHER_FACES = "buffalo_m"
-
 
 @pytest.fixture(scope="module")
-def cache(shared: Path) -> Path:
-    """The shared test models, built once and kept in the temporary folder of this machine."""
-    maker = shared / "models" / "make_cache.py"
-    key = hashlib.sha256(maker.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"immich-ml-metal-test-models-{key}"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            staging = Path(f"{folder}.new")
-            shutil.rmtree(staging, ignore_errors=True)
-            subprocess.run([sys.executable, maker, staging], check=True, timeout=280)
-            add_second_face_model(staging / "facial-recognition")
-            staging.rename(folder)
-    return folder
-
-
-def add_second_face_model(faces: Path) -> None:
-    """The same detector, and a recogniser whose vectors are those of the first, negated."""
-    shutil.copytree(faces / "buffalo_s", faces / OTHER_FACES)
-    path = faces / OTHER_FACES / "recognition" / "model.onnx"
-    model = onnx.load(path)
-    (output,) = model.graph.output
-    for node in model.graph.node:
-        node.output[:] = ["positive" if name == output.name else name for name in node.output]
-    model.graph.node.append(helper.make_node("Neg", ["positive"], [output.name]))
-    onnx.save(model, path)
-
-
-@pytest.fixture(scope="module")
-def url(cache: Path) -> Iterator[str]:
+def url(shared_models: Path) -> Iterator[str]:
     """The real `serve` process on the shared models."""
-    with running_service({"--models-dir": str(cache), "--log-level": "warning"}) as child:
+    with running_service({"--models-dir": str(shared_models), "--log-level": "warning"}) as child:
         yield child.url
 
 

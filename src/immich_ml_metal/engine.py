@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -32,6 +33,19 @@ def read_settings(fd: int = STDIN) -> bytes:
     return bytes(line)
 
 
+class _Server(uvicorn.Server):
+    """uvicorn that lets the process end with status 0 when it was asked to end.
+
+    uvicorn would repeat the signal after its tidy end: that kills the process before the libraries
+    of the models are left, so that a crash of theirs there would never be seen.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Finish what runs; a second Ctrl-C does not wait for it."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
 def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
     """Serve the ASGI `app` on `socket` until SIGTERM or until `parent_fd` reaches its end."""
     threading.Thread(target=_end_with_parent, args=(parent_fd, socket), daemon=True).start()
@@ -45,7 +59,7 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
         server_header=False,
         timeout_keep_alive=_KEEPALIVE_S,
     )
-    uvicorn.Server(config).run()
+    _Server(config).run()
 
 
 def run(settings: "Settings") -> None:
@@ -65,7 +79,7 @@ def run(settings: "Settings") -> None:
         timeout_keep_alive=int(settings.keepalive_s),
         timeout_graceful_shutdown=int(settings.drain_limit_s),
     )
-    uvicorn.Server(config).run(sockets=listen(settings.host, settings.port))
+    _Server(config).run(sockets=listen(settings.host, settings.port))
 
 
 def main() -> None:

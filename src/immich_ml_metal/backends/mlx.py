@@ -5,8 +5,8 @@ array of MLX ever leaves it. The process must not fork once MLX has been used.
 """
 
 import logging
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -62,7 +62,7 @@ class MlxEngine:
         log.info(
             "model compiled: model=%s dtype=%s max_batch=%d active_mb=%d cache_mb=%d",
             key,
-            str(self.dtype).rsplit(".", maxsplit=1)[-1],
+            self._dtype_name,
             graph.max_batch,
             memory.active_bytes >> 20,
             memory.cache_bytes >> 20,
@@ -72,6 +72,20 @@ class MlxEngine:
         except LoadFailed:  # a side file is missing: nobody else holds the graph
             graph.close()
             raise
+
+    def describe(self) -> dict[str, Any]:
+        """What `/health` shows of this engine: number format, device and memory. Any thread."""
+        return {
+            "dtype": self._dtype_name,
+            "on_gpu": self.on_gpu,
+            "max_batch": self._settings.mlx_max_batch,
+            "memory": asdict(self.memory()),
+        }
+
+    @property
+    def _dtype_name(self) -> str:
+        """`float16`: MLX writes `mlx.core.float16`."""
+        return str(self.dtype).rsplit(".", maxsplit=1)[-1]
 
     def memory(self) -> MlxMemory:
         """What MLX holds now. Any thread."""

@@ -5,6 +5,7 @@ says so in a warning that stays in the plan, which is printed, is in `/health`, 
 """
 
 import importlib
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,6 +52,11 @@ class Platform:
         if self.system == "Darwin":
             return "Apple Silicon" if self.is_apple_silicon else f"Mac ({self.machine})"
         return f"{self.system} ({self.machine})"
+
+
+def this_platform() -> Platform:
+    """The machine as the interpreter says: under Rosetta, Apple Silicon counts as an Intel Mac."""
+    return Platform(platform.system(), platform.machine())
 
 
 class Probe(Protocol):
@@ -165,6 +171,21 @@ def choose_engines(settings: Settings, probe: Probe) -> EnginePlan:
         for (task, part), setting in SETTINGS.items()
     ]
     return EnginePlan(probe.platform, tuple(choices))
+
+
+@dataclass(frozen=True, slots=True)
+class _Willing:
+    """A machine on which every engine works: it loads and tests nothing."""
+
+    platform: Platform
+
+    def check(self, engine: str) -> str | None:
+        return None
+
+
+def plan_untested(settings: Settings, platform: Platform) -> EnginePlan:
+    """Give what a start would choose here if every engine passed its self-test; imports none."""
+    return choose_engines(settings, _Willing(platform))
 
 
 def _choose(

@@ -5,7 +5,6 @@ and ONNX Runtime goes to the CPU without a word where Core ML is missing.
 """
 
 import importlib
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from immich_ml_metal.backends.selection import Platform
+from immich_ml_metal.backends.selection import Platform, this_platform
 from immich_ml_metal.errors import InferenceError
 
 _SIDE = 256  # of the matrices that are multiplied
@@ -29,8 +28,8 @@ class SystemProbe:
 
     @property
     def platform(self) -> Platform:
-        """As the interpreter says: under Rosetta a Mac with Apple Silicon counts as Intel."""
-        return Platform(platform.system(), platform.machine())
+        """This machine."""
+        return this_platform()
 
     def check(self, engine: str) -> str | None:
         """Run the engine's self-test on a thread of its own; say what went wrong, or None."""

@@ -44,11 +44,12 @@ def list_models(
     as_json: JsonOption = False,
 ) -> None:
     """Every official model: what it is, and what is here of it."""
+    from immich_ml_metal.backends.selection import plan_untested, this_platform
     from immich_ml_metal.catalog import all_models
     from immich_ml_metal.cli.models_show import print_list
     from immich_ml_metal.models.advice import reads
 
-    _, store = _open(models_dir)
+    settings, store = _open(models_dir)
     rows = [
         (spec, [store.status(spec.key(part)) for part in spec.parts])
         for spec in all_models()
@@ -57,7 +58,8 @@ def list_models(
     ]
     if here:
         rows = [row for row in rows if any(status.is_usable for status in row[1])]
-    print_list(rows, as_json=as_json)
+    plan = plan_untested(settings, this_platform())
+    print_list(rows, plan, as_json=as_json)
 
 
 @app.command("pull")

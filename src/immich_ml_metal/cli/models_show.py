@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from immich_ml_metal.backends.selection import EnginePlan
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
 from immich_ml_metal.cli.json_output import print_json
 from immich_ml_metal.errors import ModelError
@@ -23,18 +24,25 @@ _STYLE = {
     State.DAMAGED: "red",
     State.MISSING: "dim",
 }
-_COLUMNS = ("model", "family", "dim", "size", "languages", "licence", "here")
+_COLUMNS = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
 _NARROW_COLUMNS = ("model", "dim", "size", "here")
 _WIDEST = 1000  # characters; more than any row has
 _MANY = 4  # languages named one by one; more are counted
 
 
-def print_list(rows: Sequence[tuple[ModelSpec, list[PartStatus]]], *, as_json: bool) -> None:
-    """The catalogue with what is on disk."""
+def print_list(
+    rows: Sequence[tuple[ModelSpec, list[PartStatus]]], plan: EnginePlan, *, as_json: bool
+) -> None:
+    """The catalogue with what is on disk, and the engine that the settings mean for each."""
     if as_json:
-        print_json([describe_model(spec, statuses) for spec, statuses in rows])
+        engines = [{"engines": _engines(spec, plan)} for spec, _ in rows]
+        models = [describe_model(spec, statuses) for spec, statuses in rows]
+        print_json([model | one for model, one in zip(models, engines, strict=True)])
         return
-    cells = [_cells(spec, statuses) for spec, statuses in rows]
+    cells = [
+        _cells(spec, statuses) | {"engine": ", ".join(dict.fromkeys(_engines(spec, plan).values()))}
+        for spec, statuses in rows
+    ]
     console = Console()
     table = _table(_COLUMNS, cells)
     width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
@@ -43,7 +51,7 @@ def print_list(rows: Sequence[tuple[ModelSpec, list[PartStatus]]], *, as_json: b
     is_narrow = width > console.width
     console.print(_table(_NARROW_COLUMNS, cells) if is_narrow else table)
     if is_narrow:
-        console.print("A wider window, or --json, shows family, languages and licence.")
+        console.print("A wider window, or --json, shows family, languages, licence and engine.")
 
 
 def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
@@ -137,6 +145,10 @@ def describe_model(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str,
         "licence": spec.licence,
         "parts": [_status(status) for status in statuses],
     }
+
+
+def _engines(spec: ModelSpec, plan: EnginePlan) -> dict[str, str]:
+    return {part: plan.engine_of(spec.task, part) for part in spec.parts}
 
 
 def _status(status: PartStatus) -> dict[str, Any]:
