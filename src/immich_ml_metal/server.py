@@ -5,20 +5,18 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import psutil
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
 from immich_ml_metal.config import Settings
 from immich_ml_metal.device import CpuThreads
+from immich_ml_metal.form import Form, read_form
 from immich_ml_metal.images import ImageLimits, PictureCache, decode
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.memory import make_rules
@@ -48,7 +46,6 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.Overloaded: 503,
 }
 _CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
-_FORM_OVERHEAD_BYTES = 2**20  # entries, text and boundaries around the largest picture
 _HOUSEKEEPING_S = 10.0
 _RETRY_AFTER_S = "5"  # a network comes back; the gateway asks again for as long as it may hold
 
@@ -222,76 +219,9 @@ class Service:
             for task in sorted({key.task for key in model_keys(tasks)}):
                 self.metrics.requests.labels(task, str(status)).inc()
 
-    async def _read_form(self, request: Request) -> "Form":
+    async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
             return await read_form(request, limit_bytes=self.settings.max_image_size_bytes)
-
-
-# -- the form --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What a caller sent; an empty text counts as none."""
-
-    entries: str
-    image: bytes | None
-    text: str | None
-
-
-async def read_form(request: Request, *, limit_bytes: int) -> Form:
-    """Parse the body while it arrives, and stop reading soon after the limit.
-
-    Raises:
-        ImageTooLarge: the picture has more than `limit_bytes`.
-        InvalidEntries: the body is not a form, or has no `entries`.
-    """
-    allowed = limit_bytes + _FORM_OVERHEAD_BYTES
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > allowed:
-        raise errors.ImageTooLarge(f"the upload has {length} bytes, limit {limit_bytes}")
-    receive, taken = request.receive, 0
-
-    async def limited() -> Any:
-        nonlocal taken
-        message = await receive()
-        taken += len(message.get("body", b""))
-        if taken > allowed:
-            raise errors.ImageTooLarge(f"the upload has over {taken} bytes, limit {limit_bytes}")
-        return message
-
-    counted = Request(request.scope, limited)
-    try:
-        async with counted.form(max_part_size=_FORM_OVERHEAD_BYTES) as form:
-            return Form(
-                _entries_field(form), await _image_field(form, limit_bytes), _text_field(form)
-            )
-    except HTTPException as exc:  # Starlette's word for a body that breaks its own format
-        raise errors.InvalidEntries(f"the body is not a form: {exc.detail}") from exc
-
-
-def _entries_field(form: FormData) -> str:
-    value = form.get("entries")
-    if isinstance(value, str):
-        return value
-    if value is None:
-        raise errors.InvalidEntries("the form field 'entries' is missing")
-    raise errors.InvalidEntries("the form field 'entries' is a file, it must be a text")
-
-
-async def _image_field(form: FormData, limit_bytes: int) -> bytes | None:
-    field = form.get("image")
-    if field is None:
-        return None
-    image = await field.read() if isinstance(field, UploadFile) else field.encode()
-    if len(image) > limit_bytes:
-        raise errors.ImageTooLarge(f"the image has {len(image)} bytes, limit {limit_bytes}")
-    return image
-
-
-def _text_field(form: FormData) -> str | None:
-    text = form.get("text")
-    return text if isinstance(text, str) and text else None
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
