@@ -11,6 +11,7 @@ from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.device import Device
 from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.progress import DownloadProgress
+from immich_ml_metal.pool import EngineTable
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
@@ -157,3 +158,13 @@ class FakeStore:
     def close(self) -> None:
         self.is_closed = True
         self.gate.open()
+
+
+def every_part(engine: Any) -> EngineTable:
+    """One engine for everything."""
+    parts = {
+        Task.CLIP: (Part.VISUAL, Part.TEXTUAL),
+        Task.FACES: (Part.DETECTION, Part.RECOGNITION),
+        Task.OCR: (Part.DETECTION, Part.RECOGNITION),
+    }
+    return {(task, part): engine for task in parts for part in parts[task]}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakeStore
+from fakes import FakeStore, every_part
 from live import TEXTUAL, VISUAL, face_entries, predict, serve, text_entries
 from tiny_models import draw_faces, draw_text, make_models
 
@@ -18,7 +18,7 @@ from immich_ml_metal.compose import build_app
 from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.server import create_app, every_part
+from immich_ml_metal.server import create_app
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task, Tensor
 
 # NumPy warns of overflow and NaN, which would stop a test but never the service.

@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from fakes import TEXTUAL, VISUAL, FakeEngine, FakeStore, until
+from fakes import TEXTUAL, VISUAL, FakeEngine, FakeStore, every_part, until
 from gateway_harness import settings
 
 from immich_ml_metal.config import load_settings
 from immich_ml_metal.errors import ConfigError, DownloadFailed
 from immich_ml_metal.models.progress import DownloadProgress, Phase
 from immich_ml_metal.preload import preload, preload_keys
-from immich_ml_metal.server import Service, every_part
+from immich_ml_metal.server import Service
 from immich_ml_metal.types import ModelKey, Part, Task
 
 CLIP = "ViT-B-32__openai"

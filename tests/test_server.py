@@ -11,14 +11,14 @@ from urllib.parse import urlparse
 import httpx
 import numpy as np
 import pytest
-from fakes import FakeEngine, FakeModel, FakeStore, Gate
+from fakes import FakeEngine, FakeModel, FakeStore, Gate, every_part
 from live import ALL, TEXTUAL, VISUAL, face_entries, numbers, predict, serve, text_entries
 from tiny_models import DIM, draw_faces, draw_text
 
 from immich_ml_metal import errors
 from immich_ml_metal.compose import build_app
 from immich_ml_metal.config import Settings
-from immich_ml_metal.server import STATUS, create_app, every_part
+from immich_ml_metal.server import STATUS, create_app
 
 PHOTO = draw_faces((160, 160), (400, 240))
 PAGE = draw_text("abc", "cb")

@@ -25,7 +25,7 @@ from immich_ml_metal.pipeline import Pipeline, model_keys
 from immich_ml_metal.pool import EngineTable, Pool, Store
 from immich_ml_metal.preload import preload, preload_keys
 from immich_ml_metal.release import release_free_memory
-from immich_ml_metal.types import Part, Task, TaskRequest
+from immich_ml_metal.types import TaskRequest
 from immich_ml_metal.wire import parse_entries, render
 
 log = logging.getLogger(__name__)
@@ -261,13 +261,3 @@ def _render_error(exc: Exception) -> JSONResponse:
         reason = f"internal error: {type(exc).__name__}: {exc}"
     headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(exc, errors.DownloadFailed) else None
     return JSONResponse({"detail": reason}, status_code=status, headers=headers)
-
-
-def every_part(engine: Any) -> EngineTable:
-    """One engine for everything."""
-    parts = {
-        Task.CLIP: (Part.VISUAL, Part.TEXTUAL),
-        Task.FACES: (Part.DETECTION, Part.RECOGNITION),
-        Task.OCR: (Part.DETECTION, Part.RECOGNITION),
-    }
-    return {(task, part): engine for task in parts for part in parts[task]}
