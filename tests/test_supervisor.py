@@ -82,7 +82,7 @@ async def test_a_wish_for_an_engine_during_its_stop_starts_the_next_one(tmp_path
     ("number", "end"),
     [
         (signal.SIGKILL, End("SIGKILL", fault=True, from_outside=True)),
-        (signal.SIGTERM, End("SIGTERM", fault=True, from_outside=True)),
+        (signal.SIGTERM, End("exit status 0", fault=True, from_outside=True)),
         (signal.SIGABRT, End("SIGABRT", fault=True)),
     ],
 )

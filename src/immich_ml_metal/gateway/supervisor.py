@@ -31,8 +31,9 @@ _LAST_STOP_LIMIT_S = 2.0
 # A connection breaks a moment before its process is gone, whose exit status tells why.
 LAST_WORDS_S = 1.0
 
-# What a person or the kernel sends; failing libraries raise SIGABRT, SIGSEGV, SIGBUS, SIGTRAP.
-_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+# What a person or the kernel sends; failing libraries raise SIGABRT, SIGSEGV, SIGBUS, SIGTRAP. An
+# engine that somebody else tells to end (SIGTERM, SIGINT) does so tidily, with status 0.
+_FROM_OUTSIDE = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 _TMP_PATH_MAX = 60
 
@@ -62,7 +63,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How an engine ended. `from_outside`: by a SIGKILL that was not ours."""
+    """How an engine ended. `from_outside`: by a signal that was neither ours nor a crash."""
 
     cause: str
     fault: bool
