@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from objc_names import Facts, Follower, Member
 
 ROOT = Path(__file__).parent.parent
-BRIDGE = ROOT / "src/immich_ml_metal/backends/vision_bridge.py"
+BRIDGE = ROOT / "src/immich_ml_metal/backends/vision/bridge.py"
 FACTS = Path(__file__).with_name("apple_facts.json")
 FRAMEWORKS = {"vision", "quartz", "foundation", "objc"}
 

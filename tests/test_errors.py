@@ -3,7 +3,8 @@
 import inspect
 import re
 
-from immich_ml_metal import errors, server
+from immich_ml_metal import errors
+from immich_ml_metal.worker import server
 
 
 def tree() -> list[type[errors.ServiceError]]:

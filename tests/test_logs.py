@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.config import Settings
 from immich_ml_metal.logs import (
     cap_file,
     configure_logging,
@@ -20,6 +19,7 @@ from immich_ml_metal.logs import (
     request_scope,
     split_facts,
 )
+from immich_ml_metal.settings import Settings
 
 log = logging.getLogger("immich_ml_metal.test")
 

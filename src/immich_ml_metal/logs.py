@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import orjson
 
-from immich_ml_metal.config import Settings
+from immich_ml_metal.settings import Settings
 
 REQUEST_ID_HEADER = "X-Request-Id"  # from the gateway to the engine, and back to the caller
 STDERR_CAP_BYTES = 2**20

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from immich_ml_metal.images import ImageLimits, Picture, decode
+from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 
 SHARED = Path(__file__).parents[3] / "shared"
 IS_APPLE_SILICON = (platform.system(), platform.machine()) == ("Darwin", "arm64")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from immich_ml_metal.backends.coreml import create_coreml
+from immich_ml_metal.backends.coreml.engine import create_coreml
 from immich_ml_metal.backends.selection import choose_engines, create_engines
 from immich_ml_metal.backends.self_tests import SystemProbe
-from immich_ml_metal.config import Settings
-from immich_ml_metal.images import Picture
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import ARCFACE_TEMPLATE, FaceCrop
+from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 pytestmark = pytest.mark.apple
@@ -37,7 +37,7 @@ def test_the_plan_of_this_mac_is_the_one_that_is_documented() -> None:
 def test_core_ml_recognises_faces_as_the_cpu_does_and_keeps_its_compiled_form(
     tmp_path: Path,
 ) -> None:
-    from test_coreml import save_model
+    from backends.test_coreml import save_model
 
     files = ModelFiles(save_model(tmp_path, side=112), tmp_path, tmp_path)
     told: list[str] = []

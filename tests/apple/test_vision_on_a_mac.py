@@ -7,14 +7,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from immich_ml_metal.backends.ort import OrtGraph, session_options
-from immich_ml_metal.backends.vision_bridge import VisionBridge, load_frameworks
-from immich_ml_metal.backends.vision_setup import WORD, check_reading, create_vision, draw_word
-from immich_ml_metal.backends.vision_text import LANGUAGES, text_options, wanted_languages
-from immich_ml_metal.config import Settings
+from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
+from immich_ml_metal.backends.vision.bridge import VisionBridge, load_frameworks
+from immich_ml_metal.backends.vision.setup import WORD, check_reading, create_vision, draw_word
+from immich_ml_metal.backends.vision.text import LANGUAGES, text_options, wanted_languages
 from immich_ml_metal.errors import ModelUnavailable
-from immich_ml_metal.images import Picture
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import FaceDetector, FaceQuery
+from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.text_boxes import TextQuery
 from immich_ml_metal.types import Faces, Floats, ModelFiles, ModelKey, Part, Task, TextRegions
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from gateway_harness import (
+from doubles.gateway import (
     GatewayProcess,
     gateway_process,
     is_alive,
@@ -20,7 +20,7 @@ from gateway_harness import (
     until,
 )
 
-from immich_ml_metal.gateway.footprint import memory_bytes
+from immich_ml_metal.system.footprint import memory_bytes
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(400)]
 

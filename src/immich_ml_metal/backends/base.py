@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
-from immich_ml_metal.device import Device
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.types import ModelFiles, ModelKey
 
 ItemT = TypeVar("ItemT", contravariant=True)

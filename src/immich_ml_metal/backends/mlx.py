@@ -11,11 +11,11 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from immich_ml_metal.backends.base import AnyModel
-from immich_ml_metal.backends.tensor import build_model
-from immich_ml_metal.config import Settings
-from immich_ml_metal.device import Device
+from immich_ml_metal.backends.build import build_model
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from immich_ml_metal.backends.base import AnyModel
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.catalog import OPEN_CLIP_PREFIX
-from immich_ml_metal.config import Settings
-from immich_ml_metal.device import Device
 from immich_ml_metal.errors import InferenceError, LoadFailed, ModelUnavailable, UnknownModel
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.clip import (
     ClipVisualModel,
     TextConfig,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from immich_ml_metal.backends.base import Engine
-from immich_ml_metal.config import Settings, env_names
 from immich_ml_metal.errors import ConfigError
+from immich_ml_metal.settings import Settings, env_names
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 Slot = tuple[Task, Part]
@@ -261,12 +261,12 @@ def create_engines(
         ConfigError: a setting of an engine is malformed.
     """
     makers: dict[str, Callable[[], Engine]] = {
-        "cpu": lambda: _class("ort", "OrtEngine")(settings),
+        "cpu": lambda: _class("ort.engine", "OrtEngine")(settings),
         "mlx": lambda: _class("mlx", "MlxEngine")(settings),
-        "coreml": lambda: _class("coreml", "create_coreml")(
+        "coreml": lambda: _class("coreml.engine", "create_coreml")(
             settings, is_explicit=_is_explicit(plan), on_fallback=on_fallback
         ),
-        "vision": lambda: _class("vision_setup", "create_vision")(
+        "vision": lambda: _class("vision.setup", "create_vision")(
             settings, files_of=files_of, on_fallback=on_fallback
         ),
         "open_clip": lambda: _class("open_clip", "create_open_clip")(settings),

@@ -49,7 +49,7 @@ def check_cpu() -> None:
     The first session of a process decides how its thread treats subnormal numbers, and that one
     belongs to the engine.
     """
-    importlib.import_module("immich_ml_metal.backends.ort")
+    importlib.import_module("immich_ml_metal.backends.ort.engine")
 
 
 def check_mlx() -> None:
@@ -67,7 +67,7 @@ def check_mlx() -> None:
 
 def check_coreml() -> None:
     """Core ML runs a tiny graph."""
-    from immich_ml_metal.backends.coreml_session import check_on_coreml, open_session
+    from immich_ml_metal.backends.coreml.session import check_on_coreml, open_session
 
     with tempfile.TemporaryDirectory() as folder:
         check_on_coreml(open_session, Path(folder))
@@ -75,8 +75,8 @@ def check_coreml() -> None:
 
 def check_vision() -> None:
     """Apple Vision reads a drawn word."""
-    from immich_ml_metal.backends.vision_bridge import VisionBridge, load_frameworks
-    from immich_ml_metal.backends.vision_setup import check_reading
+    from immich_ml_metal.backends.vision.bridge import VisionBridge, load_frameworks
+    from immich_ml_metal.backends.vision.setup import check_reading
 
     check_reading(VisionBridge(load_frameworks()))
 

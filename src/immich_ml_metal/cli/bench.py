@@ -30,9 +30,9 @@ def bench(
     """Measure requests per second, latency and memory; compare with the raw engine."""
     from rich.console import Console
 
-    from immich_ml_metal.cli.bench_report import render
-    from immich_ml_metal.cli.bench_run import measure_all
-    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.bench.report import render
+    from immich_ml_metal.bench.run import measure_all
+    from immich_ml_metal.settings import load_settings
 
     settings = load_settings(
         {

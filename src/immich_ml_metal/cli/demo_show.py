@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from immich_ml_metal.cli.calls import Call, checked, standard_calls
-from immich_ml_metal.config import Settings
-from immich_ml_metal.images import ImageLimits, decode
+from immich_ml_metal.client.calls import Call, checked, standard_calls
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.tasks.images import ImageLimits, decode
 from immich_ml_metal.types import Task
 
 QUERIES = ("a portrait of a person", "a plate of spaghetti", "a sign with text on it")

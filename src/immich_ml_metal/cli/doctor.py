@@ -14,12 +14,12 @@ from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from immich_ml_metal.config import Settings
     from immich_ml_metal.doctor.facts import EngineTest, Facts
     from immich_ml_metal.doctor.result import Result
     from immich_ml_metal.immich.advice import Advice
     from immich_ml_metal.immich.api import ServerSettings
     from immich_ml_metal.parity.client import ModelNames
+    from immich_ml_metal.settings import Settings
 
 _MARKS = MappingProxyType(
     {
@@ -78,8 +78,8 @@ def doctor(
 
 def _load(file: Path | None, env_file: Path | None) -> "tuple[Settings, str]":
     """The settings, or the defaults and why the settings are refused."""
-    from immich_ml_metal.config import Settings, load_settings
     from immich_ml_metal.errors import ConfigError
+    from immich_ml_metal.settings import Settings, load_settings
 
     try:
         return load_settings(file=file, env_file=env_file), ""
@@ -90,8 +90,8 @@ def _load(file: Path | None, env_file: Path | None) -> "tuple[Settings, str]":
 def _collect(settings: "Settings", config_error: str, *, verify: bool) -> "Facts":
     from immich_ml_metal.doctor import collect
     from immich_ml_metal.doctor.facts import Facts
-    from immich_ml_metal.host import lan_addresses
-    from immich_ml_metal.runner import run_program
+    from immich_ml_metal.system.network import lan_addresses
+    from immich_ml_metal.system.programs import run_program
 
     machine = collect.read_machine(run_program)
     folder_error, free_bytes = collect.read_models_dir(settings)
@@ -166,11 +166,11 @@ def _self_test(
     settings: "Settings", facts: "Facts", options: Mapping[str, str]
 ) -> "tuple[EngineTest, ...]":
     """Ask the running service, or one started for the purpose in a process of its own."""
-    from immich_ml_metal.cli.child import ServiceDidNotStart, running_service
-    from immich_ml_metal.cli.drawing import draw_preview
+    from immich_ml_metal.client.child import ServiceDidNotStart, running_service
+    from immich_ml_metal.client.drawing import draw_preview
+    from immich_ml_metal.client.own_service import NotServing, ask_health, local_url, wake_engine
     from immich_ml_metal.doctor.facts import EngineTest
     from immich_ml_metal.doctor.selftest import run_tests
-    from immich_ml_metal.own_service import NotServing, ask_health, local_url, wake_engine
 
     missing = {model.name for model in facts.models if model.problem or not model.is_present}
     picture = draw_preview(0)
@@ -189,9 +189,9 @@ def _self_test(
 
 
 def _service_state() -> Literal["running", "stopped", "none"]:
-    from immich_ml_metal.runner import run_program
     from immich_ml_metal.service.choose import choose_manager
     from immich_ml_metal.service.plan import ServiceFailed
+    from immich_ml_metal.system.programs import run_program
 
     try:
         return choose_manager(run_program).status().state

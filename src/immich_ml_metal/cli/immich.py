@@ -10,9 +10,9 @@ from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from immich_ml_metal.config import Settings
     from immich_ml_metal.immich.advice import Advice, OurSide
     from immich_ml_metal.immich.api import QueueCounts, ServerSettings
+    from immich_ml_metal.settings import Settings
     from immich_ml_metal.types import Task
 
 app = typer.Typer(
@@ -31,9 +31,9 @@ def status(
 
     Exit code: 0 fine, 1 photos go without results until something is changed, 3 unreachable.
     """
-    from immich_ml_metal.config import load_settings
     from immich_ml_metal.immich.advice import advise
     from immich_ml_metal.immich.api import ImmichError, connect
+    from immich_ml_metal.settings import load_settings
 
     settings = load_settings()
     try:
@@ -62,8 +62,8 @@ def requeue(
 
     Exit code: 0 started, 3 Immich is unreachable or refuses.
     """
-    from immich_ml_metal.config import load_settings
     from immich_ml_metal.immich.api import QUEUES, ImmichError, connect
+    from immich_ml_metal.settings import load_settings
     from immich_ml_metal.types import Task
 
     if wrong := [name for name in task or [] if name not in {*Task}]:
@@ -81,11 +81,11 @@ def requeue(
 
 def our_side(settings: "Settings", server: "ServerSettings", *, measure: bool) -> "OurSide":
     """This service as Immich could see it; `measure` takes a minute."""
-    from immich_ml_metal.cli.drawing import draw_preview
-    from immich_ml_metal.host import names_of_this_machine
+    from immich_ml_metal.client.drawing import draw_preview
+    from immich_ml_metal.client.own_service import local_url
     from immich_ml_metal.immich.advice import OurSide
     from immich_ml_metal.immich.gain import measure_gains
-    from immich_ml_metal.own_service import local_url
+    from immich_ml_metal.system.network import names_of_this_machine
 
     url = local_url(settings)
     return OurSide(
@@ -99,7 +99,7 @@ def our_side(settings: "Settings", server: "ServerSettings", *, measure: bool) -
 
 
 def _engines(url: str) -> "dict[Task, str]":
-    from immich_ml_metal.own_service import NotServing, ask_health
+    from immich_ml_metal.client.own_service import NotServing, ask_health
     from immich_ml_metal.types import Task
 
     try:
@@ -121,7 +121,7 @@ def _why_not_served(task: "Task", name: str) -> str:
 
 
 def _failed_answers(settings: "Settings") -> int | None:
-    from immich_ml_metal.own_service import NotServing, failed_answers, local_url
+    from immich_ml_metal.client.own_service import NotServing, failed_answers, local_url
 
     try:
         return failed_answers(local_url(settings))

@@ -9,10 +9,10 @@ from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from immich_ml_metal.config import Settings
     from immich_ml_metal.models.prune import Waste
     from immich_ml_metal.models.shelf import Shelf
     from immich_ml_metal.models.store import ModelStore
+    from immich_ml_metal.settings import Settings
 
 app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_help=True)
 
@@ -239,8 +239,8 @@ def recommend(
 
 
 def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
-    from immich_ml_metal.config import load_settings
     from immich_ml_metal.models.store import ModelStore
+    from immich_ml_metal.settings import load_settings
 
     settings = load_settings({"models_dir": models_dir})
     return settings, ModelStore(settings)
@@ -248,7 +248,7 @@ def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
 
 def _configured(settings: "Settings") -> tuple[str, ...]:
     """Every name in the settings: what the service answers with, and what it preloads."""
-    from immich_ml_metal.preload import preload_keys
+    from immich_ml_metal.worker.preload import preload_keys
 
     preloaded = (key.name for key in preload_keys(settings))
     named = (settings.clip_model, settings.face_model, settings.ocr_model, *preloaded)

@@ -10,11 +10,11 @@ from rich.table import Table
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.cli.json_output import print_json
 from immich_ml_metal.cli.models_show import describe_model, describe_presence
-from immich_ml_metal.config import Settings
 from immich_ml_metal.models.advice import memory_bytes
 from immich_ml_metal.models.manifest import FileRecord
 from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.shelf import PartStatus
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Task
 
 _MOST_FILES = 12  # M-CLIP has some 390

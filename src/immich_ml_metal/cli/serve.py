@@ -25,9 +25,9 @@ def serve(
     ] = True,
 ) -> None:
     """Answer Immich's requests on port 3003."""
-    from immich_ml_metal.config import resolve
     from immich_ml_metal.logs import configure_logging
     from immich_ml_metal.old_names import old_names_used
+    from immich_ml_metal.settings import resolve
 
     settings, origin = resolve(
         {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level},
@@ -42,6 +42,6 @@ def serve(
 
         serving.run(settings)
     else:
-        from immich_ml_metal import engine
+        from immich_ml_metal.worker import process as engine
 
         engine.run(settings)

@@ -12,8 +12,8 @@ from immich_ml_metal.cli.exits import Exit
 from immich_ml_metal.cli.json_output import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from immich_ml_metal.config import Settings
     from immich_ml_metal.service.plan import Manager, ServicePlan
+    from immich_ml_metal.settings import Settings
 
 app = typer.Typer(
     help="Start at boot (launchd on macOS, systemd on Linux), stop, see, read the logs.",
@@ -38,7 +38,7 @@ def install(
     show: Annotated[bool, typer.Option("--print", help="Show it; change nothing.")] = False,
 ) -> None:
     """Start the service now and at every boot; run it again after an upgrade."""
-    from immich_ml_metal.config import load_settings
+    from immich_ml_metal.settings import load_settings
 
     file = config or default_file()
     settings = load_settings(file=file, env_file=env_file)
@@ -96,8 +96,8 @@ def status(
 
     Exit code: 0 running and current, 1 not running, or an old version is still serving.
     """
-    from immich_ml_metal.config import load_settings
-    from immich_ml_metal.own_service import NotServing, ask_health, local_url
+    from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
+    from immich_ml_metal.settings import load_settings
 
     url = local_url(load_settings(file=default_file()))
     state = _manager(daemon=daemon).status()
@@ -122,8 +122,8 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
 ) -> None:
     """Print the end of the logs: gateway, engine, and what could not be logged."""
-    from immich_ml_metal.config import load_settings
     from immich_ml_metal.logs import file_of
+    from immich_ml_metal.settings import load_settings
 
     plan = _plan(load_settings(file=default_file()), None, None)
     files = [plan.log_file, file_of(plan.log_file, "engine"), plan.stderr_file]
@@ -166,8 +166,8 @@ def _plan(settings: "Settings", config: Path | None, env_file: Path | None) -> "
 
 
 def _manager(*, daemon: bool) -> "Manager":
-    from immich_ml_metal.runner import run_program
     from immich_ml_metal.service.choose import choose_manager
+    from immich_ml_metal.system.programs import run_program
 
     return choose_manager(run_program, daemon=daemon)
 

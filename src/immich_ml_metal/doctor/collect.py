@@ -13,13 +13,13 @@ import httpx
 import psutil
 
 from immich_ml_metal.catalog import find_by_name
-from immich_ml_metal.config import Settings
+from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
 from immich_ml_metal.doctor.facts import Machine, ModelFact, Port
 from immich_ml_metal.errors import UnknownModel
 from immich_ml_metal.models.shelf import State, check_part
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.own_service import NotServing, ask_health, local_url
-from immich_ml_metal.runner import Runner
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.programs import Runner
 
 CONNECT_TIMEOUT_S = 2.0
 HUB_TIMEOUT_S = 5.0

@@ -3,7 +3,7 @@
 from immich_ml_metal.doctor.facts import Facts
 from immich_ml_metal.doctor.machine_checks import Answer
 from immich_ml_metal.doctor.result import Level
-from immich_ml_metal.host import url_host
+from immich_ml_metal.system.network import url_host
 
 MIB = 2**20
 SKEW_WARN_S = 60.0

@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from immich_ml_metal.config import SECRET, Settings
 from immich_ml_metal.doctor.facts import Facts
 from immich_ml_metal.doctor.result import Result
 from immich_ml_metal.logs import redact
+from immich_ml_metal.settings import SECRET, Settings
 
 LOG_LINES = 500
 _README = """Made by `immich-ml-metal doctor --share`.

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import (
     ConfigError,
     ImageTooLarge,
@@ -25,19 +24,20 @@ from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import report
 from immich_ml_metal.gateway.holding import Holding
+from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
 from immich_ml_metal.gateway.replay import Condemned
-from immich_ml_metal.gateway.replies import Message, Receive, Send, reply, reply_json, reply_unread
 from immich_ml_metal.gateway.supervisor import State
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
+from immich_ml_metal.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 Scope = Mapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-ENGINE_COMMAND = (sys.executable, "-m", "immich_ml_metal.engine")
+ENGINE_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
 
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
 _RETRY = (b"retry-after", b"30")

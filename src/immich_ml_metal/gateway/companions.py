@@ -7,9 +7,9 @@ import asyncio
 import logging
 from typing import Protocol
 
-from immich_ml_metal.config import Settings
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.power import KeepAwake, make_keep_awake
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.power import KeepAwake, make_keep_awake
 
 logger = logging.getLogger(__name__)
 

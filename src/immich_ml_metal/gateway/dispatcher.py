@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from immich_ml_metal.errors import InferenceError, Overloaded
 from immich_ml_metal.gateway.body import Body
+from immich_ml_metal.gateway.client import EngineAnswer, EngineLost, exchange
 from immich_ml_metal.gateway.crashes import CrashRecord
-from immich_ml_metal.gateway.engine_client import EngineAnswer, EngineLost, exchange
-from immich_ml_metal.gateway.engine_process import EngineProcess
+from immich_ml_metal.gateway.process import EngineProcess
 from immich_ml_metal.gateway.replay import Condemned, Job, JobQueue
 from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
 from immich_ml_metal.logs import REQUEST_ID_HEADER

@@ -10,8 +10,8 @@ from os import getpid
 from typing import TYPE_CHECKING, Any
 
 from immich_ml_metal import __version__
-from immich_ml_metal.gateway.footprint import memory_bytes
 from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.system.footprint import memory_bytes
 
 if TYPE_CHECKING:
     from immich_ml_metal.gateway.app import Gateway

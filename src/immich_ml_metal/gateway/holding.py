@@ -11,8 +11,8 @@ from typing import Any
 from immich_ml_metal.errors import Overloaded
 from immich_ml_metal.gateway.admission import ClientGone, Receive, Reception
 from immich_ml_metal.gateway.body import Body
+from immich_ml_metal.gateway.client import EngineAnswer
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.engine_client import EngineAnswer
 from immich_ml_metal.gateway.replay import REMEMBER_S, Condemned, Job, Quarantine
 
 _UNAVAILABLE = 503

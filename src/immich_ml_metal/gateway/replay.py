@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from immich_ml_metal.gateway.body import Body
-from immich_ml_metal.gateway.engine_client import EngineAnswer
+from immich_ml_metal.gateway.client import EngineAnswer
 
 MAX_DEATHS = 2
 # A SIGKILL comes from outside, from a person or a kernel out of memory: two of them prove nothing.

@@ -10,11 +10,11 @@ from types import FrameType
 
 import uvicorn
 
-from immich_ml_metal.config import Settings
 from immich_ml_metal.gateway.app import ENGINE_COMMAND, App, Gateway
-from immich_ml_metal.gateway.listen import listen
 from immich_ml_metal.gateway.patient import PatientProtocol
 from immich_ml_metal.gateway.supervisor import Order
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.listen import listen
 
 logger = logging.getLogger(__name__)
 

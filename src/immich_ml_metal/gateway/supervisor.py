@@ -16,10 +16,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.engine import EXIT_BAD_SETTINGS
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.gateway.crashes import CrashRecord
-from immich_ml_metal.gateway.engine_process import EngineProcess, describe
+from immich_ml_metal.gateway.process import EngineProcess, describe
+from immich_ml_metal.worker.process import EXIT_BAD_SETTINGS
 
 logger = logging.getLogger(__name__)
 

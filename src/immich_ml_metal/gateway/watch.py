@@ -8,12 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from immich_ml_metal.config import Settings
-from immich_ml_metal.gateway import engine_client
+from immich_ml_metal.gateway import client as engine_client
+from immich_ml_metal.gateway.client import EngineLost
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.engine_client import EngineLost
-from immich_ml_metal.gateway.footprint import memory_bytes
 from immich_ml_metal.gateway.supervisor import Order, State
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.footprint import memory_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.immich.requeue import RequeuePolicy, tasks_of
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Task
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ import httpx2
 from filelock import FileLock
 
 from immich_ml_metal.catalog import Family, ModelSpec
-from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.manifest import describe_file, load_manifest, save_manifest
-from immich_ml_metal.models.modelscope import list_pinned
+from immich_ml_metal.models.paddle import list_pinned
 from immich_ml_metal.models.progress import Tracker, format_bytes
 from immich_ml_metal.models.shelf import GRAPH, Shelf, State, check_part
 from immich_ml_metal.models.transfer import (
@@ -31,6 +30,7 @@ from immich_ml_metal.models.transfer import (
     pause,
     require_space,
 )
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from filelock import FileLock, Timeout
 
 from immich_ml_metal.catalog import ModelSpec, find_model
-from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
 from immich_ml_metal.models.download import Download
 from immich_ml_metal.models.manifest import FileRecord, describe_file, load_manifest, save_manifest
@@ -21,6 +20,7 @@ from immich_ml_metal.models.progress import DownloadProgress, Downloads, Listene
 from immich_ml_metal.models.rapidocr_wheel import find_in_wheel
 from immich_ml_metal.models.shelf import PartStatus, Shelf, State
 from immich_ml_metal.models.transfer import Retry, explain_os_error
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ import os
 import platform
 from pathlib import Path
 
-from immich_ml_metal.runner import Runner
 from immich_ml_metal.service.launchd import DAEMONS, Launchd
 from immich_ml_metal.service.plan import Manager, ServiceFailed
 from immich_ml_metal.service.systemd import Systemd
+from immich_ml_metal.system.programs import Runner
 
 
 def choose_manager(run: Runner, *, daemon: bool = False, system: str | None = None) -> Manager:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.runner import Runner
 from immich_ml_metal.service.plan import THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
+from immich_ml_metal.system.programs import Runner
 
 LABEL = "immich-ml-metal.service"
 DAEMONS = Path("/Library/LaunchDaemons")

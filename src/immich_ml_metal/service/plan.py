@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from immich_ml_metal.config import Settings
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.logs import stderr_of
+from immich_ml_metal.settings import Settings
 
 PROGRAM = "immich-ml-metal"
 # A service in a crash loop must not heat the Mac all night.

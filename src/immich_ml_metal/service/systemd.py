@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from immich_ml_metal.runner import Completed, Runner
 from immich_ml_metal.service.plan import THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
+from immich_ml_metal.system.programs import Completed, Runner
 
 UNIT = "immich-ml-metal.service"
 _NOT_FOUND = 127

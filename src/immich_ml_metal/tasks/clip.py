@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from immich_ml_metal.errors import LoadFailed
-from immich_ml_metal.images import Picture, resize
+from immich_ml_metal.tasks.images import Picture, resize
 from immich_ml_metal.tasks.vectors import check_vector
 from immich_ml_metal.types import Floats, Graph, Tensor
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from immich_ml_metal.errors import InferenceError, LoadFailed
-from immich_ml_metal.images import Picture
+from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.vectors import check_finite, check_vector
 from immich_ml_metal.types import Bytes, Faces, Floats, Graph, Tensor
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from immich_ml_metal.errors import InferenceError
-from immich_ml_metal.images import Picture, resize
+from immich_ml_metal.tasks.images import Picture, resize
 from immich_ml_metal.tasks.vectors import bgr_planes, check_finite
 from immich_ml_metal.types import Floats, Graph, Tensor, TextRegions
 

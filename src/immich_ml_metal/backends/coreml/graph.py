@@ -1,0 +1,230 @@
+"""An ONNX file on Core ML: one session per shape, compiled once, checked before it answers."""
+
+import hashlib
+import logging
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from immich_ml_metal.backends.coreml.session import (
+    MIN_COSINE,
+    Session,
+    SessionMaker,
+    cosine,
+    open_session,
+    provider_options,
+    provider_share,
+)
+from immich_ml_metal.backends.coreml.shapes import Shapes, cut, label, pin
+from immich_ml_metal.backends.ort.prepared import weight_files
+from immich_ml_metal.errors import InferenceError, LoadFailed
+from immich_ml_metal.types import Graph, Tensor
+
+log = logging.getLogger(__name__)
+
+FOLDER = "coreml"  # beside the model file
+
+
+class Refusal(Exception):
+    """Core ML is not to be used for this model, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found when a shape was first opened."""
+
+    model: str
+    weights: str
+    shape: str
+    share: float
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How one engine opens its sessions."""
+
+    use_ane: bool
+    make_session: SessionMaker = open_session
+    environment: str = f"ort{ort.__version__}-{platform.system()}{platform.release()}"
+
+
+class CoreMLGraph:
+    """An ONNX file on Core ML: one session per shape, each checked against `reference` first."""
+
+    fixed_shapes = True
+
+    def __init__(
+        self,
+        path: Path,
+        reference: Graph,
+        setup: Setup,
+        *,
+        name: str,
+        batches: Sequence[int],
+        checked: Collection[tuple[str, str]] = (),
+        on_report: Callable[[Report], None],
+    ) -> None:
+        """Open the shapes that are known from the file.
+
+        Raises:
+            Refusal: Core ML rejects it, takes none of it, or computes something else.
+        """
+        self._path = path
+        self._reference = reference
+        self._setup = setup
+        self._name = name
+        self._batches = tuple(batches)
+        self._digest = digest_of(path)
+        self._cache = path.parent / FOLDER / f"{self._digest}-{setup.environment}"
+        self._sessions: dict[Shapes, Session] = {}
+        self._lock = threading.Lock()  # the device has one thread; a second opener would be a bug
+        self._checked = checked  # (weights, shape) that passed before, in this process
+        self._on_report = on_report
+        self.inputs = reference.inputs
+        self.outputs = reference.outputs
+        self.metadata = reference.metadata
+        self.size_bytes = reference.size_bytes
+        _remove_others(self._cache)
+        self._open_known()
+
+    def _open_known(self) -> None:
+        """Open the shapes that the file fixes; then the reference has done its work."""
+        rows = {spec.name: _fixed(spec.shape[1:]) for spec in self.inputs}
+        if any(len(rows[spec.name]) < len(spec.shape) - 1 for spec in self.inputs):
+            return
+        for batch in self._batches:
+            self._session(tuple((name, (batch, *sides)) for name, sides in rows.items()))
+        self._reference.close()
+
+    @property
+    def max_batch(self) -> int:
+        """The largest compiled batch."""
+        return max(self._batches)
+
+    def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """Compute every output for any number of rows, in runs of compiled batches.
+
+        Raises:
+            InferenceError: a shape seen for the first time is refused, or the run fails.
+        """
+        rows = len(next(iter(feeds.values())))
+        runs = [self._run(feeds, *piece) for piece in cut(rows, self._batches)]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+    def _run(self, feeds: Mapping[str, Tensor], start: int, stop: int, size: int) -> list[Tensor]:
+        padded = {name: _pad(value[start:stop], size) for name, value in feeds.items()}
+        shapes = tuple((name, value.shape) for name, value in padded.items())
+        try:
+            outputs = self._session(shapes).run(None, padded)
+        except Exception as exc:  # its exceptions derive from Exception directly
+            raise InferenceError(f"core ml: {self._name}: {exc}") from exc
+        return [output[: stop - start] for output in outputs]
+
+    def close(self) -> None:
+        """Free every session."""
+        self._sessions.clear()
+
+    def _session(self, shapes: Shapes) -> Session:
+        with self._lock:
+            if shapes not in self._sessions:
+                self._sessions[shapes] = self._open(shapes)
+            return self._sessions[shapes]
+
+    def _open(self, shapes: Shapes) -> Session:
+        """Compile a shape and check it; its compiled form is kept beside the model."""
+        folder = self._cache / f"{label(shapes)}-{'all' if self._setup.use_ane else 'gpu'}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            model = pin(self._path, shapes)
+            options = provider_options(use_ane=self._setup.use_ane, cache=folder)
+            session = self._setup.make_session(model, options)
+        except (LoadFailed, OSError) as exc:
+            raise Refusal(str(exc)) from exc
+        if (self._digest, label(shapes)) not in self._checked:  # a reload repeats nothing
+            self._report(self._check(session, shapes), is_kept=any(folder.iterdir()))
+        return session
+
+    def _report(self, report: Report, *, is_kept: bool) -> None:
+        log.info(
+            "core ml opened model=%s shape=%s node_share=%.2f cosine=%.6f compiled_kept=%s",
+            *(report.model, report.shape, report.share, report.cosine, is_kept),
+        )
+        self._on_report(report)
+
+    def _check(self, session: Session, shapes: Shapes) -> Report:
+        """Measure what Core ML took and compare a run with the CPU's.
+
+        Raises:
+            Refusal: nothing was taken, or the outputs differ.
+        """
+        share = provider_share(session)
+        if share == 0:
+            raise Refusal("onnx runtime gave core ml not one node of it")
+        rng = np.random.default_rng(0)
+        dtypes = {spec.name: spec.dtype for spec in self.inputs}
+        feeds = {name: _noise(rng, shape, dtypes[name]) for name, shape in shapes}
+        try:
+            ours = session.run(None, feeds)
+        except Exception as exc:  # its exceptions derive from Exception directly
+            raise Refusal(f"core ml fails to run it: {exc}") from exc
+        theirs = _row_by_row(self._reference, feeds)
+        worst = min(cosine(one, other) for one, other in zip(ours, theirs, strict=True))
+        if worst < MIN_COSINE:
+            raise Refusal(
+                f"core ml differs from the cpu: cosine {worst:.6f} at {label(shapes)}, "
+                f"limit {MIN_COSINE}"
+            )
+        return Report(self._name, self._digest, label(shapes), share, worst)
+
+
+def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:
+    return tuple(side for side in sides if side is not None)
+
+
+def _remove_others(cache: Path) -> None:
+    """Remove what was compiled for other weights or another runtime; it would never be used."""
+    if cache.parent.is_dir():
+        for other in cache.parent.iterdir():
+            if other != cache:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def digest_of(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of an ONNX file and its external data."""
+    total = hashlib.sha256()
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def _pad(rows: Tensor, size: int) -> Tensor:
+    """Repeat the last row up to `size` rows: a real row cannot overflow where zeros might."""
+    if len(rows) == size:
+        return rows
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+
+
+def _noise(rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
+    """Random input in the range of a normalised picture, of bytes, or of low token numbers."""
+    if np.issubdtype(dtype, np.floating):
+        return rng.uniform(-1, 1, shape).astype(dtype)
+    return rng.integers(0, 256, shape).astype(dtype)
+
+
+def _row_by_row(graph: Graph, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    """Outputs of the reference, which may only know batches of one."""
+    rows = len(next(iter(feeds.values())))
+    runs = [
+        graph.run({name: value[row : row + 1] for name, value in feeds.items()})
+        for row in range(rows)
+    ]
+    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]

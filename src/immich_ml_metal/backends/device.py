@@ -1,0 +1,167 @@
+"""The threads that own an accelerator, and what they do next.
+
+MLX streams are thread-local since 0.31.2: an array made lazily on one thread cannot be evaluated on
+another. So a model is loaded, run and freed on its device's threads, and only NumPy arrays cross.
+An accelerator has one thread; the CPU has one per core, because several inferences side by side
+outrun one inference spread over all cores.
+"""
+
+import asyncio
+import contextvars
+import os
+import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from immich_ml_metal.backends.batcher import Batcher
+from immich_ml_metal.errors import InferenceError
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+T = TypeVar("T")
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def contained(func: Callable[[], T]) -> T:
+    """Call `func` on a thread; what no caller could be given becomes an ordinary error.
+
+    A panic in a Rust library (tokenizers) is no Exception, so nobody would answer for it; asyncio
+    futures refuse StopIteration, so its caller would wait for ever.
+
+    Raises:
+        InferenceError: in place of the two.
+    """
+    try:
+        return func()
+    except StopIteration as exc:
+        raise InferenceError("an iterator ended early (StopIteration)") from exc
+    except Exception:
+        raise
+    except BaseException as exc:  # a panic, see above
+        raise InferenceError(f"{type(exc).__name__}: {exc}") from exc
+
+
+class Device:
+    """Runs batches and other jobs on its own threads, `width` at a time, models taking turns.
+
+    The queues belong to the event loop; only the blocking functions run on the threads.
+    """
+
+    def __init__(
+        self, name: str, *, width: int = 1, on_exit: Callable[[], None] | None = None
+    ) -> None:
+        """`on_exit` runs last on the thread of a device that has only one."""
+        assert on_exit is None or width == 1, "which of several threads should run it?"
+        self.name = name
+        self.width = width
+        self._on_exit = on_exit
+        self._threads = ThreadPoolExecutor(max_workers=width, thread_name_prefix=name)
+        # Any: batchers of models of every kind take turns here
+        self._ready: deque[Batcher[Any, Any]] = deque()
+        self._workers: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Device {self.name}: {len(self._workers)}/{self.width} busy, {self.queued} queued>"
+
+    @property
+    def queued(self) -> int:
+        """Items waiting for a thread."""
+        return sum(len(batcher) for batcher in self._ready)
+
+    async def submit(self, batcher: Batcher[ItemT, ResultT], item: ItemT) -> ResultT:
+        """Queue one item for the next batch of its model and wait for the result.
+
+        Raises:
+            InferenceError: the model failed on this item.
+        """
+        future = batcher.add(item)
+        self._enqueue(batcher)
+        return await future
+
+    async def call(self, func: Callable[[], T]) -> T:
+        """Run `func` on a device thread in its turn: loading and freeing models.
+
+        Raises what `func` raises.
+        """
+        outcome: list[T] = []
+
+        def once(items: object) -> list[None]:
+            outcome.append(func())
+            return [None]
+
+        job: Batcher[None, None] = _Job(once, name="call", max_batch=1)
+        await self.submit(job, None)
+        return outcome[0]
+
+    def _enqueue(self, batcher: Batcher[Any, Any]) -> None:
+        if batcher not in self._ready:
+            self._ready.append(batcher)
+        if len(self._workers) < self.width:
+            self._workers.add(asyncio.create_task(self._work()))
+
+    async def _work(self) -> None:
+        try:
+            while self._ready:
+                await self._turn()
+        finally:
+            # Here and not in a done callback: that one comes after the callers whose answers were
+            # just given, and what they queue next would find a worker that is already gone.
+            worker = asyncio.current_task()
+            assert worker is not None
+            self._workers.discard(worker)
+
+    async def _turn(self) -> None:
+        """Answer one batch of the model whose turn it is."""
+        batcher = self._ready.popleft()
+        batch = batcher.next_batch()
+        if len(batcher):  # the rest waits behind the other models
+            self._ready.append(batcher)
+        if batch:
+            await batcher.answer(batch, self._run)
+        if len(batcher) and batcher not in self._ready:  # a failed batch came back
+            self._ready.append(batcher)
+
+    async def _run(self, func: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: contained(func))
+
+    def close(self) -> None:
+        """Let what runs finish, give the thread its `on_exit`, and end the threads. Blocks."""
+        if self._on_exit is not None:
+            self._threads.submit(self._on_exit)
+        self._threads.shutdown(wait=True)
+
+
+class CpuThreads:
+    """A pool for work that is neither quick nor on a device: decoding, preparing, finishing."""
+
+    def __init__(self, count: int) -> None:
+        """`count` 0 means one per core."""
+        workers = count if count > 0 else core_count()
+        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="cpu")
+
+    async def run(self, func: Callable[[], T]) -> T:
+        """Await `func()` on a thread of the pool, with the caller's context variables."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: context.run(contained, func))
+
+    def close(self) -> None:
+        """Let what runs finish and end the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+class _Job(Batcher[None, None]):
+    """A single call in the queue; its exception reaches the caller unchanged."""
+
+    def _fail(self, batch: list[Any], exc: Exception) -> None:
+        if not batch[0].future.done():
+            batch[0].future.set_exception(exc)

@@ -1,0 +1,1 @@
+"""Apple Vision: faces and text."""

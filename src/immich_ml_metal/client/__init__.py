@@ -1,0 +1,1 @@
+"""Asking a service as Immich does, and the pictures to ask about."""

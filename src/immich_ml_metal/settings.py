@@ -1,0 +1,498 @@
+"""Settings, read once and never changed afterwards; the only reader of the environment.
+
+Order: command line, `ML_*`, the official names, the TOML file, the default.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from immich_ml_metal.backends.device import core_count
+from immich_ml_metal.errors import ConfigError
+from immich_ml_metal.setting_kinds import Flag, LogLevel, Names, Size, SizeOrZero, setting
+
+MIB = 2**20
+SECRET = frozenset({"immich_api_key"})  # settings whose value is never shown
+
+
+class Settings(BaseModel):
+    """Every knob. Units are in the names; each is documented by `immich-ml-metal config`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    host: str = setting("0.0.0.0", "ML_HOST", "IMMICH_HOST", help="Address to listen on.")
+    port: int = setting(
+        3003, "ML_PORT", "IMMICH_PORT", ge=0, le=65535, help="TCP port to listen on; 0 picks one."
+    )
+    log_level: LogLevel = setting(
+        "info", "ML_LOG_LEVEL", "IMMICH_LOG_LEVEL", help="error, warning, info or debug."
+    )
+
+    models_dir: Path = setting(
+        Path("~/.cache/immich_ml"),
+        "ML_MODELS_DIR",
+        "MACHINE_LEARNING_CACHE_FOLDER",
+        help="Model folder, in the layout of Immich's own cache.",
+    )
+    model_revision: str = setting(
+        "main",
+        "ML_MODEL_REVISION",
+        "MACHINE_LEARNING_MODEL_REVISION",
+        pattern=r"^[\w.-]+$",
+        help="Revision of Immich's model repositories: main, or v2 for the optimised exports.",
+    )
+    model_organization: str = setting(
+        "immich-app",
+        "ML_MODEL_ORGANIZATION",
+        "MACHINE_LEARNING_MODEL_ORGANIZATION",
+        pattern=r"^[\w.-]+$",
+        help="Hugging Face organisation that holds Immich's models.",
+    )
+    offline: bool = setting(
+        False, "ML_OFFLINE", "HF_HUB_OFFLINE", help="Never download; serve what is on disk."
+    )
+    clip_model: str = setting(
+        "ViT-B-32__openai", "ML_CLIP_MODEL", help="CLIP model that demo, bench and pull use."
+    )
+    face_model: str = setting(
+        "buffalo_l", "ML_FACE_MODEL", help="Face model that demo, bench and pull use."
+    )
+    ocr_model: str = setting(
+        "PP-OCRv6_small", "ML_OCR_MODEL", help="Text model that demo, bench and pull use."
+    )
+
+    face_min_score: float = setting(
+        0.7,
+        "ML_FACE_MIN_SCORE",
+        ge=0,
+        le=1,
+        help="Lowest face score when a request names none (0..1).",
+    )
+    immich_compat: Literal["3.3", "3.2"] = setting(
+        "3.3",
+        "ML_IMMICH_COMPAT",
+        help="Resize rule of the server that built the index; 3.2 crops where 3.3 squashes.",
+    )
+
+    max_concurrent_requests: int = setting(
+        0,
+        "ML_MAX_CONCURRENT_REQUESTS",
+        ge=0,
+        help="Requests worked on at once; more wait their turn. 0 is two per core, at least 4.",
+    )
+    request_timeout_s: float = setting(
+        120.0,
+        "ML_REQUEST_TIMEOUT",
+        "MACHINE_LEARNING_WORKER_TIMEOUT",
+        gt=0,
+        help="Seconds a request may take once its models are loaded.",
+    )
+    max_image_size_bytes: Size = setting(
+        100 * MIB, "ML_MAX_IMAGE_SIZE", help="Largest upload, in bytes or as 64MB."
+    )
+    max_image_pixels: int = setting(
+        178_956_970,
+        "ML_MAX_IMAGE_PIXELS",
+        ge=1,
+        help="Most pixels of a picture (the official service stops at the same number).",
+    )
+    max_image_side_px: int = setting(
+        65_535, "ML_MAX_IMAGE_SIDE", ge=1, help="Longest side of a picture, in pixels."
+    )
+    image_cache_bytes: SizeOrZero = setting(
+        48 * MIB,
+        "ML_IMAGE_CACHE",
+        ge=0,
+        help="Memory for decoded pictures that come again for another task; 0 keeps none.",
+    )
+
+    request_threads: int = setting(
+        0,
+        "ML_REQUEST_THREADS",
+        "MACHINE_LEARNING_REQUEST_THREADS",
+        ge=0,
+        help="Threads that decode and prepare pictures; 0 is one per core.",
+    )
+    intra_op_threads: int = setting(
+        0,
+        "ML_INTRA_OP_THREADS",
+        "MACHINE_LEARNING_MODEL_INTRA_OP_THREADS",
+        ge=0,
+        help="Threads of one ONNX Runtime inference; 0 is one per core.",
+    )
+    model_ttl_s: float = setting(
+        300.0,
+        "ML_MODEL_TTL",
+        "MACHINE_LEARNING_MODEL_TTL",
+        ge=0,
+        help="Seconds after which an unused model is unloaded; 0 keeps models.",
+    )
+    keepalive_s: float = setting(
+        75.0,
+        "ML_HTTP_KEEPALIVE_TIMEOUT",
+        "MACHINE_LEARNING_HTTP_KEEPALIVE_TIMEOUT_S",
+        gt=0,
+        help="Seconds an idle connection stays open; longer than Node's own pool.",
+    )
+
+    # models: where they come from
+    hub_endpoint: str | None = setting(
+        None,
+        "ML_HUB_ENDPOINT",
+        "HF_ENDPOINT",
+        pattern=r"^https?://",
+        help="Address of the model hub or a mirror of it; the Hugging Face hub by default.",
+    )
+    modelscope_endpoint: str = setting(
+        "https://www.modelscope.cn",
+        "ML_MODELSCOPE_ENDPOINT",
+        pattern=r"^https?://",
+        help="Address of ModelScope or a mirror of it, for the text models.",
+    )
+    download_timeout_s: float = setting(
+        30.0,
+        "ML_DOWNLOAD_TIMEOUT",
+        "HF_HUB_DOWNLOAD_TIMEOUT",
+        gt=0,
+        help="Seconds without a byte after which a download is tried again.",
+    )
+    model_memory_limit_bytes: SizeOrZero = setting(
+        0,
+        "ML_MODEL_MEMORY_LIMIT",
+        help="Memory for all models, in bytes or as 4GB; 0 is half of the machine's memory.",
+    )
+    pin_text_model: bool = setting(
+        True,
+        "ML_PIN_TEXT_MODEL",
+        help="Keep the search text model once it is loaded, so that searching stays fast.",
+    )
+
+    # -- gateway: holding, replay, the engine's life
+    hold_limit_s: float = setting(
+        280.0,
+        "ML_HOLD_LIMIT",
+        gt=0,
+        help="Seconds a request is held before it is refused; under the 300 s of Node's fetch.",
+    )
+    hold_memory_bytes: Size = setting(
+        64 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
+    )
+    hold_spool_bytes: Size = setting(
+        1024 * MIB,
+        "ML_HOLD_SPOOL",
+        help="Disk for waiting uploads once the memory is full; beyond it clients are not read.",
+    )
+    client_timeout_s: float = setting(
+        30.0, "ML_CLIENT_TIMEOUT", gt=0, help="Seconds a client may send nothing in mid-upload."
+    )
+    drain_limit_s: float = setting(
+        30.0, "ML_DRAIN_LIMIT", gt=0, help="Seconds to answer what was accepted before a stop."
+    )
+    engine_max_crashes: int = setting(
+        5,
+        "ML_ENGINE_MAX_CRASHES",
+        ge=1,
+        help="Engine deaths without an answer in between, after which /ping says 503.",
+    )
+    engine_crash_window_s: float = setting(
+        300.0, "ML_ENGINE_CRASH_WINDOW", gt=0, help="Seconds over which engine deaths count."
+    )
+    memory_limit_bytes: SizeOrZero = setting(
+        0,
+        "ML_MEMORY_LIMIT",
+        ge=0,
+        help="Engine memory above which it is restarted between requests; 0 is no limit.",
+    )
+    preload_clip_textual: Names = setting(
+        (),
+        "ML_PRELOAD_CLIP_TEXTUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP__TEXTUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",  # until v3.0: both halves
+        help="CLIP models whose text half is loaded at start.",
+    )
+    preload_clip_visual: Names = setting(
+        (),
+        "ML_PRELOAD_CLIP_VISUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP__VISUAL",
+        "MACHINE_LEARNING_PRELOAD__CLIP",
+        help="CLIP models whose image half is loaded at start.",
+    )
+    preload_face_detection: Names = setting(
+        (),
+        "ML_PRELOAD_FACE_DETECTION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__DETECTION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
+        help="Face models whose detector is loaded at start.",
+    )
+    preload_face_recognition: Names = setting(
+        (),
+        "ML_PRELOAD_FACE_RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION",
+        help="Face models whose recogniser is loaded at start.",
+    )
+    preload_ocr_detection: Names = setting(
+        (),
+        "ML_PRELOAD_OCR_DETECTION",
+        "MACHINE_LEARNING_PRELOAD__OCR__DETECTION",
+        help="Text models whose detector is loaded at start.",
+    )
+    preload_ocr_recognition: Names = setting(
+        (),
+        "ML_PRELOAD_OCR_RECOGNITION",
+        "MACHINE_LEARNING_PRELOAD__OCR__RECOGNITION",
+        help="Text models whose reader is loaded at start.",
+    )
+    preload_stays: bool = setting(
+        True,
+        "ML_PRELOAD_STAYS",
+        help="When idle, keep an engine with the preloaded models only; false stops it.",
+    )
+
+    # operating: logs, and what we may do on the Immich server
+    log_format: Literal["text", "json"] = setting(
+        "text", "ML_LOG_FORMAT", help="text for people, json for log collectors."
+    )
+    no_color: Flag = setting(
+        False, "ML_NO_COLOR", "NO_COLOR", help="Plain text on a terminal as well."
+    )
+    log_file: Path | None = setting(
+        None, "ML_LOG_FILE", help="Write the log to this file; the engine's goes beside it."
+    )
+    log_file_bytes: Size = setting(
+        10 * MIB,
+        "ML_LOG_FILE_SIZE",
+        help="A log file is rotated at this size, in bytes or as 10MB.",
+    )
+    log_file_keep: int = setting(
+        3, "ML_LOG_FILE_KEEP", ge=0, help="Rotated log files that are kept."
+    )
+    immich_url: str | None = setting(
+        None,
+        "ML_IMMICH_URL",
+        pattern=r"^https?://",
+        help="Address of the Immich server, for the immich commands (http://nas:2283).",
+    )
+    immich_api_key: SecretStr | None = setting(
+        None,
+        "ML_IMMICH_API_KEY",
+        help="API key of an Immich admin, for the immich commands; never logged.",
+    )
+    immich_requeue: bool = setting(
+        False,
+        "ML_IMMICH_REQUEUE",
+        help="After an outage that failed answers, ask Immich once for its missing jobs.",
+    )
+
+    # -- which engine answers, and the Apple engines --
+    profile: Literal["native", "exact"] = setting(
+        "native",
+        "ML_PROFILE",
+        help="native uses Apple's own faces and text; exact answers as the Docker image does.",
+    )
+    clip_engine: Literal["auto", "mlx", "coreml", "cpu", "open_clip"] = setting(
+        "auto", "ML_CLIP_ENGINE", help="Engine for search: auto, mlx, coreml, cpu or open_clip."
+    )
+    face_detection_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = setting(
+        "auto",
+        "ML_FACE_DETECTION_ENGINE",
+        help="Engine that finds faces: auto, vision, mlx, coreml or cpu.",
+    )
+    face_recognition_engine: Literal["auto", "coreml", "mlx", "cpu"] = setting(
+        "auto",
+        "ML_FACE_RECOGNITION_ENGINE",
+        help="Engine that tells faces apart: auto, coreml, mlx or cpu.",
+    )
+    ocr_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = setting(
+        "auto", "ML_OCR_ENGINE", help="Engine for text: auto, vision, mlx, coreml or cpu."
+    )
+    use_coreml: bool = setting(
+        True, "ML_USE_COREML", help="Let auto choose Core ML where this Mac runs it correctly."
+    )
+    use_ane: bool = setting(
+        True, "ML_USE_ANE", help="Let Core ML use the Neural Engine; off means GPU and CPU only."
+    )
+    ocr_language_correction: bool = setting(
+        True,
+        "ML_OCR_LANGUAGE_CORRECTION",
+        help="Let Apple Vision correct text by its dictionaries; off suits codes and numbers.",
+    )
+    vision_face_scores: str | None = setting(
+        None,
+        "ML_VISION_FACE_SCORES",
+        help="Apple Vision's face confidence as official score; 0:0, 0.6:0.7, 1:1 unless set.",
+    )
+    vision_text_scores: str | None = setting(
+        None,
+        "ML_VISION_TEXT_SCORES",
+        help="Apple Vision's text confidence as official score; 0:0, .3:.6, .5:.85, 1:1.",
+    )
+
+    # mlx
+    mlx_dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto",
+        "ML_MLX_DTYPE",
+        help="Number format of the mlx engine; auto is float16 on a GPU, float32 on a CPU.",
+    )
+    mlx_max_batch: int = setting(
+        8, "ML_MLX_MAX_BATCH", ge=1, help="Most pictures, texts or lines in one run on MLX."
+    )
+    mlx_cache_limit_bytes: Size = setting(
+        512 * MIB, "ML_MLX_CACHE_LIMIT", help="Freed memory that MLX may keep for reuse."
+    )
+    mlx_memory_limit_bytes: Size | None = setting(
+        None,
+        "ML_MLX_MEMORY_LIMIT",
+        help="Memory from which on MLX waits; unset is MLX's own limit.",
+    )
+    mlx_prepared: bool = setting(
+        True, "ML_MLX_PREPARED", help="Keep converted weights beside the model, for faster loading."
+    )
+
+    @property
+    def concurrency(self) -> int:
+        """Requests worked on at once: enough to keep every core and batch busy, and no more.
+
+        Each one holds a decoded picture, some twenty megabytes for a preview.
+        """
+        return self.max_concurrent_requests or max(4, 2 * core_count())
+
+
+def env_names(field: FieldInfo) -> list[str]:
+    """The environment names of a setting, the project's own first."""
+    extra = field.json_schema_extra
+    return [str(name) for name in extra["env"]] if isinstance(extra, dict) else []  # type: ignore[union-attr]
+
+
+def load_settings(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+    env_file: Path | None = None,
+) -> Settings:
+    """Read every source once and build the settings.
+
+    Args:
+        overrides: command-line values by setting name; None values count as not given.
+        environ: the environment; the process's own when None.
+        file: a TOML file with settings by name; `ML_CONFIG_FILE` names one too.
+        env_file: an Immich `.env` file; the real environment wins over it.
+
+    Raises:
+        ConfigError: a name is unknown or a value is malformed; the message names it.
+    """
+    return resolve(overrides, environ=environ, file=file, env_file=env_file)[0]
+
+
+def resolve(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+    env_file: Path | None = None,
+) -> tuple[Settings, dict[str, str]]:
+    """Like `load_settings`, and also say where each value came from, by setting name."""
+    env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
+    if file is None and "ML_CONFIG_FILE" in env:
+        file = Path(env["ML_CONFIG_FILE"])
+    _refuse_unknown(env)
+    toml = _read_toml(file)
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, field in Settings.model_fields.items():
+        for value, source in _candidates(name, field, given, env, toml, file):
+            values[name], origin[name] = value, source
+            break
+    try:
+        settings = Settings(**values)
+    except ValidationError as exc:
+        raise ConfigError(_explain(exc, origin)) from exc
+    return settings, {name: origin.get(name, "default") for name in Settings.model_fields}
+
+
+def ignored_names(
+    *, environ: Mapping[str, str] | None = None, env_file: Path | None = None
+) -> list[str]:
+    """Official `MACHINE_LEARNING_*` names that are set but that no setting here reads."""
+    env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
+    known = {name for field in Settings.model_fields.values() for name in env_names(field)}
+    return sorted(
+        name
+        for name in env
+        if name.upper().startswith("MACHINE_LEARNING_") and name.upper() not in known
+    )
+
+
+def _candidates(
+    name: str,
+    field: FieldInfo,
+    given: Mapping[str, Any],
+    env: Mapping[str, str],
+    toml: Mapping[str, Any],
+    file: Path | None,
+) -> Iterator[tuple[Any, str]]:
+    if name in given:
+        yield given[name], "command line"
+    upper = {key.upper(): value for key, value in env.items()}
+    for variable in env_names(field):
+        if upper.get(variable, ""):
+            yield upper[variable], variable
+    if name in toml:
+        yield toml[name], str(file)
+
+
+def _read_env_file(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise ConfigError(f"env file {path} does not exist")
+    return {key: value for key, value in dotenv_values(path).items() if value is not None}
+
+
+def _read_toml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"cannot read the settings file {path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not TOML: {exc}") from exc
+    for name in values:
+        if name not in Settings.model_fields:
+            raise ConfigError(
+                f"unknown setting {name!r} in {path}{_hint(name, Settings.model_fields)}"
+            )
+    return values
+
+
+def _refuse_unknown(env: Mapping[str, str]) -> None:
+    known = {names[0] for field in Settings.model_fields.values() if (names := env_names(field))}
+    known.add("ML_CONFIG_FILE")
+    for name in env:
+        if name.upper().startswith("ML_") and name.upper() not in known:
+            raise ConfigError(f"unknown setting {name}{_hint(name.upper(), known)}")
+
+
+def _hint(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(exc: ValidationError, origin: Mapping[str, str]) -> str:
+    lines = []
+    for error in exc.errors():
+        name = str(error["loc"][0])
+        reason = error["msg"][:1].lower() + error["msg"][1:]
+        value = "***" if name in SECRET else repr(error["input"])
+        lines.append(f"{origin.get(name, name)} = {value}: {reason} (setting {name})")
+    return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""This machine: its names, memory, programs, sockets and power."""

@@ -1,0 +1,1 @@
+"""The child process: it owns the models and answers what the gateway hands on."""

@@ -1,0 +1,73 @@
+"""The models that are loaded when an engine starts, before anybody asks for them."""
+
+import logging
+from typing import Protocol
+
+from immich_ml_metal.catalog import model_key
+from immich_ml_metal.errors import ConfigError, ServiceError, UnknownModel
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.types import ModelKey, Part, Task
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = {
+    "preload_clip_textual": (Task.CLIP, Part.TEXTUAL),  # searching people wait, jobs do not
+    "preload_clip_visual": (Task.CLIP, Part.VISUAL),
+    "preload_face_detection": (Task.FACES, Part.DETECTION),
+    "preload_face_recognition": (Task.FACES, Part.RECOGNITION),
+    "preload_ocr_detection": (Task.OCR, Part.DETECTION),
+    "preload_ocr_recognition": (Task.OCR, Part.RECOGNITION),
+}
+
+
+def preload_keys(settings: Settings) -> tuple[ModelKey, ...]:
+    """What the settings want loaded, in the order in which it is loaded.
+
+    Raises:
+        ConfigError: a name is no official model of that kind.
+    """
+    keys = [
+        key_of_setting(setting, name, task, part)
+        for setting, (task, part) in _SETTINGS.items()
+        for name in getattr(settings, setting)
+    ]
+    return tuple(dict.fromkeys(keys))
+
+
+def key_of_setting(setting: str, name: str, task: Task, part: Part) -> ModelKey:
+    """The key of one half of the model that a setting names.
+
+    Raises:
+        ConfigError: it is no official model of that kind.
+    """
+    try:
+        return model_key(name, task, part)
+    except UnknownModel as exc:
+        raise ConfigError(f"{setting}: {exc}") from exc
+
+
+class Loader(Protocol):
+    """The part of the pool that loads."""
+
+    def serves(self, key: ModelKey) -> bool:
+        """Whether any engine runs this half."""
+        ...
+
+    async def get(self, key: ModelKey) -> object:
+        """Load the model.
+
+        Raises:
+            ModelError: it cannot be fetched or loaded.
+        """
+        ...
+
+
+async def preload(pool: Loader, keys: tuple[ModelKey, ...]) -> None:
+    """Load one model after the other; what cannot be loaded now is left to its first request."""
+    for key in keys:
+        if not pool.serves(key):
+            continue
+        try:
+            await pool.get(key)
+        except ServiceError as exc:
+            logger.warning("preload failed model=%s reason=%s", key, exc)

@@ -1,0 +1,263 @@
+"""The engine app: HTTP in, HTTP out. The only module that knows about status codes."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import psutil
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
+
+from immich_ml_metal import __version__, errors
+from immich_ml_metal.backends.device import CpuThreads
+from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
+from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.allocator import release_free_memory
+from immich_ml_metal.tasks.images import ImageLimits, PictureCache, decode
+from immich_ml_metal.types import TaskRequest
+from immich_ml_metal.worker.form import Form, read_form
+from immich_ml_metal.worker.memory import make_rules
+from immich_ml_metal.worker.pipeline import Pipeline, model_keys
+from immich_ml_metal.worker.pool import EngineTable, Pool, Store
+from immich_ml_metal.worker.preload import preload, preload_keys
+from immich_ml_metal.worker.wire import parse_entries, render
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[errors.ServiceError], int] = {
+    errors.InvalidEntries: 422,
+    errors.UnknownModel: 422,
+    errors.MissingPayload: 400,
+    errors.MissingDependency: 400,
+    errors.InvalidImage: 400,
+    errors.ImageTooLarge: 413,
+    errors.ModelUnavailable: 503,
+    errors.DownloadFailed: 503,
+    errors.LoadFailed: 500,
+    errors.InferenceError: 500,
+    errors.InvalidOutput: 500,
+    errors.TimedOut: 503,
+    errors.Overloaded: 503,
+}
+_CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
+_HOUSEKEEPING_S = 10.0
+_RETRY_AFTER_S = "5"  # a network comes back; the gateway asks again for as long as it may hold
+
+
+def create_app(
+    settings: Settings,
+    engines: EngineTable,
+    store: Store,
+    *,
+    metrics: Metrics | None = None,
+    describe_engines: Callable[[], dict[str, Any]] = dict,
+) -> FastAPI:
+    """Build the engine app around its engines and its model store; no module-level state.
+
+    Args:
+        settings: limits, times, threads.
+        engines: who answers each part of each task.
+        store: where model files come from.
+        metrics: counts and times; its own when None.
+        describe_engines: what `/health` adds about the engines.
+    """
+    service = Service(settings, engines, store, metrics, describe_engines)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service:
+            yield
+
+    app = FastAPI(title="immich-ml-metal", version=__version__, lifespan=lifespan)
+    app.get("/")(service.root)
+    app.get("/ping")(service.ping)
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.render_metrics)
+    app.post("/predict")(service.predict)
+    return app
+
+
+class Service:
+    """The routes and what they share: threads, pictures, models, numbers."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engines: EngineTable,
+        store: Store,
+        metrics: Metrics | None = None,
+        describe_engines: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics or Metrics()
+        self._engines = engines
+        self._describe_plan = describe_engines
+        self._threads = CpuThreads(settings.request_threads)
+        memory = make_rules(settings, psutil.virtual_memory().total)
+        self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
+        limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
+        self._pictures = PictureCache(
+            lambda data: decode(data, limits),
+            self._threads,
+            max_bytes=settings.image_cache_bytes,
+        )
+        self._pipeline = Pipeline(
+            self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
+        )
+        self._admitted = asyncio.Semaphore(settings.concurrency)
+        self._started = time.monotonic()
+        self._in_flight = 0
+        self._answered = 0
+        self._released_at = 0  # requests answered when free memory was last handed back
+        self._housekeeper: asyncio.Task[None] | None = None
+        self._preload_keys = preload_keys(settings)
+        self._preloader: asyncio.Task[None] | None = None
+        self._describe_engines()
+
+    def _describe_engines(self) -> None:
+        for (task, part), engine in self._engines.items():
+            self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
+        for device in {engine.device for engine in self._engines.values()}:
+            self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
+
+    async def __aenter__(self) -> "Service":
+        # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
+        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
+        self._housekeeper = asyncio.create_task(self._keep_house())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in (self._housekeeper, self._preloader):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+        await self.pool.close()
+        self._threads.close()
+
+    async def _keep_house(self) -> None:
+        """Now and then unload idle models, and hand freed memory back once nothing is going on."""
+        ttl_s = self.settings.model_ttl_s
+        while True:
+            await asyncio.sleep(min(_HOUSEKEEPING_S, ttl_s or _HOUSEKEEPING_S))
+            if ttl_s > 0:
+                keep = self._preload_keys if self.settings.preload_stays else ()
+                await self.pool.unload_idle(ttl_s, keep=keep)
+            if self._in_flight == 0 and self._answered > self._released_at:
+                self._released_at = self._answered
+                await self._threads.run(release_free_memory)
+
+    # -- routes ------------------------------------------------------------------------------------
+
+    async def root(self) -> dict[str, str]:
+        """Who is here, in the official service's words."""
+        return {"message": "Immich ML"}
+
+    async def ping(self) -> PlainTextResponse:
+        """Whether requests are answered; never waits for anything."""
+        return PlainTextResponse("pong")
+
+    async def health(self) -> JSONResponse:
+        """What runs where, as JSON. Never loads anything."""
+        return JSONResponse(
+            {
+                "status": "ok",
+                "version": __version__,
+                "uptime_s": round(time.monotonic() - self._started, 1),
+                "in_flight": self._in_flight,
+                "progress": self.pool.progress + self._answered,
+                "engines": {
+                    f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
+                },
+                "engine_plan": self._describe_plan(),
+                "models": self.pool.describe(),
+                "loading": [str(key) for key in self.pool.loading],
+                "downloads": self.pool.describe_downloads(),
+                "picture_cache_bytes": self._pictures.size_bytes,
+            }
+        )
+
+    async def render_metrics(self) -> Response:
+        """This process's numbers, for Prometheus."""
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def predict(self, request: Request) -> Response:
+        """Read the form, parse the entries, run the pipeline, render the answer."""
+        with request_scope(request.headers.get(REQUEST_ID_HEADER)):
+            try:
+                form = await self._read_form(request)
+                tasks = parse_entries(form.entries, face_min_score=self.settings.face_min_score)
+                return await _unless_gone(request, self._answer(tasks, form.image, form.text))
+            except ClientDisconnect:
+                return Response(status_code=_CLIENT_GONE)
+            except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
+                return _render_error(exc)
+
+    async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
+        self._in_flight += 1
+        self.metrics.in_flight.inc()
+        status = _CLIENT_GONE  # what remains when this is cancelled
+        try:
+            async with self._admitted:
+                answer = await self._pipeline.answer(tasks, image, text)
+            body = render(answer)
+            status = 200
+            return Response(body, media_type="application/json")
+        except Exception as exc:
+            status = _status_of(exc)
+            raise
+        finally:
+            self._in_flight -= 1
+            self.metrics.in_flight.dec()
+            self._answered += 1
+            for task in sorted({key.task for key in model_keys(tasks)}):
+                self.metrics.requests.labels(task, str(status)).inc()
+
+    async def _read_form(self, request: Request) -> Form:
+        with self.metrics.stage("request", "read"):
+            return await read_form(request, limit_bytes=self.settings.max_image_size_bytes)
+
+
+async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
+    """Await `work`, but cancel it when the caller hangs up."""
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_wait_for_hang_up(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        return Response(status_code=_CLIENT_GONE)
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _wait_for_hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def _status_of(exc: Exception) -> int:
+    return STATUS[type(exc)] if isinstance(exc, errors.ServiceError) else 500
+
+
+def _render_error(exc: Exception) -> JSONResponse:
+    """The reason as JSON; what is our fault goes to the log as well, once."""
+    status = _status_of(exc)
+    if status >= 500:
+        log.error("request failed status=%d", status, exc_info=exc)
+    reason = str(exc)
+    if not isinstance(exc, errors.ServiceError):
+        reason = f"internal error: {type(exc).__name__}: {exc}"
+    headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(exc, errors.DownloadFailed) else None
+    return JSONResponse({"detail": reason}, status_code=status, headers=headers)

@@ -1,0 +1,72 @@
+"""The calls that demo and bench make are those of Immich's server (contract §1.7)."""
+
+from pathlib import Path
+
+import pytest
+
+from immich_ml_metal.client.calls import Call, encode, read_pictures, standard_calls
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.types import Part, TaskRequest
+from immich_ml_metal.worker.wire import parse_entries
+
+
+@pytest.fixture
+def calls() -> dict[str, Call]:
+    names = {"clip_model": "RN50::openai", "face_model": "buffalo_s", "ocr_model": "PP-OCRv6_tiny"}
+    return standard_calls(Settings.model_validate(names))
+
+
+def asked(call: Call) -> TaskRequest:
+    fields = call.form(image=b"x", text="y")
+    return parse_entries(fields["data"]["entries"], face_min_score=0.1)
+
+
+def test_every_call_asks_for_the_configured_model(calls: dict[str, Call]) -> None:
+    image, text = asked(calls["clip image"]), asked(calls["clip text"])
+    assert image.clip_visual is not None
+    assert text.clip_textual is not None
+    assert (image.clip_visual.model.name, image.clip_visual.model.part) == (
+        "RN50__openai",
+        Part.VISUAL,
+    )
+    assert (text.clip_textual.model.name, text.clip_textual.language) == ("RN50__openai", "en")
+
+
+def test_faces_and_text_are_asked_for_with_immichs_thresholds(calls: dict[str, Call]) -> None:
+    faces, text = asked(calls["faces"]), asked(calls["text"])
+    assert faces.face_detection is not None
+    assert faces.face_recognition is not None
+    assert (faces.face_detection.model.name, faces.face_detection.min_score) == ("buffalo_s", 0.7)
+    assert text.text_detection is not None
+    assert text.text_recognition is not None
+    assert (text.text_detection.min_score, text.text_detection.max_resolution) == (0.5, 736)
+    assert text.text_recognition.min_score == 0.8
+
+
+def test_a_picture_is_sent_as_an_unnamed_file(calls: dict[str, Call]) -> None:
+    request = encode(calls["faces"], image=b"\x00\xffpixels")
+    body = request.content
+    assert request.url.path == "/predict"
+    assert request.headers["content-type"].startswith("multipart/form-data; boundary=")
+    assert body.index(b'name="entries"') < body.index(b'name="image"; filename="blob"')
+    assert b"Content-Type: application/octet-stream\r\n\r\n\x00\xffpixels\r\n" in body
+
+
+def test_a_text_is_sent_without_a_file(calls: dict[str, Call]) -> None:
+    request = encode(calls["clip text"], text="Gruß & Kuss")
+    assert b"text=Gru%C3%9F+%26+Kuss" in request.content
+
+
+def test_a_folder_stands_for_its_visible_files_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.jpg", "a.jpg", ".DS_Store"):
+        (folder / name).write_bytes(name.encode())
+    (tmp_path / "c.jpg").write_bytes(b"c.jpg")
+    assert read_pictures([tmp_path / "c.jpg", folder]) == [b"c.jpg", b"a.jpg", b"b.jpg"]
+    assert read_pictures([]) == []
+
+
+def test_a_missing_picture_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
+        read_pictures([tmp_path / "gone.jpg"])

@@ -1,0 +1,316 @@
+"""Doctor on this machine, really broken in the ways that a test can break it."""
+
+import json
+import socket
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from typer.testing import CliRunner
+
+from immich_ml_metal.cli import app
+from immich_ml_metal.client.own_service import ask_health
+from immich_ml_metal.doctor import collect
+from immich_ml_metal.doctor.facts import Facts, Port
+from immich_ml_metal.doctor.result import Level, Result
+from immich_ml_metal.doctor.selftest import run_tests
+from immich_ml_metal.doctor.share import anonymise, known_private, write_bundle
+from immich_ml_metal.parity.client import ModelNames
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.network import url_host, usable
+from immich_ml_metal.system.programs import Completed
+
+Loopback = Callable[[Any], str]
+PMSET = """Battery Power:
+ sleep                1
+ displaysleep         2
+AC Power:
+ womp                 1
+ sleep                10 (sleep prevented by caffeinate)
+"""
+
+
+def nothing(*args: str) -> Completed:
+    return Completed(127)
+
+
+def json_app(**answers: Any) -> Starlette:
+    def route(path: str, answer: Any) -> Route:
+        async def reply(_: Request) -> Response:
+            return JSONResponse(answer)
+
+        return Route(path, reply)
+
+    return Starlette(routes=[route(f"/{k.strip('_')}", v) for k, v in answers.items()])
+
+
+@pytest.fixture
+def held_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock.getsockname()[1]
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+def doctor(home: Path, *args: str, **env: str) -> dict[str, Any]:
+    environment = {"HOME": str(home), "ML_OFFLINE": "1", "ML_MODELS_DIR": str(home / "m"), **env}
+    run = CliRunner(env=environment).invoke
+    result = run(app, ["doctor", "--json", "--no-test", *args])
+    assert result.exit_code in (0, 1), result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    assert (report["cause"] is None) == (result.exit_code == 0)
+    return report
+
+
+def found(report: dict[str, Any], name: str) -> dict[str, str]:
+    check: dict[str, str] = next(c for c in report["checks"] if c["name"] == name)
+    return check
+
+
+def test_offline_without_models_is_the_first_cause(tmp_path: Path) -> None:
+    report = doctor(tmp_path, ML_PORT="1")
+    assert report["cause"] == "hub"
+    assert found(report, "models")["follows"] == "hub"
+
+
+def test_a_foreign_program_on_the_port_is_named(tmp_path: Path, held_port: int) -> None:
+    port = found(doctor(tmp_path, ML_PORT=str(held_port)), "port")
+    assert port["level"] == "fail"
+    assert f"{held_port} is held by" in port["text"]
+    assert "process" in port["text"]
+
+
+def test_a_broken_settings_file_is_the_first_cause(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("face_min_score = 7\n")
+    report = doctor(tmp_path, "--config", str(file))
+    assert report["cause"] == "settings"
+    assert "face_min_score" in found(report, "settings")["text"]
+
+
+def test_a_damaged_model_is_named_with_its_file(tmp_path: Path) -> None:
+    graph = tmp_path / "m" / "facial-recognition" / "buffalo_l" / "detection" / "model.onnx"
+    graph.parent.mkdir(parents=True)
+    graph.write_bytes(b"<html>429 Too Many Requests</html>")
+    models = collect.read_models(Settings(models_dir=tmp_path / "m"), ["buffalo_l"], digests=False)
+    assert models[0].problem == "detection/model.onnx is damaged"
+
+
+def test_an_unknown_model_name_is_a_problem(tmp_path: Path) -> None:
+    (model,) = collect.read_models(Settings(models_dir=tmp_path), ["buffalo_xl"], digests=False)
+    assert "buffalo_xl" in model.problem
+
+
+def test_a_missing_model_is_not_called_damaged(tmp_path: Path) -> None:
+    (model,) = collect.read_models(Settings(models_dir=tmp_path), ["buffalo_l"], digests=False)
+    assert (model.is_present, model.problem) == (False, "")
+
+
+def test_a_model_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    error, free_bytes = collect.read_models_dir(Settings(models_dir=tmp_path / "file" / "models"))
+    assert error
+    assert free_bytes > 0
+    assert collect.read_models_dir(Settings(models_dir=tmp_path / "new" / "deep"))[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("answers", "state", "version"),
+    [
+        ({"_": {"message": "Immich ML"}, "health": {"version": "0.0.9"}}, "ours", "0.0.9"),
+        ({"_": {"message": "Immich ML"}}, "other_ml", ""),
+        ({"_": {"message": "hello"}}, "taken", ""),
+        ({}, "taken", ""),
+    ],
+    ids=["ours", "official", "something else", "404"],
+)
+def test_who_holds_the_port_is_told_apart(
+    loopback: Loopback, answers: dict[str, Any], state: str, version: str
+) -> None:
+    port = port_of(loopback(json_app(**answers)))
+    seen = collect.read_port(Settings(port=port), nothing)
+    assert (seen.state, seen.version) == (state, version)
+
+
+@pytest.mark.parametrize(
+    "health",
+    [
+        {"version": "0.2.0", "engines": {"clip/visual": "mlx"}},
+        {
+            "versions": {"service": "0.2.0"},
+            "engine": {"state": "ready", "health": {"engines": {"clip/visual": "mlx"}}},
+        },
+    ],
+    ids=["engine alone", "gateway"],
+)
+def test_both_forms_of_health_are_understood(loopback: Loopback, health: dict[str, Any]) -> None:
+    seen = ask_health(loopback(json_app(_={"message": "Immich ML"}, health=health)))
+    assert (seen.version, dict(seen.engines)) == ("0.2.0", {"clip/visual": "mlx"})
+
+
+def test_a_gateway_whose_engine_sleeps_names_no_engines(loopback: Loopback) -> None:
+    health = {"versions": {"service": "0.2.0"}, "engine": {"state": "idle"}}
+    seen = ask_health(loopback(json_app(_={"message": "Immich ML"}, health=health)))
+    assert (seen.version, dict(seen.engines)) == ("0.2.0", {})
+
+
+def test_a_free_port_is_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    assert collect.read_port(Settings(port=port), nothing) == Port(port, "free")
+
+
+def test_the_holder_is_read_from_lsof_where_there_is_one(held_port: int) -> None:
+    def lsof(*args: str) -> Completed:
+        return Completed(0, "p812\ncnode\nf21\n")
+
+    assert collect.read_port(Settings(port=held_port), lsof).holder == "node, process 812"
+
+
+def test_the_hub_is_asked_and_tells_the_time(loopback: Loopback, held_port: int) -> None:
+    import time
+
+    url = loopback(json_app(_={}))
+    problem, skew_s = collect.read_hub(Settings(), url, time.time() - 500)
+    assert problem == ""
+    assert skew_s == pytest.approx(-500, abs=5)
+    assert collect.read_hub(Settings(offline=True), url, 0) == ("offline", None)
+    problem, skew_s = collect.read_hub(Settings(), "http://127.0.0.1:1", 0)
+    assert "not reachable" in problem
+    assert skew_s is None
+    assert collect.clock_skew("no date", 0) is None
+
+
+def test_sleep_on_mains_power_is_read() -> None:
+    assert collect.parse_sleep(PMSET) == 10
+    assert collect.parse_sleep("") is None
+
+
+def test_only_addresses_others_can_use_are_told_ipv4_first() -> None:
+    given = ["fe80::1", "127.0.0.1", "fd00::2", "192.168.1.9", "169.254.1.1", "::1", "10.0.0.2"]
+    assert usable(given) == ["10.0.0.2", "192.168.1.9", "fd00::2"]
+    assert [url_host(a) for a in usable(given)][-1] == "[fd00::2]"
+
+
+# -- the live self-test ----------------------------------------------------------------------------
+
+
+def fake_service(vector: list[float], lines: list[str]) -> Starlette:
+    async def predict(request: Request) -> Response:
+        async with request.form() as form:
+            (task,) = json.loads(str(form["entries"]))
+        if task == "clip":
+            return JSONResponse({"clip": json.dumps(vector)})
+        return JSONResponse({task: {"text": lines} if task == "ocr" else []})
+
+    return Starlette(routes=[Route("/predict", predict, methods=["POST"])])
+
+
+NAMES = ModelNames("ViT-B-32__openai", "buffalo_l", "PP-OCRv6_small")
+ENGINES = {"clip/visual": "mlx", "clip/textual": "mlx", "facial-recognition/detection": "vision"}
+
+
+def test_every_task_is_asked_and_timed(loopback: Loopback) -> None:
+    url = loopback(fake_service([0.6, 0.8], ["a"]))
+    tests = run_tests(url, ENGINES, (), NAMES, b"picture")
+    assert [(t.engine, t.error) for t in tests] == [
+        ("mlx", ""),
+        ("mlx", ""),
+        ("vision", ""),
+        ("?", ""),
+    ]
+    assert all(0 < t.seconds < 5 for t in tests)
+
+
+def test_wrong_answers_are_failures(loopback: Loopback) -> None:
+    url = loopback(fake_service([3.0, 4.0], []))
+    pictures, texts, faces, text = run_tests(url, ENGINES, (), NAMES, b"picture")
+    assert pictures.error == texts.error == "its vector has length 5, not 1"
+    assert faces.error == ""
+    assert text.error == "it read nothing"
+
+
+def test_what_is_not_downloaded_is_skipped_unless_the_engine_needs_no_files(
+    loopback: Loopback,
+) -> None:
+    url = loopback(fake_service([1.0], ["a"]))
+    missing = {"ViT-B-32__openai", "buffalo_l"}
+    pictures, _, faces, _ = run_tests(url, ENGINES, missing, NAMES, b"picture")
+    assert pictures.skipped == "not tested: ViT-B-32__openai is not downloaded"
+    assert faces.skipped == ""
+
+
+# -- the bundle ------------------------------------------------------------------------------------
+
+PRIVATE = (
+    "/Users/ada/Pictures/2024/secret trip.jpg",
+    "ada@example.org",
+    "192.168.7.31",
+    "fd12:3456:789a::42",
+    "nas.private.lan",
+    "s3cret-api-key",
+    "hf_abcdefghijklmnop",
+)
+
+
+def test_the_bundle_holds_nothing_private(tmp_path: Path, machine_facts: Facts) -> None:
+    log = tmp_path / "service.log"
+    lines = [f'12:00:00 info gateway saw what="{word}"' for word in PRIVATE]
+    log.write_text("\n".join([*lines, "GET http://nas.private.lan:2283/api?key=s3cret-api-key"]))
+    settings = Settings(
+        immich_url="http://nas.private.lan:2283",
+        immich_api_key="s3cret-api-key",  # type: ignore[arg-type]
+        models_dir=Path("/Volumes/Ada/models"),
+    )
+    result = Result(
+        "hub", Level.FAIL, "http://nas.private.lan:9 and 192.168.7.31", "chown /home/ada/x"
+    )
+    bundle = tmp_path / "bundle.zip"
+    write_bundle(bundle, machine_facts, [result], settings, [log, tmp_path / "absent.log"])
+    with zipfile.ZipFile(bundle) as opened:
+        texts = {name: opened.read(name).decode() for name in opened.namelist()}
+    assert set(texts) == {
+        "README.txt",
+        "doctor.json",
+        "facts.json",
+        "settings.json",
+        "logs/service.log",
+    }
+    for name, text in texts.items():
+        for word in (*PRIVATE, "nas.private", "Volumes", "/Users", "/home", socket.gethostname()):
+            assert word not in text, (name, word)
+    assert json.loads(texts["settings.json"])["immich_api_key"] == "set"
+    assert "0.1.0" in texts["facts.json"]
+
+
+@pytest.fixture
+def machine_facts() -> Facts:
+    return Facts(
+        version="0.1.0",
+        machine=collect.read_machine(nothing),
+        host="0.0.0.0",
+        port=Port(3003, "taken", holder="node, process 1"),
+        models_dir="/Volumes/Ada/models",
+        addresses=("192.168.7.31", "fd12:3456:789a::42"),
+    )
+
+
+def test_what_helps_is_kept() -> None:
+    text = "12:03:44 error engine clip on mlx: http://127.0.0.1:3003 took 1.5 s at 0.0.0.0:3003"
+    assert anonymise(text, known_private(Settings())) == text
+
+
+def test_the_bundle_is_written_by_the_command(tmp_path: Path) -> None:
+    bundle = tmp_path / "b.zip"
+    report = doctor(tmp_path, "--share", str(bundle), ML_PORT="1")
+    with zipfile.ZipFile(bundle) as opened:
+        checks = json.loads(opened.read("doctor.json"))
+    assert [c["name"] for c in checks] == [c["name"] for c in report["checks"]]

@@ -1,0 +1,142 @@
+"""A test double of the engine: a real process on a real unix socket, without any model.
+
+It answers a `/predict` with the SHA-256 of the body it got. Words in the body make it misbehave:
+`[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
+`[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
+Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
+`slow` (holding seconds), `stubborn`. It writes what it does into `journal` there.
+Run as `python fake_engine.py FOLDER SOCKET`.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from immich_ml_metal.worker.process import EXIT_BAD_SETTINGS, read_settings, serve
+
+_WORD = re.compile(rb"\[(abort|hang|block|burn|sleep|leak|status|bye|later) ?([\d.]*)\]")
+
+
+class FakeEngine:
+    def __init__(self, folder: Path, preloaded: list[str]) -> None:
+        self.folder = folder
+        self.preloaded = preloaded
+        self.progress = 0
+        self.in_flight = 0
+        self.leaked: list[bytes] = []
+        self.loading: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+        elif scope["path"] == "/predict":
+            await self.predict(scope, receive, send)
+        elif scope["path"] == "/health":
+            await reply(send, 200, self.health())
+        elif scope["path"] == "/metrics":
+            await reply(send, 200, "# TYPE fake_answers counter\nfake_answers_total 1.0\n")
+        else:
+            await reply(send, 200, "pong")
+
+    def health(self) -> str:
+        known = {"progress": self.progress, "loading": self.loading, "preloaded": self.preloaded}
+        return json.dumps(known)
+
+    async def predict(self, scope: Any, receive: Any, send: Any) -> None:
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        self.note(f"start {os.getpid()} {hashlib.sha256(body).hexdigest()}")
+        self.in_flight += 1
+        try:
+            status = await self.obey(bytes(body), receive)
+        finally:
+            self.in_flight -= 1
+        if status is None:
+            self.note(f"hung-up {hashlib.sha256(body).hexdigest()}")
+            return
+        self.progress += 1
+        later = [(b"retry-after", b"0")] if b"[later]" in body and status == 503 else []
+        await reply(send, status, json.dumps({"digest": hashlib.sha256(body).hexdigest()}), *later)
+
+    async def obey(self, body: bytes, receive: Any) -> int | None:
+        """The status to answer with, None when the caller hung up."""
+        status = 200
+        for word, value in _WORD.findall(body):
+            if word == b"hang":
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                return None
+            if word == b"sleep":
+                await asyncio.sleep(float(value))
+            elif word == b"leak":
+                self.leaked.append(b"x" * int(value) * 2**20)
+            elif word == b"status":
+                status = int(value)
+            elif word == b"later":
+                status = 503 if (self.folder / "offline").exists() else 200
+            else:
+                fail(word, value)
+        return status
+
+    def note(self, line: str) -> None:
+        with (self.folder / "journal").open("a") as journal:
+            journal.write(line + "\n")
+
+
+def fail(word: bytes, value: bytes) -> None:
+    """Fail as native code does, without a word to the event loop."""
+    if word == b"abort":
+        os.abort()
+    elif word == b"bye":
+        os._exit(3)
+    elif word == b"block":
+        time.sleep(float(value))
+    elif word == b"burn":
+        end_s = time.monotonic() + float(value)
+        while time.monotonic() < end_s:
+            pass
+
+
+async def reply(send: Any, status: int, text: str, *more: tuple[bytes, bytes]) -> None:
+    kind = b"application/json" if text.startswith("{") else b"text/plain"
+    length = str(len(text)).encode()
+    headers = [(b"content-type", kind), (b"content-length", length), *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def main() -> None:
+    folder, socket = Path(sys.argv[1]), Path(sys.argv[2])
+    settings = json.loads(read_settings())
+    engine = FakeEngine(folder, settings["preload_clip_textual"])
+    engine.note(f"born {os.getpid()}")
+    engine.note(f"socket {socket}")
+    if (folder / "bad-settings").exists():
+        sys.exit(EXIT_BAD_SETTINGS)
+    if (folder / "refuse").exists():
+        sys.exit(7)
+    if (folder / "stubborn").exists():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        engine.note(f"helper {subprocess.Popen(['sleep', '3600']).pid}")
+    if (folder / "slow").exists():
+        time.sleep(float((folder / "slow").read_text()))
+    serve(engine, socket)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""The gateway against a fake engine: a real child process, real sockets."""
+
+import asyncio
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from doubles.gateway import is_alive, right_answer, running_gateway, until
+
+from immich_ml_metal.system.footprint import memory_bytes
+
+
+@pytest.mark.parametrize("fault", [b"abort", b"bye"])
+async def test_a_picture_that_ends_engines_fails_alone(tmp_path: Path, fault: bytes) -> None:
+    bad = b"[sleep 0.2][%s]" % fault
+    good = [b"good %d [sleep 0.2]" % i for i in range(5)]
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+        answers = await asyncio.gather(*(service.predict(body) for body in [*good, bad]))
+        await service.ready()
+        assert len(service.journal("born")) == 3
+    assert [answer.status_code for answer in answers] == [200] * 5 + [500]
+    assert [answer.json() for answer in answers[:5]] == [right_answer(body) for body in good]
+    assert "ended each time" in answers[5].json()["detail"]
+
+
+async def test_a_condemned_form_is_known_again_under_another_boundary(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path) as service:
+        for status, engines in [(500, 3), (500, 3)]:  # the second time costs no engine
+            form = {"image": b"[abort]"}  # httpx draws a boundary for each
+            response = await service.client.post("/predict", files=form, data={"entries": "{}"})
+            assert response.status_code == status
+            await service.ready()
+            assert len(service.journal("born")) == engines
+        form = {"image": b"another"}
+        response = await service.client.post("/predict", files=form, data={"entries": "{}"})
+    assert response.status_code == 200
+
+
+async def test_requests_of_a_killed_engine_are_sent_again_in_order_one_at_a_time(
+    tmp_path: Path,
+) -> None:
+    bodies = [b"picture %d [sleep 0.3]" % i for i in range(4)]
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+        tasks = []
+        for number, body in enumerate(bodies):
+            tasks.append(asyncio.create_task(service.predict(body)))
+            await service.started(number + 1)
+        service.kill_engine()
+        answers = [await task for task in tasks]
+        sent_again = [line.split()[1] for line in service.journal("start")[4:]]
+        health = (await service.client.get("/health")).json()
+    assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
+    assert sent_again == [right_answer(body)["digest"] for body in bodies]
+    assert health["requests"]["replayed"] == 4
+    assert health["failures"]["by_cause"] == {"engine ended: SIGKILL": 1}
+
+
+async def test_two_kills_from_outside_do_not_condemn_a_request(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+        task = asyncio.create_task(service.predict(b"[sleep 0.5]"))
+        for starts in (1, 2):
+            await service.started(starts)
+            service.kill_engine()
+        assert (await task).status_code == 200
+
+
+async def test_an_engine_without_progress_is_replaced_and_its_request_fails_at_the_second(
+    tmp_path: Path,
+) -> None:
+    async with (
+        running_gateway(tmp_path, request_timeout_s=0.2) as service,
+        service.watched_closely(),
+    ):
+        await service.ready()
+        hanging = asyncio.create_task(service.predict(b"[hang]"))
+        await service.started(1)
+        good = asyncio.create_task(service.predict(b"good"))
+        assert (await good).status_code == 200
+        response = await hanging
+        health = (await service.client.get("/health")).json()
+    assert response.status_code == 500
+    assert health["failures"]["by_cause"]["engine ended: no progress for 0.2 s"] == 2
+
+
+async def test_an_engine_with_a_blocked_loop_is_replaced_too(tmp_path: Path) -> None:
+    async with (
+        running_gateway(tmp_path, request_timeout_s=0.2) as service,
+        service.watched_closely(),
+    ):
+        assert (await service.predict(b"[block 60]")).status_code == 500
+        assert (await service.predict(b"good")).status_code == 200
+
+
+async def test_requests_wait_while_the_engine_starts_and_ping_stays_prompt(tmp_path: Path) -> None:
+    (tmp_path / "slow").write_text("1.5")
+    async with running_gateway(tmp_path) as service:
+        waiting = [asyncio.create_task(service.predict(b"early %d" % i)) for i in range(8)]
+        took_s = []
+        while not waiting[0].done():
+            start_s = time.perf_counter()
+            assert (await service.client.get("/ping")).text == "pong"
+            took_s.append(time.perf_counter() - start_s)
+        assert [(await task).status_code for task in waiting] == [200] * 8
+    assert len(took_s) > 20
+    assert sorted(took_s)[int(len(took_s) * 0.99) - 1] < 0.1
+
+
+async def test_an_engine_that_never_comes_costs_each_request_its_hold_and_no_less(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "refuse").touch()
+    async with running_gateway(tmp_path, hold_limit_s=1.0, engine_max_crashes=2) as service:
+        start_s = time.monotonic()
+        answers = await asyncio.gather(*(service.predict(b"%d" % i) for i in range(5)))
+        held_s = time.monotonic() - start_s
+        await until(lambda: not service.gateway.can_serve())
+        ping = await service.client.get("/ping")
+        health = (await service.client.get("/health")).json()
+    assert [answer.status_code for answer in answers] == [503] * 5
+    assert answers[0].headers["retry-after"] == "30"
+    assert 1.0 <= held_s < 10
+    assert (ping.status_code, health["status"]) == (503, "crash-loop")
+    assert health["failures"]["by_cause"]["engine ended: exit status 7"] >= 2
+
+
+async def test_a_crash_loop_that_ends_serves_what_waited(tmp_path: Path) -> None:
+    (tmp_path / "refuse").touch()
+    async with running_gateway(tmp_path, engine_max_crashes=2) as service:
+        waiting = [asyncio.create_task(service.predict(b"%d" % i)) for i in range(79)]
+        await until(lambda: not service.gateway.can_serve())
+        (tmp_path / "refuse").unlink()
+        assert [(await task).status_code for task in waiting] == [200] * 79
+        assert (await service.client.get("/ping")).status_code == 200
+
+
+async def test_at_most_the_configured_number_of_requests_is_with_the_engine(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, max_concurrent_requests=2) as service:
+        tasks = [asyncio.create_task(service.predict(b"%d [hang]" % i)) for i in range(4)]
+        await service.started(2)
+        await until(lambda: service.gateway.dispatcher.queue.waiting == 2)
+        assert service.gateway.dispatcher.queue.running == 2
+        for task in tasks:
+            task.cancel()
+        await until(lambda: service.gateway.open_requests == 0)
+
+
+async def test_uploads_beyond_the_memory_lie_on_disk_and_are_replayed_from_there(
+    tmp_path: Path,
+) -> None:
+    bodies = [b"%d [sleep 0.3]" % i + bytes(3_000_000) for i in range(3)]
+    async with running_gateway(tmp_path, hold_memory_bytes=1_000_000) as service:
+        await service.ready()
+        tasks = [asyncio.create_task(service.predict(body)) for body in bodies]
+        await service.started(3)
+        assert service.gateway.holding.reception.room.held("spool") == sum(map(len, bodies))
+        service.kill_engine()
+        answers = [await task for task in tasks]
+    assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
+
+
+async def test_without_room_a_client_is_not_read_from_until_there_is_some(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"max_image_size_bytes": 1_000_000, "hold_memory_bytes": 1}
+    async with running_gateway(tmp_path, hold_spool_bytes=1_100_000, **limits) as service:
+        first = asyncio.create_task(service.predict(b"[sleep 0.3]" + bytes(900_000)))
+        await service.started(1)
+        second = asyncio.create_task(service.predict(bytes(900_000)))
+        room = service.gateway.holding.reception.room
+        await until(lambda: room.waiting == 1)
+        assert room.held("spool") == 900_011
+        assert [(await first).status_code, (await second).status_code] == [200, 200]
+
+
+async def test_a_client_that_stops_sending_is_let_go(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, client_timeout_s=0.2) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 2000\r\n\r\nabc")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+        assert service.gateway.holding.reception.room.held("memory") == 0
+        writer.close()
+
+
+async def test_health_tells_about_both_processes(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+        await service.predict(b"a picture")
+        health = (await service.client.get("/health")).json()
+        pid = service.engine_pid
+    assert health["status"] == "ok"
+    assert health["engine"]["pid"] == pid
+    assert health["engine"]["health"]["progress"] == 1
+    assert health["engine"]["memory_peak_bytes"] >= health["engine"]["memory_bytes"] > 10**6
+    assert health["gateway"]["memory_peak_bytes"] >= health["gateway"]["memory_bytes"] > 10**7
+    assert health["requests"]["answered"] == 1
+    assert "a picture" not in json.dumps(health)
+    text = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
+    assert [name for name in health if f"| `{name}` |" not in text] == []
+
+
+async def test_what_the_engine_puts_off_is_asked_again_until_it_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "offline").touch()
+    async with running_gateway(tmp_path) as service:
+        held = asyncio.create_task(service.predict(b"[later]"))
+        await service.started(3)
+        assert not held.done()
+        (tmp_path / "offline").unlink()
+        assert (await held).json() == right_answer(b"[later]")
+        counts = service.gateway.dispatcher.counts
+        assert (counts.answered, counts.failed) == (1, 0)
+
+
+async def test_what_is_put_off_to_the_end_of_the_hold_gets_the_engines_reason(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "offline").touch()
+    async with running_gateway(tmp_path, hold_limit_s=1.5) as service:
+        await service.ready()
+        start_s = time.monotonic()
+        answer = await service.predict(b"[later]")
+        assert time.monotonic() - start_s >= 1.4
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "0")
+    assert answer.json() == right_answer(b"[later]")  # what the engine said
+
+
+async def test_a_caller_that_hangs_up_between_two_tries_is_let_go(tmp_path: Path) -> None:
+    (tmp_path / "offline").touch()
+    async with running_gateway(tmp_path) as service:
+        held = asyncio.create_task(service.predict(b"[later]"))
+        await service.started(2)
+        held.cancel()
+        await until(lambda: service.gateway.dispatcher.counts.cancelled == 1)
+        assert service.gateway.holding.reception.room.held("memory") == 0
+
+
+async def test_metrics_show_what_is_with_the_engine_and_what_waits_for_it(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, max_concurrent_requests=1) as service:
+        held = [asyncio.create_task(service.predict(body)) for body in (b"[hang]", b"[hang] ")]
+        await service.started(1)
+        await until(lambda: service.gateway.dispatcher.queue.waiting, "a request that waits")
+        text = (await service.client.get("/metrics")).text
+        for request in held:
+            request.cancel()
+    assert 'immich_ml_in_flight{process="gateway"} 2.0' in text
+    assert 'immich_ml_queue_depth{device="engine",process="gateway"} 1.0' in text
+    assert "immich_ml_faces_found_total" not in text  # the fake engine has none
+
+
+async def test_an_idle_engine_ends_and_the_next_request_starts_one(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, model_ttl_s=0.1) as service, service.watched_closely():
+        await service.ready()
+        pid = service.engine_pid
+        await until(lambda: service.state == "idle")
+        assert not is_alive(pid)
+        assert (await service.client.get("/ping")).status_code == 200
+        assert service.state == "idle"  # neither /ping nor /health starts anything
+        assert (await service.predict(b"again")).status_code == 200
+
+
+async def test_requests_that_race_with_the_idle_stop_never_fail(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path) as service:
+        await service.predict(b"first")
+        for number in range(10):
+            await service.ready()
+            task = asyncio.create_task(service.predict(b"%d" % number))
+            for _ in range(number):  # the stop falls into another step of the request each time
+                await asyncio.sleep(0)
+            service.stop_when_idle()
+            assert (await task).json() == right_answer(b"%d" % number)
+
+
+async def test_preloaded_models_stay_through_an_idle_stop(tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"preload_clip_textual": ("ViT-B-32__openai",), "model_ttl_s": 0.1}
+    async with running_gateway(tmp_path, **chosen) as service, service.watched_closely():
+        await service.ready()
+        await service.predict(b"a picture")
+        await until(lambda: len(service.journal("born")) == 2)  # its other models are gone
+        await service.ready()
+        health = (await service.client.get("/health")).json()
+        assert health["engine"]["health"]["preloaded"] == ["ViT-B-32__openai"]
+        await asyncio.sleep(0.3)  # three times the TTL, and nothing was used: nothing to give back
+        assert (service.state, service.gateway.dispatcher.supervisor.starts) == ("ready", 2)
+
+
+async def test_preloaded_models_go_too_if_asked(tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"preload_clip_textual": ("ViT-B-32__openai",), "preload_stays": False}
+    chosen["model_ttl_s"] = 0.1
+    async with running_gateway(tmp_path, **chosen) as service, service.watched_closely():
+        await until(lambda: service.state == "idle" and service.journal("born"))
+
+
+async def test_an_engine_over_its_memory_is_replaced_without_a_failure(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, memory_limit_bytes=150 * 2**20) as service:
+        await service.ready()
+        service.engine.started_s -= 3600  # old enough
+        tasks = [asyncio.create_task(service.predict(b"[leak 200][sleep 0.5]"))]
+        await until(lambda: (memory_bytes(service.engine_pid) or 0) > 200 * 2**20)
+        await service.gateway.watch.look()
+        tasks += [asyncio.create_task(service.predict(b"%d" % i)) for i in range(5)]
+        assert [(await task).status_code for task in tasks] == [200] * 6
+        health = (await service.client.get("/health")).json()
+        assert len(service.journal("born")) == 2
+    assert health["failures"]["recent"] == []
+    assert health["engine"]["memory_bytes"] < 150 * 2**20 < health["engine"]["memory_peak_bytes"]
+
+
+async def test_a_recycled_engine_finishes_its_requests_first(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+        running = asyncio.create_task(service.predict(b"[sleep 1]"))
+        await service.started(1)
+        signal.raise_signal(signal.SIGHUP)
+        later = asyncio.create_task(service.predict(b"later"))
+        await until(lambda: service.gateway.dispatcher.queue.waiting == 1)
+        assert service.state == "ready"
+        assert [(await running).status_code, (await later).status_code] == [200, 200]
+        engines = {line.split()[0] for line in service.journal("start")}
+        health = (await service.client.get("/health")).json()
+    assert len(engines) == 2
+    assert health["requests"]["replayed"] == 0
+
+
+async def test_both_families_of_addresses_are_served(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, host="0.0.0.0") as service:
+        for host in ["127.0.0.1", *(["[::1]"] if socket.has_dualstack_ipv6() else [])]:
+            async with httpx.AsyncClient() as client:
+                response = await client.get(f"http://{host}:{service.port}/ping")
+            assert response.text == "pong"

@@ -1,0 +1,439 @@
+import asyncio
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from immich_ml_metal.backends.device import CpuThreads
+from immich_ml_metal.errors import ImageTooLarge, InvalidImage
+from immich_ml_metal.tasks.images import ImageLimits, Picture, PictureCache, decode, resize
+from immich_ml_metal.types import Bytes
+
+LIMITS = ImageLimits(max_pixels=178_956_970, max_side_px=65_535)
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, *, depth: int = 8, rows: bytes = b"") -> bytes:
+    """A grey PNG made by hand, so that its header can lie."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", header),
+            chunk(b"IDAT", zlib.compress(rows)),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+# -- what is decoded, and to which pixels (contract §4.1, §8) --------------------------------------
+
+
+def test_pixels_are_read_only_contiguous_rgb() -> None:
+    pixels = noise(5, 7)
+    picture = decode(encode(Image.fromarray(pixels), "PNG"), LIMITS)
+    assert picture.size == (7, 5)
+    assert picture.pixels.flags.c_contiguous
+    assert not picture.pixels.flags.writeable
+    assert picture.size_bytes == 7 * 5 * 7  # 4 bytes a pixel in Pillow, 3 in the array
+    np.testing.assert_array_equal(picture.pixels, pixels)
+
+
+def test_exif_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    turned = encode(Image.fromarray(noise(16, 24)), "JPEG", exif=exif)
+    plain = encode(Image.fromarray(noise(16, 24)), "JPEG")
+    assert decode(turned, LIMITS).size == (24, 16)
+    np.testing.assert_array_equal(decode(turned, LIMITS).pixels, decode(plain, LIMITS).pixels)
+
+
+def display_p3_profile() -> bytes:
+    """A matrix profile with the primaries of Display P3: sRGB's file, its colorants replaced."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    colorants = {
+        b"rXYZ": (0.51512, 0.24120, -0.00105),
+        b"gXYZ": (0.29198, 0.69225, 0.04189),
+        b"bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    (tags,) = struct.unpack(">I", profile[128:132])
+    for row in range(tags):
+        name, start, _ = struct.unpack(">4sII", profile[132 + 12 * row : 144 + 12 * row])
+        if name in colorants:
+            fixed = [round(value * 65536) for value in colorants[name]]  # s15Fixed16
+            profile[start + 8 : start + 20] = struct.pack(">3i", *fixed)
+    return bytes(profile)
+
+
+def test_a_display_p3_profile_is_ignored() -> None:
+    red = Image.new("RGB", (16, 16), (200, 40, 30))
+    p3 = display_p3_profile()
+    managed = ImageCms.profileToProfile(
+        red, ImageCms.ImageCmsProfile(io.BytesIO(p3)), ImageCms.createProfile("sRGB")
+    )
+    assert managed is not None
+    assert managed.getpixel((3, 3)) != (200, 40, 30)  # the profile does mean something
+    tagged = decode(encode(red, "JPEG", icc_profile=p3, quality=95), LIMITS)
+    untagged = decode(encode(red, "JPEG", quality=95), LIMITS)
+    assert tagged.image.info["icc_profile"] == p3
+    np.testing.assert_array_equal(tagged.pixels, untagged.pixels)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_dropped_not_blended(file_format: str) -> None:
+    pixels = noise(6, 9, 4)
+    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
+    picture = decode(encode(Image.fromarray(pixels, "RGBA"), file_format, **options), LIMITS)
+    np.testing.assert_array_equal(picture.pixels, pixels[:, :, :3])
+
+
+def test_grey_with_alpha_keeps_its_grey() -> None:
+    pixels = noise(6, 9, 2)
+    picture = decode(encode(Image.fromarray(pixels, "LA"), "PNG"), LIMITS)
+    np.testing.assert_array_equal(picture.pixels, np.repeat(pixels[:, :, :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
+def test_a_palette_becomes_its_colours_whatever_is_transparent(
+    transparency: int | bytes | None,
+) -> None:
+    palette = [10, 20, 30, 200, 100, 50, 0, 255, 7]
+    image = Image.new("P", (3, 1))
+    image.putpalette(palette)
+    image.putdata([0, 1, 2])
+    options = {} if transparency is None else {"transparency": transparency}
+    picture = decode(encode(image, "PNG", **options), LIMITS)
+    assert picture.pixels.reshape(-1).tolist() == palette
+
+
+def test_cmyk_is_converted_without_a_profile() -> None:
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # red ink
+    picture = decode(encode(image, "TIFF"), LIMITS)
+    assert picture.pixels[4, 4].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_has_three_equal_channels(mode: str) -> None:
+    image = Image.fromarray(noise(4, 6, 1)[:, :, 0]).convert(mode)
+    picture = decode(encode(image, "PNG"), LIMITS)
+    np.testing.assert_array_equal(picture.pixels[:, :, 1], np.asarray(image.convert("L")))
+    assert (picture.pixels == picture.pixels[:, :, :1]).all()
+
+
+def test_sixteen_bits_are_clipped_not_scaled() -> None:
+    values = np.array([[0, 1, 200, 255, 256, 1000, 65535]], dtype=">u2")
+    picture = decode(png(7, 1, depth=16, rows=b"\0" + values.tobytes()), LIMITS)
+    assert picture.pixels[0, :, 0].tolist() == [0, 1, 200, 255, 255, 255, 255]
+
+
+@pytest.mark.parametrize(("file_format", "options"), [("GIF", {}), ("WEBP", {"lossless": True})])
+def test_an_animation_shows_its_first_frame(file_format: str, options: dict[str, object]) -> None:
+    frames = [Image.new("RGB", (10, 8), colour) for colour in ("#ff0000", "#00ff00")]
+    film = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    picture = decode(film, LIMITS)
+    assert picture.size == (10, 8)
+    assert picture.pixels[3, 3].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 200), (200, 1), (1, 1)])
+def test_a_picture_may_be_one_pixel_thin(size: tuple[int, int]) -> None:
+    picture = decode(encode(Image.new("RGB", size, "#102030"), "PNG"), LIMITS)
+    assert picture.size == size
+    assert picture.pixels[-1, -1].tolist() == [16, 32, 48]
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "JPEG2000"])
+def test_a_picture_is_usable_from_many_threads_after_decoding(file_format: str) -> None:
+    picture = decode(encode(Image.fromarray(noise(64, 48)), file_format), LIMITS)
+    expected = picture.image.resize((20, 20)).tobytes()
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(picture.image.resize((20, 20)).tobytes()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the image is empty"),
+        (b"this is no picture", "unknown format"),
+        (b"\xff\xd8\xff\xe0", "cannot be decoded"),
+        (png(0, 5), "zero width or height"),
+        (png(5, 0), "zero width or height"),
+        (encode(Image.fromarray(noise(64, 64)), "JPEG")[:1500], "truncated"),
+        (encode(Image.fromarray(noise(64, 64)), "PNG")[:1500], "truncated"),
+        (encode(Image.fromarray(noise(64, 64)), "WEBP")[:1500], "cannot be decoded"),
+    ],
+    ids=["empty", "text", "stub", "zero width", "zero height", "cut JPEG", "cut PNG", "cut WebP"],
+)
+def test_a_broken_file_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(InvalidImage, match=reason):
+        decode(data, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "message"),
+    [
+        ((101, 100), ImageLimits(10_000, 300), r"10100 pixels \(101x100\), limit 10000"),
+        ((301, 2), ImageLimits(10_000, 300), r"longer side is 301 px, limit 300"),
+        ((2, 301), ImageLimits(10_000, 300), r"longer side is 301 px, limit 300"),
+        ((12_000, 10_000), ImageLimits(10_000, 65_535), "pixels"),  # where Pillow would warn
+        ((60_000, 60_000), LIMITS, "over 178956970 pixels"),  # where Pillow would refuse
+        ((60_000, 60_000), ImageLimits(10_000, 65_535), "over 10000 pixels"),
+    ],
+)
+def test_a_header_over_a_limit_is_refused_before_decoding(
+    size: tuple[int, int], limits: ImageLimits, message: str
+) -> None:
+    with pytest.raises(ImageTooLarge, match=message):  # there are no pixels to decode
+        decode(png(*size), limits)
+
+
+def test_a_picture_on_the_limits_is_decoded() -> None:
+    limits = ImageLimits(max_pixels=200 * 50, max_side_px=200)
+    assert decode(encode(Image.new("L", (200, 50)), "PNG"), limits).size == (200, 50)
+
+
+def test_no_warning_is_given_within_our_limits() -> None:
+    with pytest.raises(InvalidImage, match="truncated"):  # not Pillow's DecompressionBombWarning
+        decode(png(10_000, 10_000), LIMITS)
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_an_icon_that_lies_about_its_size_is_refused() -> None:
+    inner = encode(Image.new("RGB", (400, 400)), "PNG")
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
+    icon = struct.pack("<HHH", 0, 1, 1) + entry + inner
+    with pytest.raises(ImageTooLarge, match="160000 pixels"):
+        decode(icon, ImageLimits(max_pixels=10_000, max_side_px=1000))
+
+
+def _samples() -> dict[str, bytes]:
+    image = Image.fromarray(noise(24, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    formats = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "AVIF", "JPEG2000", "QOI")
+    samples = {name: encode(image, name) for name in formats}
+    samples["EXIF"] = encode(image, "JPEG", exif=exif)
+    samples["LZW"] = encode(image, "TIFF", compression="tiff_lzw")
+    return samples
+
+
+SAMPLES = _samples()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on broken files
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(SAMPLES)),
+    share=st.floats(0, 1),
+    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+)
+def test_a_damaged_file_is_a_picture_or_a_refusal(
+    name: str, share: float, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(SAMPLES[name])
+    for place, value in changes:
+        data[place % len(data)] = value
+    try:
+        picture = decode(bytes(data[: int(share * len(data))]), ImageLimits(1_000_000, 2000))
+    except (InvalidImage, ImageTooLarge) as exc:
+        outcome = str(exc)
+    else:
+        outcome = "the image is whole"
+        assert picture.pixels.shape == (picture.size[1], picture.size[0], 3)
+    assert outcome.startswith("the image")
+
+
+# -- resizing --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    source=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    resample=st.sampled_from([Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]),
+)
+def test_a_picture_is_resized_across_then_down(
+    source: tuple[int, int], size: tuple[int, int], resample: Image.Resampling
+) -> None:
+    image = Image.fromarray(noise(source[1], source[0]))
+    across = image.resize((size[0], source[1]), resample)
+    assert resize(image, size, resample).tobytes() == across.resize(size, resample).tobytes()
+
+
+def test_pixels_are_those_of_the_pillow_that_the_official_service_runs() -> None:
+    resized = resize(Image.fromarray(noise(67, 33)), (32, 64), Image.Resampling.BICUBIC)
+    assert zlib.crc32(resized.tobytes()) == 3382276884  # of Pillow 12.3.0
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Counts its work, and holds it until it is let go. One picture is 10x10: 700 bytes."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+        self.let_go = threading.Event()
+        self.let_go.set()
+
+    def __call__(self, data: bytes) -> Picture:
+        self.seen.append(data)
+        assert self.let_go.wait(timeout=10)
+        if data.startswith(b"bad"):
+            raise InvalidImage("bad")
+        side = 100 if data.startswith(b"large") else 10
+        return Picture(Image.new("RGB", (side, side)))
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    decoder = Decoder()
+    yield decoder
+    decoder.let_go.set()
+
+
+@pytest.fixture
+def threads() -> Iterator[CpuThreads]:
+    threads = CpuThreads(2)
+    yield threads
+    threads.close()
+
+
+async def until(condition: object) -> None:
+    assert callable(condition)
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_a_picture_comes_back_without_decoding(decoder: Decoder, threads: CpuThreads) -> None:
+    cache = PictureCache(decoder, threads, max_bytes=10_000)
+    first = await cache.get(b"a")
+    assert await cache.get(b"a") is first
+    assert await cache.get(b"b") is not first
+    assert (decoder.seen, cache.hits, cache.size_bytes) == ([b"a", b"b"], 1, 1400)
+
+
+async def test_callers_at_the_same_time_share_one_decoding(
+    decoder: Decoder, threads: CpuThreads
+) -> None:
+    cache = PictureCache(decoder, threads, max_bytes=10_000)
+    decoder.let_go.clear()
+    calls = [asyncio.create_task(cache.get(b"a")) for _ in range(5)]
+    await until(lambda: decoder.seen and cache.hits == 4)
+    decoder.let_go.set()
+    pictures = await asyncio.gather(*calls)
+    assert len({id(picture) for picture in pictures}) == 1
+    assert decoder.seen == [b"a"]
+
+
+async def test_the_least_recently_used_picture_goes_first(
+    decoder: Decoder, threads: CpuThreads
+) -> None:
+    cache = PictureCache(decoder, threads, max_bytes=1400)
+    for data in (b"a", b"b", b"a", b"c", b"a", b"b"):
+        await cache.get(data)
+        assert cache.size_bytes <= 1400
+    assert decoder.seen == [b"a", b"b", b"c", b"b"]
+
+
+async def test_a_picture_over_the_bound_is_answered_and_displaces_nothing(
+    decoder: Decoder, threads: CpuThreads
+) -> None:
+    cache = PictureCache(decoder, threads, max_bytes=1400)
+    await cache.get(b"a")
+    assert (await cache.get(b"large")).size == (100, 100)
+    await cache.get(b"a")
+    assert (decoder.seen, cache.size_bytes) == ([b"a", b"large"], 700)
+
+
+async def test_a_bound_of_zero_keeps_nothing(decoder: Decoder, threads: CpuThreads) -> None:
+    cache = PictureCache(decoder, threads, max_bytes=0)
+    await cache.get(b"a")
+    await cache.get(b"a")
+    assert (decoder.seen, cache.size_bytes) == ([b"a", b"a"], 0)
+
+
+async def test_a_failure_reaches_every_caller_and_is_not_kept(
+    decoder: Decoder, threads: CpuThreads
+) -> None:
+    cache = PictureCache(decoder, threads, max_bytes=10_000)
+    decoder.let_go.clear()
+    calls = [asyncio.create_task(cache.get(b"bad")) for _ in range(2)]
+    await until(lambda: cache.hits == 1)
+    decoder.let_go.set()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [InvalidImage, InvalidImage]
+    with pytest.raises(InvalidImage):
+        await cache.get(b"bad")
+    assert (decoder.seen, cache.size_bytes) == ([b"bad", b"bad"], 0)
+
+
+async def test_a_caller_that_hangs_up_leaves_the_others_their_picture(
+    decoder: Decoder, threads: CpuThreads
+) -> None:
+    cache = PictureCache(decoder, threads, max_bytes=10_000)
+    decoder.let_go.clear()
+    first, second = (asyncio.create_task(cache.get(b"a")) for _ in range(2))
+    await until(lambda: decoder.seen and cache.hits == 1)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    decoder.let_go.set()
+    assert (await second).size == (10, 10)
+    await cache.get(b"a")
+    assert decoder.seen == [b"a"]
+
+
+def test_a_stop_while_decoding_keeps_nothing(decoder: Decoder, threads: CpuThreads) -> None:
+    async def start() -> PictureCache:
+        cache = PictureCache(decoder, threads, max_bytes=10_000)
+        call = asyncio.create_task(cache.get(b"a"))
+        await until(lambda: decoder.seen)
+        assert not call.done()
+        return cache
+
+    decoder.let_go.clear()
+    cache = asyncio.run(start())  # which cancels what still runs
+    decoder.let_go.set()
+    assert cache.size_bytes == 0
+
+
+def test_postscript_is_refused_because_pillow_would_run_it() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, "EPS")
+    with pytest.raises(InvalidImage, match="unknown format"):
+        decode(buffer.getvalue(), ImageLimits(10_000, 100))

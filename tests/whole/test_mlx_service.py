@@ -1,0 +1,127 @@
+"""The whole service with MLX for every task: recorded answers, and processes that end well."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from doubles.live import ALL, TEXTUAL, predict
+from doubles.tiny_models import draw_text
+
+from immich_ml_metal.backends.selection import SETTINGS
+from immich_ml_metal.settings import Settings
+
+EVERYTHING_ON_MLX: dict[str, Any] = dict.fromkeys(SETTINGS.values(), "mlx")
+# Debian's libopenblas0: MLX's wheel for Linux brings the reference BLAS, thirty times slower.
+OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/libopenblas.so.0")
+PATIENCE_S = 60.0
+
+
+def environment() -> dict[str, str]:
+    fast = {"LD_PRELOAD": str(OPENBLAS)} if OPENBLAS.exists() else {}
+    return os.environ | fast
+
+
+@contextmanager
+def service(
+    folder: Path, models: Path, *options: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`serve` on loopback with MLX for every task; gives its URL and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    engines = "".join(f'{name} = "{engine}"\n' for name, engine in EVERYTHING_ON_MLX.items())
+    config = folder / "settings.toml"
+    config.write_text(
+        f"models_dir = {str(models)!r}\noffline = true\nmlx_prepared = false\n{engines}"
+    )
+    command = [sys.executable, "-m", "immich_ml_metal", "serve", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--config", str(config), *options]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        try:
+            wait_until_up(process, ("127.0.0.1", port), socket.AF_INET)
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.kill()  # nothing, where the test has ended it
+            process.wait()
+
+
+def wait_until_up(process: "subprocess.Popen[bytes]", address: Any, family: int) -> None:
+    """Return once something accepts connections; the app is whole by then."""
+    end_s = time.monotonic() + PATIENCE_S
+    while True:
+        assert process.poll() is None, "the service ended"
+        assert time.monotonic() < end_s, f"nobody listens after {PATIENCE_S:g} s"
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.connect(address)
+            return
+        time.sleep(0.05)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> int:
+    process.send_signal(signal.SIGTERM)
+    return process.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize("option", ["--gateway", "--no-gateway"])
+def test_mlx_serves_every_task_and_the_service_ends_with_zero(
+    models: Path, tmp_path: Path, option: str
+) -> None:
+    with service(tmp_path, models, option) as (url, process):
+        answer = predict(url, ALL, image=draw_text("abc"))
+        assert answer.status_code == 200, answer.text
+        assert set(answer.json()) >= {"clip", "facial-recognition", "ocr"}
+        assert predict(url, TEXTUAL, text="dog").status_code == 200
+        assert stop(process) == 0
+    assert "terminate called" not in (tmp_path / "log").read_text()
+
+
+def test_the_engine_process_ends_with_zero_after_mlx_ran(models: Path, tmp_path: Path) -> None:
+    """The gateway hides its status: an abort at exit would show only here and in crash reports."""
+    settings = Settings(models_dir=models, offline=True, mlx_prepared=False, **EVERYTHING_ON_MLX)
+    where = tmp_path / "e.sock"
+    command = [sys.executable, "-m", "immich_ml_metal.worker.process", str(where)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(settings.model_dump_json().encode() + b"\n")
+        process.stdin.flush()
+        wait_until_up(process, str(where), socket.AF_UNIX)
+        form = {"entries": json.dumps(TEXTUAL), "text": "dog"}
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(where)), timeout=60) as client:
+            assert client.post("http://engine/predict", data=form).status_code == 200
+            told = client.get("http://engine/health").json()
+        assert told["engine_plan"]["mlx"]["dtype"] == "float32"
+        assert stop(process) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+@pytest.mark.shared
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not OPENBLAS.exists(), reason=f"minutes too slow without {OPENBLAS}")
+def test_mlx_conforms_to_the_recorded_answers_through_the_gateway(
+    shared: Path, shared_models: Path, tmp_path: Path
+) -> None:
+    tool = shared / "tools" / "conform.py"
+    with service(tmp_path, shared_models) as (url, process):
+        command = [sys.executable, str(tool), "--url", url, "--cosine", "0.9999"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert stop(process) == 0
+    assert re.search(r"^\d\d+ passed, 0 failed", done.stdout, re.MULTILINE)
+    assert (tmp_path / "log").read_text().count("engine=mlx") >= 6
