@@ -1,9 +1,9 @@
-"""The engine behind Ray Serve: replicas on several machines, one address for Immich.
+"""The worker behind Ray Serve: replicas on several machines, one address for Immich.
 
     pip install 'immich-ml-metal[ray]'
     serve run --address auto ray_serve:service        # in this folder
 
-Each replica is the ordinary engine app with its own models; Ray places the replicas, checks their
+Each replica is the ordinary worker app with its own models; Ray places the replicas, checks their
 health, restarts them and updates them one after the other. Settings come from the environment of
 the Ray workers (`ML_*`), or from the TOML file that ML_CONFIG_FILE names there. Every machine needs
 the models on its own disk, or reaches the hub.
@@ -28,7 +28,7 @@ REQUESTS_PER_REPLICA = 32
 def build() -> Any:
     """Build the app inside the replica: its threads and models cannot travel."""
     settings = load_settings()
-    configure_logging(settings, "engine")
+    configure_logging(settings, "worker")
     return build_app(settings)
 
 

@@ -3,7 +3,7 @@
 Two public sources, fetched with `pip download` and `npm pack` into a temporary folder: the metadata
 inside the macOS PyObjC wheels (out-parameters, BOOL results, pointers without length, functions,
 constants), and the SDK declarations in an MIT-licensed npm package (classes, methods, properties).
-Only facts of interfaces are recorded. Run it after a new name enters `vision_bridge.py`:
+Only facts of interfaces are recorded. Run it after a new name enters `backends/vision/bridge.py`:
 
     python scripts/apple_metadata.py
 """

@@ -1,4 +1,4 @@
-"""Follows the Objective-C types through `vision_bridge.py` and reports each name it uses.
+"""Follows the Objective-C types through `backends/vision/bridge.py` and reports each name it uses.
 
 PyObjC resolves names at run time, so a misspelt selector fails on the user's Mac and nowhere else.
 This reads the source instead: annotations name the Objective-C class of a value, Apple's

@@ -24,7 +24,7 @@ CORE = {
     "errors": set(),
     "types": set(),
     "worker/wire": {"catalog", "errors", "types"},
-    "tasks": {"backends", "errors", "tasks", "types"},
+    "tasks": {"errors", "tasks", "types"},
 }
 
 

@@ -142,7 +142,7 @@ def test_with_a_file_a_terminal_still_sees_the_lines(tmp_path: Path) -> None:
 
 def test_the_engine_has_a_file_of_its_own() -> None:
     assert file_of(Path("/var/log/x.log"), "gateway") == Path("/var/log/x.log")
-    assert file_of(Path("/var/log/x.log"), "engine") == Path("/var/log/x.engine.log")
+    assert file_of(Path("/var/log/x.log"), "worker") == Path("/var/log/x.worker.log")
 
 
 def test_a_held_file_is_emptied_in_place_when_over_the_limit(tmp_path: Path) -> None:

@@ -62,13 +62,13 @@ def test_memory_and_version_are_always_there() -> None:
 
 
 def test_a_process_shows_only_what_it_feeds() -> None:
-    gateway, engine = Metrics("gateway"), Metrics("engine")
-    engine.engine_up.set(1)  # harmless, though nobody sees it
+    gateway, worker = Metrics("gateway"), Metrics("worker")
+    worker.worker_up.set(1)  # harmless, though nobody sees it
     gateway_names = {name for name, _ in parse(gateway.render())}
-    engine_names = {name for name, _ in parse(engine.render())}
+    worker_names = {name for name, _ in parse(worker.render())}
     everything = {name for name, _ in parse(Metrics().render())}
-    assert gateway_names | engine_names == everything
-    both = {name.removeprefix("immich_ml_") for name in gateway_names & engine_names}
+    assert gateway_names | worker_names == everything
+    both = {name.removeprefix("immich_ml_") for name in gateway_names & worker_names}
     assert both == {"in_flight", "memory_bytes", "info"}
 
 
@@ -82,15 +82,15 @@ def test_every_instrument_is_fed_somewhere() -> None:
 
 
 def test_merging_keeps_both_processes_apart() -> None:
-    gateway, engine = Metrics(), Metrics()
+    gateway, worker = Metrics(), Metrics()
     gateway.http_requests.labels("/predict", "200").inc(2)
-    engine.requests.labels("clip", "200").inc(5)
+    worker.requests.labels("clip", "200").inc(5)
     gateway.faces.inc()
-    engine.faces.inc(7)
-    values = parse(merge({"gateway": gateway.render(), "engine": engine.render()}))
+    worker.faces.inc(7)
+    values = parse(merge({"gateway": gateway.render(), "worker": worker.render()}))
     assert one(values, "immich_ml_faces_found_total", process="gateway") == 1
-    assert one(values, "immich_ml_faces_found_total", process="engine") == 7
-    clip = {"task": "clip", "status": "200", "process": "engine"}
+    assert one(values, "immich_ml_faces_found_total", process="worker") == 7
+    clip = {"task": "clip", "status": "200", "process": "worker"}
     assert one(values, "immich_ml_requests_total", **clip) == 5
 
 
@@ -107,7 +107,7 @@ def test_a_merged_histogram_is_cumulative_and_complete() -> None:
         engine.stage_seconds.labels("clip", "infer").observe(seconds)
     families = {
         family.name: family
-        for family in text_string_to_metric_families(merge({"engine": engine.render()}).decode())
+        for family in text_string_to_metric_families(merge({"worker": engine.render()}).decode())
     }
     histogram = families["immich_ml_stage_seconds"]
     counts = [s.value for s in histogram.samples if s.name.endswith("_bucket")]

@@ -21,7 +21,7 @@ import orjson
 
 from immich_ml_metal.settings import Settings
 
-REQUEST_ID_HEADER = "X-Request-Id"  # from the gateway to the engine, and back to the caller
+REQUEST_ID_HEADER = "X-Request-Id"  # from the gateway to the worker, and back to the caller
 STDERR_CAP_BYTES = 2**20
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -70,7 +70,7 @@ def configure_logging(
 
     Args:
         settings: level, format, file.
-        process: `gateway` or `engine`; names the lines, and the engine's own file.
+        process: `gateway` or `worker`; names the lines, and the worker's own file.
         stream: standard error when None.
 
     Returns:
@@ -113,7 +113,7 @@ def release_logging(handlers: list[logging.Handler]) -> None:
 
 
 def file_of(log_file: Path, process: str) -> Path:
-    """Each process rotates a file of its own: `x.log` for the gateway, `x.engine.log` beside it."""
+    """Each process rotates a file of its own: `x.log` for the gateway, `x.worker.log` beside it."""
     path = log_file.expanduser()
     return path if process == "gateway" else path.with_suffix(f".{process}{path.suffix}")
 

@@ -20,7 +20,7 @@ from prometheus_client.samples import Sample
 from immich_ml_metal import __version__
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-Process = Literal["gateway", "engine"]
+Process = Literal["gateway", "worker"]
 Stage = Literal["read", "queue", "decode", "preprocess", "infer", "postprocess"]
 
 # From a cached decode (1 ms) to the 300 s after which Immich's own client gives up.
@@ -39,7 +39,7 @@ class Metrics:
         self._shown_in = self.registry if process != "gateway" else None
         self._make_request_instruments()
         self._make_model_instruments()
-        self._shown_in = self.registry if process != "engine" else None
+        self._shown_in = self.registry if process != "worker" else None
         self._make_gateway_instruments()
         Gauge(
             "immich_ml_memory_bytes", "Resident memory of the process.", registry=self.registry
@@ -107,13 +107,13 @@ class Metrics:
         self.http_seconds = self._histogram(
             "http_seconds", "Seconds from the first byte in to the answer.", "path"
         )
-        self.engine_up = self._gauge("engine_up", "1 while the engine process is serving.")
-        self.engine_restarts = self._counter(
-            "engine_restarts",
-            "Engine processes that ended, by reason (crash, idle, memory).",
+        self.worker_up = self._gauge("worker_up", "1 while the worker is serving.")
+        self.worker_restarts = self._counter(
+            "worker_restarts",
+            "Workers that ended, by reason (crash, idle, memory).",
             "reason",
         )
-        self.replays = self._counter("replays", "Requests sent again after the engine died.")
+        self.replays = self._counter("replays", "Requests sent again after the worker died.")
         self.requeues = self._counter("requeues", "Times Immich was asked for its missing jobs.")
 
     @contextmanager
@@ -143,7 +143,7 @@ def merge(parts: Mapping[str, str]) -> bytes:
     """One exposition out of several processes' texts.
 
     Args:
-        parts: process name (`gateway`, `engine`) → what its `render` gave. Leave out a process
+        parts: process name (`gateway`, `worker`) → what its `render` gave. Leave out a process
             that is not running.
 
     Raises:

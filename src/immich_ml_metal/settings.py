@@ -14,9 +14,9 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from immich_ml_metal.backends.device import core_count
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.setting_kinds import Flag, LogLevel, Names, Size, SizeOrZero, setting
+from immich_ml_metal.threads import core_count
 
 MIB = 2**20
 SECRET = frozenset({"immich_api_key"})  # settings whose value is never shown
@@ -174,7 +174,7 @@ class Settings(BaseModel):
         help="Keep the search text model once it is loaded, so that searching stays fast.",
     )
 
-    # -- gateway: holding, replay, the engine's life
+    # -- gateway: holding, replay, the worker's life
     hold_limit_s: float = setting(
         280.0,
         "ML_HOLD_LIMIT",
@@ -195,20 +195,20 @@ class Settings(BaseModel):
     drain_limit_s: float = setting(
         30.0, "ML_DRAIN_LIMIT", gt=0, help="Seconds to answer what was accepted before a stop."
     )
-    engine_max_crashes: int = setting(
+    worker_max_crashes: int = setting(
         5,
-        "ML_ENGINE_MAX_CRASHES",
+        "ML_WORKER_MAX_CRASHES",
         ge=1,
-        help="Engine deaths without an answer in between, after which /ping says 503.",
+        help="Worker deaths without an answer in between, after which /ping says 503.",
     )
-    engine_crash_window_s: float = setting(
-        300.0, "ML_ENGINE_CRASH_WINDOW", gt=0, help="Seconds over which engine deaths count."
+    worker_crash_window_s: float = setting(
+        300.0, "ML_WORKER_CRASH_WINDOW", gt=0, help="Seconds over which worker deaths count."
     )
     memory_limit_bytes: SizeOrZero = setting(
         0,
         "ML_MEMORY_LIMIT",
         ge=0,
-        help="Engine memory above which it is restarted between requests; 0 is no limit.",
+        help="Worker memory above which it is restarted between requests; 0 is no limit.",
     )
     preload_clip_textual: Names = setting(
         (),
@@ -253,7 +253,7 @@ class Settings(BaseModel):
     preload_stays: bool = setting(
         True,
         "ML_PRELOAD_STAYS",
-        help="When idle, keep an engine with the preloaded models only; false stops it.",
+        help="When idle, keep a worker with the preloaded models only; false stops it.",
     )
 
     # operating: logs, and what we may do on the Immich server
@@ -264,7 +264,7 @@ class Settings(BaseModel):
         False, "ML_NO_COLOR", "NO_COLOR", help="Plain text on a terminal as well."
     )
     log_file: Path | None = setting(
-        None, "ML_LOG_FILE", help="Write the log to this file; the engine's goes beside it."
+        None, "ML_LOG_FILE", help="Write the log to this file; the worker's goes beside it."
     )
     log_file_bytes: Size = setting(
         10 * MIB,

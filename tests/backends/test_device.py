@@ -9,8 +9,9 @@ import pytest
 from doubles.engines import PATIENCE_S, Gate, soon, until
 
 from immich_ml_metal.backends.batcher import Batcher
-from immich_ml_metal.backends.device import CpuThreads, Device, contained, core_count
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import InferenceError, LoadFailed
+from immich_ml_metal.threads import CpuThreads, contained, core_count
 
 
 class Model:

@@ -9,7 +9,7 @@ import immich_ml_metal
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(immich_ml_metal.__file__).parent
-BRIDGE = (PACKAGE / "backends/vision_bridge.py").read_text(encoding="utf-8")
+BRIDGE = (PACKAGE / "backends/vision/bridge.py").read_text(encoding="utf-8")
 FACTS = read_facts(ROOT / "scripts/apple_facts.json")
 FRAMEWORKS = {"vision", "quartz", "foundation", "objc"}
 
@@ -67,4 +67,4 @@ def test_no_other_module_speaks_objective_c() -> None:
         for path in PACKAGE.rglob("*.py")
         if any(word in path.read_text(encoding="utf-8") for word in (".alloc()", "performRequests"))
     }
-    assert speakers == {"vision_bridge.py"}
+    assert speakers == {"bridge.py"}

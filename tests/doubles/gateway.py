@@ -1,4 +1,4 @@
-"""Runs a gateway with the fake engine: real sockets, a real child process, this event loop."""
+"""Runs a gateway with the fake worker: real sockets, a real child process, this event loop."""
 
 import asyncio
 import hashlib
@@ -18,7 +18,7 @@ import httpx
 
 from immich_ml_metal.gateway.app import Gateway
 from immich_ml_metal.gateway.companions import Companions
-from immich_ml_metal.gateway.process import EngineProcess
+from immich_ml_metal.gateway.process import WorkerProcess
 from immich_ml_metal.gateway.serving import GatewayServer
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
@@ -28,7 +28,7 @@ PATIENCE_S = 30.0
 MAIN = Path(__file__).with_name("gateway_main.py")
 
 
-def fake_engine(folder: Path) -> list[str]:
+def fake_worker(folder: Path) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder)]
 
 
@@ -41,7 +41,7 @@ def right_answer(body: bytes) -> dict[str, str]:
 
 
 def read_journal(folder: Path, word: str) -> list[str]:
-    """What engines wrote down: the arguments of every line that begins with `word`."""
+    """What workers wrote down: the arguments of every line that begins with `word`."""
     path = folder / "journal"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.removeprefix(word + " ") for line in lines if line.startswith(word + " ")]
@@ -76,14 +76,14 @@ class Service:
         return self.gateway.dispatcher.supervisor.state
 
     @property
-    def engine(self) -> EngineProcess:
-        engine = self.gateway.dispatcher.supervisor.engine
-        assert engine is not None
-        return engine
+    def worker(self) -> WorkerProcess:
+        worker = self.gateway.dispatcher.supervisor.worker
+        assert worker is not None
+        return worker
 
     @property
-    def engine_pid(self) -> int:
-        return self.engine.pid
+    def worker_pid(self) -> int:
+        return self.worker.pid
 
     def journal(self, word: str) -> list[str]:
         return read_journal(self.folder, word)
@@ -92,14 +92,14 @@ class Service:
         return await self.client.post("/predict", content=body, **options)
 
     async def started(self, count: int) -> None:
-        await until(lambda: len(self.journal("start")) >= count, f"{count} requests at the engine")
+        await until(lambda: len(self.journal("start")) >= count, f"{count} requests at the worker")
 
     async def ready(self) -> None:
-        await until(lambda: self.state == "ready", "a ready engine")
+        await until(lambda: self.state == "ready", "a ready worker")
 
     @asynccontextmanager
     async def watched_closely(self) -> AsyncIterator[None]:
-        """Look at the engine all the time instead of once a second."""
+        """Look at the worker all the time instead of once a second."""
 
         async def look() -> None:
             while True:
@@ -115,8 +115,8 @@ class Service:
     def stop_when_idle(self) -> bool:
         return self.gateway.dispatcher.stop_if_idle(Order("idle", again=False))
 
-    def kill_engine(self, number: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.engine_pid, number)
+    def kill_worker(self, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.worker_pid, number)
 
 
 @asynccontextmanager
@@ -124,7 +124,7 @@ async def running_gateway(
     folder: Path, *, companions: Companions | None = None, **changes: Any
 ) -> AsyncIterator[Service]:
     chosen = settings(**changes)
-    gateway = Gateway(chosen, command=fake_engine(folder), companions=companions)
+    gateway = Gateway(chosen, command=fake_worker(folder), companions=companions)
     server = GatewayServer(gateway)
     sockets = listen(chosen.host, chosen.port)
     port = sockets[0].getsockname()[1]

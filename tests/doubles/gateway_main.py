@@ -1,4 +1,4 @@
-"""A gateway process with the fake engine behind it: `python gateway_main.py FOLDER SETTINGS`."""
+"""A gateway process with the fake worker behind it: `python gateway_main.py FOLDER SETTINGS`."""
 
 import sys
 from pathlib import Path

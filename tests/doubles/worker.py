@@ -1,11 +1,11 @@
-"""A test double of the engine: a real process on a real unix socket, without any model.
+"""A test double of the worker: a real process on a real unix socket, without any model.
 
 It answers a `/predict` with the SHA-256 of the body it got. Words in the body make it misbehave:
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
 `[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
 `slow` (holding seconds), `stubborn`. It writes what it does into `journal` there.
-Run as `python fake_engine.py FOLDER SOCKET`.
+Run as `python fake_worker.py FOLDER SOCKET`.
 """
 
 import asyncio
@@ -123,19 +123,19 @@ async def reply(send: Any, status: int, text: str, *more: tuple[bytes, bytes]) -
 def main() -> None:
     folder, socket = Path(sys.argv[1]), Path(sys.argv[2])
     settings = json.loads(read_settings())
-    engine = FakeEngine(folder, settings["preload_clip_textual"])
-    engine.note(f"born {os.getpid()}")
-    engine.note(f"socket {socket}")
+    worker = FakeEngine(folder, settings["preload_clip_textual"])
+    worker.note(f"born {os.getpid()}")
+    worker.note(f"socket {socket}")
     if (folder / "bad-settings").exists():
         sys.exit(EXIT_BAD_SETTINGS)
     if (folder / "refuse").exists():
         sys.exit(7)
     if (folder / "stubborn").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        engine.note(f"helper {subprocess.Popen(['sleep', '3600']).pid}")
+        worker.note(f"helper {subprocess.Popen(['sleep', '3600']).pid}")
     if (folder / "slow").exists():
         time.sleep(float((folder / "slow").read_text()))
-    serve(engine, socket)
+    serve(worker, socket)
 
 
 if __name__ == "__main__":

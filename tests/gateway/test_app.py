@@ -1,4 +1,4 @@
-"""The gateway against a fake engine: a real child process, real sockets."""
+"""The gateway against a fake worker: a real child process, real sockets."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from immich_ml_metal.system.footprint import memory_bytes
 
 
 @pytest.mark.parametrize("fault", [b"abort", b"bye"])
-async def test_a_picture_that_ends_engines_fails_alone(tmp_path: Path, fault: bytes) -> None:
+async def test_a_picture_that_ends_workers_fails_alone(tmp_path: Path, fault: bytes) -> None:
     bad = b"[sleep 0.2][%s]" % fault
     good = [b"good %d [sleep 0.2]" % i for i in range(5)]
     async with running_gateway(tmp_path) as service:
@@ -31,18 +31,18 @@ async def test_a_picture_that_ends_engines_fails_alone(tmp_path: Path, fault: by
 
 async def test_a_condemned_form_is_known_again_under_another_boundary(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
-        for status, engines in [(500, 3), (500, 3)]:  # the second time costs no engine
+        for status, workers in [(500, 3), (500, 3)]:  # the second time costs no worker
             form = {"image": b"[abort]"}  # httpx draws a boundary for each
             response = await service.client.post("/predict", files=form, data={"entries": "{}"})
             assert response.status_code == status
             await service.ready()
-            assert len(service.journal("born")) == engines
+            assert len(service.journal("born")) == workers
         form = {"image": b"another"}
         response = await service.client.post("/predict", files=form, data={"entries": "{}"})
     assert response.status_code == 200
 
 
-async def test_requests_of_a_killed_engine_are_sent_again_in_order_one_at_a_time(
+async def test_requests_of_a_killed_worker_are_sent_again_in_order_one_at_a_time(
     tmp_path: Path,
 ) -> None:
     bodies = [b"picture %d [sleep 0.3]" % i for i in range(4)]
@@ -52,14 +52,14 @@ async def test_requests_of_a_killed_engine_are_sent_again_in_order_one_at_a_time
         for number, body in enumerate(bodies):
             tasks.append(asyncio.create_task(service.predict(body)))
             await service.started(number + 1)
-        service.kill_engine()
+        service.kill_worker()
         answers = [await task for task in tasks]
         sent_again = [line.split()[1] for line in service.journal("start")[4:]]
         health = (await service.client.get("/health")).json()
     assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
     assert sent_again == [right_answer(body)["digest"] for body in bodies]
     assert health["requests"]["replayed"] == 4
-    assert health["failures"]["by_cause"] == {"engine ended: SIGKILL": 1}
+    assert health["failures"]["by_cause"] == {"worker ended: SIGKILL": 1}
 
 
 async def test_two_kills_from_outside_do_not_condemn_a_request(tmp_path: Path) -> None:
@@ -68,11 +68,11 @@ async def test_two_kills_from_outside_do_not_condemn_a_request(tmp_path: Path) -
         task = asyncio.create_task(service.predict(b"[sleep 0.5]"))
         for starts in (1, 2):
             await service.started(starts)
-            service.kill_engine()
+            service.kill_worker()
         assert (await task).status_code == 200
 
 
-async def test_an_engine_without_progress_is_replaced_and_its_request_fails_at_the_second(
+async def test_an_worker_without_progress_is_replaced_and_its_request_fails_at_the_second(
     tmp_path: Path,
 ) -> None:
     async with (
@@ -87,10 +87,10 @@ async def test_an_engine_without_progress_is_replaced_and_its_request_fails_at_t
         response = await hanging
         health = (await service.client.get("/health")).json()
     assert response.status_code == 500
-    assert health["failures"]["by_cause"]["engine ended: no progress for 0.2 s"] == 2
+    assert health["failures"]["by_cause"]["worker ended: no progress for 0.2 s"] == 2
 
 
-async def test_an_engine_with_a_blocked_loop_is_replaced_too(tmp_path: Path) -> None:
+async def test_an_worker_with_a_blocked_loop_is_replaced_too(tmp_path: Path) -> None:
     async with (
         running_gateway(tmp_path, request_timeout_s=0.2) as service,
         service.watched_closely(),
@@ -99,7 +99,7 @@ async def test_an_engine_with_a_blocked_loop_is_replaced_too(tmp_path: Path) -> 
         assert (await service.predict(b"good")).status_code == 200
 
 
-async def test_requests_wait_while_the_engine_starts_and_ping_stays_prompt(tmp_path: Path) -> None:
+async def test_requests_wait_while_the_worker_starts_and_ping_stays_prompt(tmp_path: Path) -> None:
     (tmp_path / "slow").write_text("1.5")
     async with running_gateway(tmp_path) as service:
         waiting = [asyncio.create_task(service.predict(b"early %d" % i)) for i in range(8)]
@@ -113,11 +113,11 @@ async def test_requests_wait_while_the_engine_starts_and_ping_stays_prompt(tmp_p
     assert sorted(took_s)[int(len(took_s) * 0.99) - 1] < 0.1
 
 
-async def test_an_engine_that_never_comes_costs_each_request_its_hold_and_no_less(
+async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_less(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "refuse").touch()
-    async with running_gateway(tmp_path, hold_limit_s=1.0, engine_max_crashes=2) as service:
+    async with running_gateway(tmp_path, hold_limit_s=1.0, worker_max_crashes=2) as service:
         start_s = time.monotonic()
         answers = await asyncio.gather(*(service.predict(b"%d" % i) for i in range(5)))
         held_s = time.monotonic() - start_s
@@ -128,12 +128,12 @@ async def test_an_engine_that_never_comes_costs_each_request_its_hold_and_no_les
     assert answers[0].headers["retry-after"] == "30"
     assert 1.0 <= held_s < 10
     assert (ping.status_code, health["status"]) == (503, "crash-loop")
-    assert health["failures"]["by_cause"]["engine ended: exit status 7"] >= 2
+    assert health["failures"]["by_cause"]["worker ended: exit status 7"] >= 2
 
 
 async def test_a_crash_loop_that_ends_serves_what_waited(tmp_path: Path) -> None:
     (tmp_path / "refuse").touch()
-    async with running_gateway(tmp_path, engine_max_crashes=2) as service:
+    async with running_gateway(tmp_path, worker_max_crashes=2) as service:
         waiting = [asyncio.create_task(service.predict(b"%d" % i)) for i in range(79)]
         await until(lambda: not service.gateway.can_serve())
         (tmp_path / "refuse").unlink()
@@ -141,7 +141,7 @@ async def test_a_crash_loop_that_ends_serves_what_waited(tmp_path: Path) -> None
         assert (await service.client.get("/ping")).status_code == 200
 
 
-async def test_at_most_the_configured_number_of_requests_is_with_the_engine(tmp_path: Path) -> None:
+async def test_at_most_the_configured_number_of_requests_is_with_the_worker(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, max_concurrent_requests=2) as service:
         tasks = [asyncio.create_task(service.predict(b"%d [hang]" % i)) for i in range(4)]
         await service.started(2)
@@ -161,7 +161,7 @@ async def test_uploads_beyond_the_memory_lie_on_disk_and_are_replayed_from_there
         tasks = [asyncio.create_task(service.predict(body)) for body in bodies]
         await service.started(3)
         assert service.gateway.holding.reception.room.held("spool") == sum(map(len, bodies))
-        service.kill_engine()
+        service.kill_worker()
         answers = [await task for task in tasks]
     assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
 
@@ -192,11 +192,11 @@ async def test_health_tells_about_both_processes(tmp_path: Path) -> None:
         await service.ready()
         await service.predict(b"a picture")
         health = (await service.client.get("/health")).json()
-        pid = service.engine_pid
+        pid = service.worker_pid
     assert health["status"] == "ok"
-    assert health["engine"]["pid"] == pid
-    assert health["engine"]["health"]["progress"] == 1
-    assert health["engine"]["memory_peak_bytes"] >= health["engine"]["memory_bytes"] > 10**6
+    assert health["worker"]["pid"] == pid
+    assert health["worker"]["health"]["progress"] == 1
+    assert health["worker"]["memory_peak_bytes"] >= health["worker"]["memory_bytes"] > 10**6
     assert health["gateway"]["memory_peak_bytes"] >= health["gateway"]["memory_bytes"] > 10**7
     assert health["requests"]["answered"] == 1
     assert "a picture" not in json.dumps(health)
@@ -204,7 +204,7 @@ async def test_health_tells_about_both_processes(tmp_path: Path) -> None:
     assert [name for name in health if f"| `{name}` |" not in text] == []
 
 
-async def test_what_the_engine_puts_off_is_asked_again_until_it_is_answered(tmp_path: Path) -> None:
+async def test_what_the_worker_puts_off_is_asked_again_until_it_is_answered(tmp_path: Path) -> None:
     (tmp_path / "offline").touch()
     async with running_gateway(tmp_path) as service:
         held = asyncio.create_task(service.predict(b"[later]"))
@@ -216,7 +216,7 @@ async def test_what_the_engine_puts_off_is_asked_again_until_it_is_answered(tmp_
         assert (counts.answered, counts.failed) == (1, 0)
 
 
-async def test_what_is_put_off_to_the_end_of_the_hold_gets_the_engines_reason(
+async def test_what_is_put_off_to_the_end_of_the_hold_gets_the_workers_reason(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "offline").touch()
@@ -226,7 +226,7 @@ async def test_what_is_put_off_to_the_end_of_the_hold_gets_the_engines_reason(
         answer = await service.predict(b"[later]")
         assert time.monotonic() - start_s >= 1.4
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "0")
-    assert answer.json() == right_answer(b"[later]")  # what the engine said
+    assert answer.json() == right_answer(b"[later]")  # what the worker said
 
 
 async def test_a_caller_that_hangs_up_between_two_tries_is_let_go(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ async def test_a_caller_that_hangs_up_between_two_tries_is_let_go(tmp_path: Path
         assert service.gateway.holding.reception.room.held("memory") == 0
 
 
-async def test_metrics_show_what_is_with_the_engine_and_what_waits_for_it(tmp_path: Path) -> None:
+async def test_metrics_show_what_is_with_the_worker_and_what_waits_for_it(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, max_concurrent_requests=1) as service:
         held = [asyncio.create_task(service.predict(body)) for body in (b"[hang]", b"[hang] ")]
         await service.started(1)
@@ -248,14 +248,14 @@ async def test_metrics_show_what_is_with_the_engine_and_what_waits_for_it(tmp_pa
         for request in held:
             request.cancel()
     assert 'immich_ml_in_flight{process="gateway"} 2.0' in text
-    assert 'immich_ml_queue_depth{device="engine",process="gateway"} 1.0' in text
-    assert "immich_ml_faces_found_total" not in text  # the fake engine has none
+    assert 'immich_ml_queue_depth{device="worker",process="gateway"} 1.0' in text
+    assert "immich_ml_faces_found_total" not in text  # the fake worker has none
 
 
-async def test_an_idle_engine_ends_and_the_next_request_starts_one(tmp_path: Path) -> None:
+async def test_an_idle_worker_ends_and_the_next_request_starts_one(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, model_ttl_s=0.1) as service, service.watched_closely():
         await service.ready()
-        pid = service.engine_pid
+        pid = service.worker_pid
         await until(lambda: service.state == "idle")
         assert not is_alive(pid)
         assert (await service.client.get("/ping")).status_code == 200
@@ -283,7 +283,7 @@ async def test_preloaded_models_stay_through_an_idle_stop(tmp_path: Path) -> Non
         await until(lambda: len(service.journal("born")) == 2)  # its other models are gone
         await service.ready()
         health = (await service.client.get("/health")).json()
-        assert health["engine"]["health"]["preloaded"] == ["ViT-B-32__openai"]
+        assert health["worker"]["health"]["preloaded"] == ["ViT-B-32__openai"]
         await asyncio.sleep(0.3)  # three times the TTL, and nothing was used: nothing to give back
         assert (service.state, service.gateway.dispatcher.supervisor.starts) == ("ready", 2)
 
@@ -295,22 +295,22 @@ async def test_preloaded_models_go_too_if_asked(tmp_path: Path) -> None:
         await until(lambda: service.state == "idle" and service.journal("born"))
 
 
-async def test_an_engine_over_its_memory_is_replaced_without_a_failure(tmp_path: Path) -> None:
+async def test_an_worker_over_its_memory_is_replaced_without_a_failure(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, memory_limit_bytes=150 * 2**20) as service:
         await service.ready()
-        service.engine.started_s -= 3600  # old enough
+        service.worker.started_s -= 3600  # old enough
         tasks = [asyncio.create_task(service.predict(b"[leak 200][sleep 0.5]"))]
-        await until(lambda: (memory_bytes(service.engine_pid) or 0) > 200 * 2**20)
+        await until(lambda: (memory_bytes(service.worker_pid) or 0) > 200 * 2**20)
         await service.gateway.watch.look()
         tasks += [asyncio.create_task(service.predict(b"%d" % i)) for i in range(5)]
         assert [(await task).status_code for task in tasks] == [200] * 6
         health = (await service.client.get("/health")).json()
         assert len(service.journal("born")) == 2
     assert health["failures"]["recent"] == []
-    assert health["engine"]["memory_bytes"] < 150 * 2**20 < health["engine"]["memory_peak_bytes"]
+    assert health["worker"]["memory_bytes"] < 150 * 2**20 < health["worker"]["memory_peak_bytes"]
 
 
-async def test_a_recycled_engine_finishes_its_requests_first(tmp_path: Path) -> None:
+async def test_a_recycled_worker_finishes_its_requests_first(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
         running = asyncio.create_task(service.predict(b"[sleep 1]"))
@@ -320,9 +320,9 @@ async def test_a_recycled_engine_finishes_its_requests_first(tmp_path: Path) -> 
         await until(lambda: service.gateway.dispatcher.queue.waiting == 1)
         assert service.state == "ready"
         assert [(await running).status_code, (await later).status_code] == [200, 200]
-        engines = {line.split()[0] for line in service.journal("start")}
+        workers = {line.split()[0] for line in service.journal("start")}
         health = (await service.client.get("/health")).json()
-    assert len(engines) == 2
+    assert len(workers) == 2
     assert health["requests"]["replayed"] == 0
 
 

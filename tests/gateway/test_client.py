@@ -1,4 +1,4 @@
-"""HTTP to the engine: what counts as an answer, what as a lost engine."""
+"""HTTP to the worker: what counts as an answer, what as a lost worker."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from immich_ml_metal.gateway.client import EngineLost, exchange, get
+from immich_ml_metal.gateway.client import WorkerLost, exchange, get
 
 Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -62,14 +62,14 @@ async def test_an_answer_in_chunks_is_put_together(tmp_path: Path) -> None:
         b"nonsense\r\n\r\n",
     ],
 )
-async def test_half_an_answer_is_a_lost_engine(tmp_path: Path, text: bytes) -> None:
+async def test_half_an_answer_is_a_lost_worker(tmp_path: Path, text: bytes) -> None:
     async with server(tmp_path, saying(text)) as socket:
-        with pytest.raises(EngineLost):
+        with pytest.raises(WorkerLost):
             await get(socket, "/", timeout_s=10)
 
 
-async def test_no_socket_is_a_lost_engine(tmp_path: Path) -> None:
-    with pytest.raises(EngineLost, match="cannot connect"):
+async def test_no_socket_is_a_lost_worker(tmp_path: Path) -> None:
+    with pytest.raises(WorkerLost, match="cannot connect"):
         await get(tmp_path / "nothing", "/", timeout_s=10)
 
 
@@ -100,10 +100,10 @@ async def test_cancelling_closes_the_connection(tmp_path: Path) -> None:
         await asyncio.wait_for(left.wait(), 30)
 
 
-async def test_no_answer_in_time_is_a_lost_engine(tmp_path: Path) -> None:
+async def test_no_answer_in_time_is_a_lost_worker(tmp_path: Path) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
     async with server(tmp_path, silent) as socket:
-        with pytest.raises(EngineLost, match=r"within 0\.05 s"):
+        with pytest.raises(WorkerLost, match=r"within 0\.05 s"):
             await get(socket, "/", timeout_s=0.05)

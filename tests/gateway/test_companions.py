@@ -206,7 +206,7 @@ async def hang_up(service: Service, body: bytes) -> None:
 async def lose(service: Service, folder: Path, *bodies: bytes) -> None:
     """An outage that is longer than the hold."""
     (folder / "refuse").touch()
-    service.kill_engine()
+    service.kill_worker()
     answers = await asyncio.gather(*(service.predict(body) for body in bodies))
     assert {answer.status_code for answer in answers} == {503}
     (folder / "refuse").unlink()

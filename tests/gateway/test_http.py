@@ -22,7 +22,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ser
         yield service
 
 
-async def test_an_answer_of_the_engine_reaches_the_client(service: Service) -> None:
+async def test_an_answer_of_the_worker_reaches_the_client(service: Service) -> None:
     response = await service.predict(b"a picture")
     assert response.status_code == 200
     assert response.json() == right_answer(b"a picture")
@@ -34,7 +34,7 @@ async def test_a_request_id_is_kept_and_sent_back(service: Service) -> None:
     assert response.headers["x-request-id"] == "abc123"
 
 
-async def test_a_failure_that_the_engine_reports_is_passed_on_and_not_repeated(
+async def test_a_failure_that_the_worker_reports_is_passed_on_and_not_repeated(
     service: Service,
 ) -> None:
     before = len(service.journal("start"))
@@ -42,10 +42,10 @@ async def test_a_failure_that_the_engine_reports_is_passed_on_and_not_repeated(
     assert response.status_code == 500
     assert len(service.journal("start")) == before + 1
     health = (await service.client.get("/health")).json()
-    assert health["failures"]["by_cause"] == {"the engine answered 500": 1}
+    assert health["failures"]["by_cause"] == {"the worker answered 500": 1}
 
 
-async def test_a_client_that_hangs_up_is_hung_up_on_at_the_engine(service: Service) -> None:
+async def test_a_client_that_hangs_up_is_hung_up_on_at_the_worker(service: Service) -> None:
     before = len(service.journal("start"))
     task = asyncio.create_task(service.predict(b"[hang]"))
     await service.started(before + 1)
@@ -103,7 +103,7 @@ async def test_ping_is_pong_as_plain_text(service: Service) -> None:
 async def test_metrics_of_both_processes_stand_side_by_side(service: Service) -> None:
     await service.predict(b"a picture")
     text = (await service.client.get("/metrics")).text
-    assert 'fake_answers_total{process="engine"} 1.0' in text
+    assert 'fake_answers_total{process="worker"} 1.0' in text
     line = 'immich_ml_http_requests_total{path="/predict",process="gateway",status="200"} '
     assert line in text
 

@@ -66,19 +66,19 @@ async def test_a_model_that_cannot_be_loaded_does_not_keep_the_next_one_out() ->
     assert pool.loaded == [VISUAL]
 
 
-async def test_a_half_that_no_engine_runs_is_left_out() -> None:
+async def test_a_half_that_no_worker_runs_is_left_out() -> None:
     pool = FakePool(unserved=TEXTUAL)
     await preload(pool, (TEXTUAL, VISUAL))
     assert pool.loaded == [VISUAL]
 
 
-async def test_an_engine_app_loads_them_at_start_and_keeps_them() -> None:
+async def test_an_worker_app_loads_them_at_start_and_keeps_them() -> None:
     chosen = settings(preload_clip_textual=(CLIP,), model_ttl_s=0.01)
-    engine = FakeEngine()
-    async with Service(chosen, every_part(engine), FakeStore()) as service:
+    worker = FakeEngine()
+    async with Service(chosen, every_part(worker), FakeStore()) as service:
         await until(lambda: bool(service.pool.loaded))
         await service.pool.get(VISUAL)
-        await until(lambda: any(model.closed for model in engine.models))  # the other one's time
+        await until(lambda: any(model.closed for model in worker.models))  # the other one's time
         assert [loaded.key for loaded in service.pool.loaded] == [TEXTUAL]
 
 
@@ -87,7 +87,7 @@ class FetchingStore(FakeStore):
         return [DownloadProgress(VISUAL, Phase.DOWNLOADING, 25, 100, 1.0, 25.0)]
 
 
-async def test_an_engine_app_tells_how_far_its_downloads_are() -> None:
+async def test_an_worker_app_tells_how_far_its_downloads_are() -> None:
     async with Service(settings(), every_part(FakeEngine()), FetchingStore()) as service:
         health = json.loads(bytes((await service.health()).body))
     assert health["downloads"] == [

@@ -19,13 +19,13 @@ from doubles.gateway import (
 from immich_ml_metal.system.footprint import memory_bytes
 
 
-async def test_the_engine_ends_when_the_gateway_is_killed(tmp_path: Path) -> None:
+async def test_the_worker_ends_when_the_gateway_is_killed(tmp_path: Path) -> None:
     async with gateway_process(tmp_path) as gateway:
         busy = asyncio.create_task(gateway.client.post("/predict", content=b"[hang]"))
         await until(lambda: gateway.journal("start"))
-        engine_pid = int(gateway.journal("born")[0])
+        worker_pid = int(gateway.journal("born")[0])
         gateway.process.kill()
-        await until(lambda: not is_alive(engine_pid), "the end of the engine")
+        await until(lambda: not is_alive(worker_pid), "the end of the worker")
         await asyncio.gather(busy, return_exceptions=True)
 
 
@@ -72,11 +72,11 @@ async def test_a_second_signal_ends_the_gateway_at_once(tmp_path: Path) -> None:
         await asyncio.sleep(0.3)  # two signals at once would be one
         gateway.process.send_signal(signal.SIGTERM)
         await gateway.process.wait()
-        await until(lambda: not is_alive(int(gateway.journal("born")[0])), "the engine's end")
+        await until(lambda: not is_alive(int(gateway.journal("born")[0])), "the worker's end")
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_an_engine_that_refuses_its_settings_ends_the_gateway(tmp_path: Path) -> None:
+async def test_an_worker_that_refuses_its_settings_ends_the_gateway(tmp_path: Path) -> None:
     (tmp_path / "bad-settings").touch()
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(MAIN), str(tmp_path), settings(port=free_port()).model_dump_json(),
@@ -84,7 +84,7 @@ async def test_an_engine_that_refuses_its_settings_ends_the_gateway(tmp_path: Pa
     )  # fmt: skip
     _, stderr = await process.communicate()
     assert process.returncode == 1
-    assert b"ConfigError: the engine refuses its settings" in stderr
+    assert b"ConfigError: the worker refuses its settings" in stderr
 
 
 async def test_the_gateway_is_small(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The life of the engine process, without any request."""
+"""The life of the worker process, without any request."""
 
 import asyncio
 import os
@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from doubles.gateway import fake_engine, is_alive, read_journal, settings, until
+from doubles.gateway import fake_worker, is_alive, read_journal, settings, until
 
 from immich_ml_metal.gateway.crashes import CrashRecord
-from immich_ml_metal.gateway.process import EngineProcess, describe
+from immich_ml_metal.gateway.process import WorkerProcess, describe
 from immich_ml_metal.gateway.supervisor import End, Order, State, Supervisor
 
 
@@ -34,9 +34,9 @@ class Life:
         self.ready += 1
 
     @property
-    def engine(self) -> EngineProcess:
-        assert self.supervisor.engine is not None
-        return self.supervisor.engine
+    def worker(self) -> WorkerProcess:
+        assert self.supervisor.worker is not None
+        return self.supervisor.worker
 
 
 @asynccontextmanager
@@ -50,18 +50,18 @@ async def living(command: Sequence[str]) -> AsyncIterator[Life]:
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_no_engine_runs_before_one_is_wanted(tmp_path: Path) -> None:
-    async with living(fake_engine(tmp_path)) as life:
+async def test_no_worker_runs_before_one_is_wanted(tmp_path: Path) -> None:
+    async with living(fake_worker(tmp_path)) as life:
         await until(lambda: life.supervisor.state is State.IDLE)
         await asyncio.sleep(0.05)
         assert read_journal(tmp_path, "born") == []
 
 
-async def test_an_engine_is_stopped_politely_and_leaves_no_zombie(tmp_path: Path) -> None:
-    async with living(fake_engine(tmp_path)) as life:
+async def test_an_worker_is_stopped_politely_and_leaves_no_zombie(tmp_path: Path) -> None:
+    async with living(fake_worker(tmp_path)) as life:
         life.supervisor.wake()
         await until(lambda: life.ready)
-        pid = life.engine.pid
+        pid = life.worker.pid
         life.supervisor.end(Order("idle", again=False))
         await until(lambda: life.supervisor.state is State.IDLE)
         assert not is_alive(pid)  # a zombie would still count as alive
@@ -69,8 +69,8 @@ async def test_an_engine_is_stopped_politely_and_leaves_no_zombie(tmp_path: Path
         assert len(life.crashes.failures) == 0
 
 
-async def test_a_wish_for_an_engine_during_its_stop_starts_the_next_one(tmp_path: Path) -> None:
-    async with living(fake_engine(tmp_path)) as life:
+async def test_a_wish_for_an_worker_during_its_stop_starts_the_next_one(tmp_path: Path) -> None:
+    async with living(fake_worker(tmp_path)) as life:
         life.supervisor.wake()
         await until(lambda: life.ready == 1)
         life.supervisor.end(Order("idle", again=False))
@@ -86,26 +86,26 @@ async def test_a_wish_for_an_engine_during_its_stop_starts_the_next_one(tmp_path
         (signal.SIGABRT, End("SIGABRT", fault=True)),
     ],
 )
-async def test_an_engine_that_dies_is_replaced_and_its_signal_is_told(
+async def test_an_worker_that_dies_is_replaced_and_its_signal_is_told(
     tmp_path: Path, number: signal.Signals, end: End
 ) -> None:
-    async with living(fake_engine(tmp_path)) as life:
+    async with living(fake_worker(tmp_path)) as life:
         life.supervisor.wake()
         await until(lambda: life.ready == 1)
-        os.kill(life.engine.pid, number)
+        os.kill(life.worker.pid, number)
         await until(lambda: life.ready == 2)
         assert life.ends == [end]
 
 
 async def test_a_command_that_cannot_run_is_a_failure_with_a_reason() -> None:
-    async with living(["/nonexistent/engine"]) as life:
+    async with living(["/nonexistent/worker"]) as life:
         life.supervisor.wake()
         await until(lambda: len(life.ends) >= 2)
         assert life.ends[0] == End("cannot start: No such file or directory", fault=True)
 
 
 async def test_only_the_first_of_several_orders_counts(tmp_path: Path) -> None:
-    async with living(fake_engine(tmp_path)) as life:
+    async with living(fake_worker(tmp_path)) as life:
         life.supervisor.wake()
         await until(lambda: life.ready == 1)
         life.supervisor.end(Order("hang", fault=True))
@@ -114,25 +114,25 @@ async def test_only_the_first_of_several_orders_counts(tmp_path: Path) -> None:
         assert life.ends == [End("hang", fault=True)]
 
 
-async def test_an_engine_is_ended_while_it_starts(tmp_path: Path) -> None:
+async def test_an_worker_is_ended_while_it_starts(tmp_path: Path) -> None:
     (tmp_path / "slow").write_text("3600")
-    async with living(fake_engine(tmp_path)) as life:
+    async with living(fake_worker(tmp_path)) as life:
         life.supervisor.wake()
         await until(lambda: read_journal(tmp_path, "born"))
-        pid = life.engine.pid
+        pid = life.worker.pid
         life.supervisor.end(Order("asked", again=False))
         await until(lambda: life.supervisor.state is State.IDLE)
         assert not is_alive(pid)
 
 
 @pytest.mark.parametrize("moment", ["born", "ready"])
-async def test_cancelling_the_supervisor_ends_the_engine(tmp_path: Path, moment: str) -> None:
-    async with living(fake_engine(tmp_path)) as life:
+async def test_cancelling_the_supervisor_ends_the_worker(tmp_path: Path, moment: str) -> None:
+    async with living(fake_worker(tmp_path)) as life:
         life.supervisor.wake()
         if moment == "ready":
             await until(lambda: life.ready)
         await until(lambda: read_journal(tmp_path, "born"))
-        pid, folder = life.engine.pid, life.engine.socket.parent
+        pid, folder = life.worker.pid, life.worker.socket.parent
     assert not is_alive(pid)
     assert not folder.exists()
 
@@ -140,12 +140,12 @@ async def test_cancelling_the_supervisor_ends_the_engine(tmp_path: Path, moment:
 async def test_a_child_that_ignores_sigterm_is_killed_with_its_helpers(tmp_path: Path) -> None:
     (tmp_path / "stubborn").touch()
     (tmp_path / "slow").write_text("3600")
-    engine = await EngineProcess.start(
-        fake_engine(tmp_path), settings().model_dump_json(), tmp_path / "s"
+    worker = await WorkerProcess.start(
+        fake_worker(tmp_path), settings().model_dump_json(), tmp_path / "s"
     )
     await until(lambda: read_journal(tmp_path, "helper"))
     [helper] = read_journal(tmp_path, "helper")
-    assert await engine.stop(0.1) == -signal.SIGKILL
+    assert await worker.stop(0.1) == -signal.SIGKILL
     await until(lambda: not is_alive(int(helper)), "the helper's end")
 
 

@@ -1,4 +1,4 @@
-"""When an engine counts as stuck."""
+"""When a worker counts as stuck."""
 
 import pytest
 from doubles.gateway import settings
@@ -11,7 +11,7 @@ def observe(watch: ProgressWatch, now_s: float, mark: int = 0, **flags: bool) ->
     return watch.observe(mark=mark, now_s=now_s, **chosen)
 
 
-def test_a_busy_engine_without_progress_is_stuck_after_the_limit() -> None:
+def test_a_busy_worker_without_progress_is_stuck_after_the_limit() -> None:
     watch = ProgressWatch(limit_s=10)
     assert [observe(watch, now_s) for now_s in (0, 5, 9.9, 10)] == [False, False, False, True]
 
@@ -21,13 +21,13 @@ def test_any_progress_starts_the_time_again() -> None:
     assert not any(observe(watch, now_s, mark=now_s // 9) for now_s in range(60))
 
 
-def test_an_idle_engine_is_never_stuck() -> None:
+def test_an_idle_worker_is_never_stuck() -> None:
     watch = ProgressWatch(limit_s=10)
     assert not any(observe(watch, now_s, busy=False) for now_s in range(60))
     assert not observe(watch, 60)  # its first request begins only now
 
 
-def test_a_loading_engine_has_longer() -> None:
+def test_a_loading_worker_has_longer() -> None:
     watch = ProgressWatch(limit_s=10, load_limit_s=40)
     stuck = [observe(watch, now_s, loading=True) for now_s in range(0, 50, 5)]
     assert stuck.index(True) * 5 == 40

@@ -414,7 +414,7 @@ def test_logs_are_printed_with_their_names(home: Path) -> None:
     folder = home / ".local/state/immich-ml-metal"
     folder.mkdir(parents=True)
     (folder / "service.log").write_text("one\ntwo\nthree\n")
-    (folder / "service.engine.log").write_text("loaded\n")
+    (folder / "service.worker.log").write_text("loaded\n")
     out = run(home, "logs", "-n", "2").stdout
     assert f"==> {folder / 'service.log'} <==\ntwo\nthree\n" in out
     assert "loaded" in out

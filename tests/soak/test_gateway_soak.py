@@ -68,7 +68,7 @@ async def ping_until(
     return sorted(took_s)
 
 
-async def test_an_engine_killed_every_two_seconds_costs_no_request(tmp_path: Path) -> None:
+async def test_an_worker_killed_every_two_seconds_costs_no_request(tmp_path: Path) -> None:
     async with gateway_process(tmp_path) as gateway:
         clients = Clients(gateway.client, b"[sleep 0.05]")
         tasks = [asyncio.create_task(clients.run(number)) for number in range(8)]
@@ -105,7 +105,7 @@ async def test_twenty_seconds_of_loading_leave_ping_prompt(tmp_path: Path, troub
     assert p99_ms < 100
 
 
-async def test_79_requests_outlast_an_engine_that_is_gone_for_a_minute(tmp_path: Path) -> None:
+async def test_79_requests_outlast_an_worker_that_is_gone_for_a_minute(tmp_path: Path) -> None:
     (tmp_path / "refuse").touch()
     async with gateway_process(tmp_path) as gateway:
         bodies = [b"%d " % i + os.urandom(400_000) for i in range(79)]
@@ -124,7 +124,7 @@ async def test_79_requests_outlast_an_engine_that_is_gone_for_a_minute(tmp_path:
     assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
 
 
-async def test_an_engine_that_never_comes_costs_the_hold(tmp_path: Path) -> None:
+async def test_an_worker_that_never_comes_costs_the_hold(tmp_path: Path) -> None:
     (tmp_path / "refuse").touch()
     async with gateway_process(tmp_path, hold_limit_s=20) as gateway:
         start_s = time.monotonic()
@@ -148,7 +148,7 @@ async def test_200_idle_stops_that_race_with_requests_fail_none(tmp_path: Path) 
             await asyncio.sleep(number * 0.002)  # from "just asked to stop" to "gone for a while"
             assert (await service.predict(b"%d" % number)).json() == right_answer(b"%d" % number)
         starts = service.gateway.dispatcher.supervisor.starts
-    tell(f"200 requests met 200 stops, {starts} engines")
+    tell(f"200 requests met 200 stops, {starts} workers")
 
 
 async def test_a_stop_under_load_answers_everything_it_accepted(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ async def test_a_stop_under_load_answers_everything_it_accepted(tmp_path: Path) 
     assert took_s < 30
 
 
-async def test_an_engine_that_dies_of_one_picture_in_fifty_serves_the_others(
+async def test_an_worker_that_dies_of_one_picture_in_fifty_serves_the_others(
     tmp_path: Path,
 ) -> None:
     bodies = [b"%d [sleep 0.02]" % i + (b"[abort]" if i % 50 == 25 else b"") for i in range(200)]
@@ -199,7 +199,7 @@ async def test_the_figures_of_the_gateway(tmp_path: Path) -> None:
     tell(f"start to first /ping {wall_s:.2f} s, of CPU {cpu_s:.2f} s, the best of 5")
     tell(f"memory {idle_mb:.0f} MB idle, {busy_mb:.0f} MB after 64 uploads of 500 KB at once")
     tell(
-        f"500 KB alone: engine {statistics.median(direct):.2f} ms, added {added_ms:.2f} ms (median)"
+        f"500 KB alone: worker {statistics.median(direct):.2f} ms, added {added_ms:.2f} ms (median)"
     )
     tell(f"500 KB alone, fastest tenth: added {undisturbed_ms:.2f} ms")
     assert cpu_s < 1.0  # the wall clock measures the neighbours as well
@@ -232,8 +232,8 @@ async def latencies_ms(client: httpx.AsyncClient, picture: bytes) -> list[float]
 
 
 async def direct_latencies_ms(gateway: GatewayProcess, picture: bytes) -> list[float]:
-    """The same on the engine's own socket, without the gateway."""
+    """The same on the worker's own socket, without the gateway."""
     [socket] = {Path(line) for line in gateway.journal("socket")}
     transport = httpx.AsyncHTTPTransport(uds=str(socket))
-    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
         return await latencies_ms(client, picture)

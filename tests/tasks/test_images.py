@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from immich_ml_metal.backends.device import CpuThreads
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage
-from immich_ml_metal.tasks.images import ImageLimits, Picture, PictureCache, decode, resize
+from immich_ml_metal.tasks.images import ImageLimits, Picture, decode, resize
+from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import Bytes
+from immich_ml_metal.worker.picture_cache import PictureCache
 
 LIMITS = ImageLimits(max_pixels=178_956_970, max_side_px=65_535)
 

@@ -10,7 +10,7 @@ from doubles.engines import FILES, FakeModel, FakeStore, Gate, soon, until
 from PIL import Image
 
 from immich_ml_metal.backends.base import AnyModel
-from immich_ml_metal.backends.device import CpuThreads, Device
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import (
     InferenceError,
     InvalidImage,
@@ -22,9 +22,10 @@ from immich_ml_metal.errors import (
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.tasks.clip import TextQuery as SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
-from immich_ml_metal.tasks.images import ImageLimits, Picture, PictureCache, decode
+from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.tasks.text_boxes import TextQuery
 from immich_ml_metal.tasks.text_lines import LineCrop
+from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import (
     ClipTextual,
     ClipVisual,
@@ -43,6 +44,7 @@ from immich_ml_metal.types import (
     TextRecognition,
     TextRegions,
 )
+from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, keep_lines, model_keys
 from immich_ml_metal.worker.pool import Pool
 

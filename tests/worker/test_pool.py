@@ -16,9 +16,9 @@ from doubles.engines import (
     until,
 )
 
-from immich_ml_metal.backends.device import CpuThreads
 from immich_ml_metal.errors import DownloadFailed, InferenceError, LoadFailed
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.pool import Pool
 

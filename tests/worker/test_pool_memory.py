@@ -10,9 +10,10 @@ import pytest
 from doubles.hub import onnx_bytes
 
 from immich_ml_metal.backends.base import AnyModel
-from immich_ml_metal.backends.device import CpuThreads, Device
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import DownloadFailed, LoadFailed, ModelUnavailable
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 from immich_ml_metal.worker.memory import TEXT_TOWER, Backoff, MemoryRules
 from immich_ml_metal.worker.pool import Pool

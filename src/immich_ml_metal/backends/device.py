@@ -7,46 +7,17 @@ outrun one inference spread over all cores.
 """
 
 import asyncio
-import contextvars
-import os
-import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from immich_ml_metal.backends.batcher import Batcher
-from immich_ml_metal.errors import InferenceError
+from immich_ml_metal.threads import contained
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 T = TypeVar("T")
-
-
-def core_count() -> int:
-    """Cores this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def contained(func: Callable[[], T]) -> T:
-    """Call `func` on a thread; what no caller could be given becomes an ordinary error.
-
-    A panic in a Rust library (tokenizers) is no Exception, so nobody would answer for it; asyncio
-    futures refuse StopIteration, so its caller would wait for ever.
-
-    Raises:
-        InferenceError: in place of the two.
-    """
-    try:
-        return func()
-    except StopIteration as exc:
-        raise InferenceError("an iterator ended early (StopIteration)") from exc
-    except Exception:
-        raise
-    except BaseException as exc:  # a panic, see above
-        raise InferenceError(f"{type(exc).__name__}: {exc}") from exc
 
 
 class Device:
@@ -138,25 +109,6 @@ class Device:
         if self._on_exit is not None:
             self._threads.submit(self._on_exit)
         self._threads.shutdown(wait=True)
-
-
-class CpuThreads:
-    """A pool for work that is neither quick nor on a device: decoding, preparing, finishing."""
-
-    def __init__(self, count: int) -> None:
-        """`count` 0 means one per core."""
-        workers = count if count > 0 else core_count()
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="cpu")
-
-    async def run(self, func: Callable[[], T]) -> T:
-        """Await `func()` on a thread of the pool, with the caller's context variables."""
-        context = contextvars.copy_context()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: context.run(contained, func))
-
-    def close(self) -> None:
-        """Let what runs finish and end the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 class _Job(Batcher[None, None]):

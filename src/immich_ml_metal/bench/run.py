@@ -10,7 +10,6 @@ from pathlib import Path
 import httpx
 
 from immich_ml_metal import __version__
-from immich_ml_metal.backends.device import core_count
 from immich_ml_metal.bench.load import Load, run_load, run_once
 from immich_ml_metal.bench.raw import RawRate, raw_rates
 from immich_ml_metal.client.calls import Call, encode, read_pictures, standard_calls
@@ -19,6 +18,7 @@ from immich_ml_metal.client.drawing import draw_preview
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.threads import core_count
 
 Say = Callable[[str], None]
 

@@ -168,7 +168,7 @@ def _self_test(
     """Ask the running service, or one started for the purpose in a process of its own."""
     from immich_ml_metal.client.child import ServiceDidNotStart, running_service
     from immich_ml_metal.client.drawing import draw_preview
-    from immich_ml_metal.client.own_service import NotServing, ask_health, local_url, wake_engine
+    from immich_ml_metal.client.own_service import NotServing, ask_health, local_url, wake_worker
     from immich_ml_metal.doctor.facts import EngineTest
     from immich_ml_metal.doctor.selftest import run_tests
 
@@ -176,7 +176,7 @@ def _self_test(
     picture = draw_preview(0)
 
     def test(url: str) -> "tuple[EngineTest, ...]":
-        wake_engine(url)
+        wake_worker(url)
         return run_tests(url, ask_health(url).engines, missing, facts.names, picture)
 
     try:
@@ -204,7 +204,7 @@ def _logs(settings: "Settings") -> list[Path]:
     from immich_ml_metal.service.choose import log_folder
 
     log = settings.log_file or log_folder() / "service.log"
-    return [file_of(log, "gateway"), file_of(log, "engine"), stderr_of(log)]
+    return [file_of(log, "gateway"), file_of(log, "worker"), stderr_of(log)]
 
 
 def _share(path: Path, facts: "Facts", results: "Sequence[Result]", settings: "Settings") -> None:

@@ -20,7 +20,7 @@ def serve(
         bool,
         typer.Option(
             "--gateway/--no-gateway",
-            help="Hold requests in a small process before the engine, or run it alone.",
+            help="Hold requests in a small process before the worker, or run it alone.",
         ),
     ] = True,
 ) -> None:
@@ -34,7 +34,7 @@ def serve(
         file=config,
         env_file=env_file,
     )
-    configure_logging(settings, "gateway" if gateway else "engine")
+    configure_logging(settings, "gateway" if gateway else "worker")
     for warning in old_names_used(origin):
         log.warning("%s", warning)
     if gateway:
@@ -42,6 +42,6 @@ def serve(
 
         serving.run(settings)
     else:
-        from immich_ml_metal.worker import process as engine
+        from immich_ml_metal.worker import process as worker
 
-        engine.run(settings)
+        worker.run(settings)

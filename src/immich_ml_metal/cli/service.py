@@ -121,12 +121,12 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines of each file.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
 ) -> None:
-    """Print the end of the logs: gateway, engine, and what could not be logged."""
+    """Print the end of the logs: gateway, worker, and what could not be logged."""
     from immich_ml_metal.logs import file_of
     from immich_ml_metal.settings import load_settings
 
     plan = _plan(load_settings(file=default_file()), None, None)
-    files = [plan.log_file, file_of(plan.log_file, "engine"), plan.stderr_file]
+    files = [plan.log_file, file_of(plan.log_file, "worker"), plan.stderr_file]
     present = [file for file in files if file.is_file()]
     if not present:
         typer.echo(f"immich-ml-metal: no log yet at {plan.log_file}", err=True)

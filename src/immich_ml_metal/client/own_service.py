@@ -12,7 +12,7 @@ from immich_ml_metal.immich.requeue import LOST_FROM_STATUS
 from immich_ml_metal.settings import Settings
 
 TIMEOUT_S = 3.0
-START_TIMEOUT_S = 60.0  # of an engine process
+START_TIMEOUT_S = 60.0  # of a worker
 _ANY_HOST = frozenset({"0.0.0.0", "::", "[::]", ""})
 GREETING = "Immich ML"  # what `GET /` answers, here and in the official service
 
@@ -84,24 +84,24 @@ def failed_answers(url: str, client: httpx.Client | None = None) -> int:
 
 
 def _version(health: Mapping[str, Any]) -> str:
-    """The engine alone says `version`, the gateway `versions.service`."""
+    """The worker alone says `version`, the gateway `versions.service`."""
     versions = health.get("versions")
     nested = versions.get("service") if isinstance(versions, dict) else None
     return str(health.get("version") or nested or "")
 
 
 def _engines(health: Mapping[str, Any]) -> dict[str, str]:
-    """The engine table; the gateway shows its engine's last `/health` under `engine.health`."""
+    """The engine table; the gateway shows its worker's last `/health` under `worker.health`."""
     node: Any = health
-    for step in ("engine", "health"):
+    for step in ("worker", "health"):
         if "engines" not in node and isinstance(node.get(step), dict):
             node = node[step]
     table = node.get("engines")
     return {str(k): str(v) for k, v in table.items()} if isinstance(table, dict) else {}
 
 
-def wake_engine(url: str) -> None:
-    """Make a gateway start its engine, which may be stopped for being idle; nothing is loaded.
+def wake_worker(url: str) -> None:
+    """Make a gateway start its worker, which may be stopped for being idle; nothing is loaded.
 
     Raises:
         NotServing: there is no answer.
@@ -114,7 +114,7 @@ def wake_engine(url: str) -> None:
             trust_env=False,
         )
     except httpx.HTTPError as exc:
-        raise NotServing(f"the engine behind {url} does not start: {type(exc).__name__}") from exc
+        raise NotServing(f"the worker behind {url} does not start: {type(exc).__name__}") from exc
 
 
 def _get(url: str, path: str, client: httpx.Client | None) -> httpx.Response:

@@ -1,1 +1,1 @@
-"""The process in front: takes requests in and holds them until the engine has answered."""
+"""The process in front: takes requests in and holds them until the worker has answered."""

@@ -1,4 +1,4 @@
-"""The public face: takes requests in, holds them until the engine has answered, is always there.
+"""The public face: takes requests in, holds them until the worker has answered, is always there.
 
 Knows nothing about models, pictures or what a request asks for.
 """
@@ -37,17 +37,17 @@ logger = logging.getLogger(__name__)
 Scope = Mapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-ENGINE_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
+WORKER_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
 
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
 _RETRY = (b"retry-after", b"30")
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _HEAD_BYTES = 4096
-_ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the engine's part
+_ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's part
 
 
 class Gateway:
-    """The ASGI app; its lifespan is the engine's.
+    """The ASGI app; its lifespan is the worker's.
 
     `pages` are apps that answer GET on further paths: the path itself and all below it.
     """
@@ -56,7 +56,7 @@ class Gateway:
         self,
         settings: Settings,
         *,
-        command: Sequence[str] = ENGINE_COMMAND,
+        command: Sequence[str] = WORKER_COMMAND,
         pages: Mapping[str, App] | None = None,
         companions: Companions | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class Gateway:
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
         self.crashes = CrashRecord(
-            max_crashes=settings.engine_max_crashes, window_s=settings.engine_crash_window_s
+            max_crashes=settings.worker_max_crashes, window_s=settings.worker_crash_window_s
         )
         self.dispatcher = Dispatcher(
             command,
@@ -103,7 +103,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Own an engine for the length of the block; it starts at once, and is not waited for."""
+        """Own a worker for the length of the block; it starts at once, and is not waited for."""
         tasks = [
             asyncio.create_task(self.dispatcher.supervisor.run()),
             asyncio.create_task(self.watch.run()),
@@ -126,8 +126,8 @@ class Gateway:
     def _feed_gauges(self) -> None:
         queue, supervisor = self.dispatcher.queue, self.dispatcher.supervisor
         self.metrics.in_flight.set_function(lambda: float(self.open_requests))
-        self.metrics.watch_queue("engine", lambda: float(queue.waiting))
-        self.metrics.engine_up.set_function(lambda: float(supervisor.state is State.READY))
+        self.metrics.watch_queue("worker", lambda: float(queue.waiting))
+        self.metrics.worker_up.set_function(lambda: float(supervisor.state is State.READY))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""
@@ -192,8 +192,8 @@ class Gateway:
 
     async def _metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = {"gateway": self.metrics.render()}
-        if (engine := await self.watch.ask_metrics(_ASK_TIMEOUT_S)) is not None:
-            parts["engine"] = engine
+        if (worker := await self.watch.ask_metrics(_ASK_TIMEOUT_S)) is not None:
+            parts["worker"] = worker
         await reply(send, 200, [(b"content-type", CONTENT_TYPE.encode())], merge(parts))
 
     async def _predict(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
@@ -233,7 +233,7 @@ class Gateway:
             return 500
         counts.answered += 1
         if answer.status >= 500:
-            self._note_failure(f"the engine answered {answer.status}")
+            self._note_failure(f"the worker answered {answer.status}")
         await reply(send, answer.status, answer.headers, answer.body)
         return answer.status
 
@@ -266,7 +266,7 @@ def _reception(settings: Settings) -> Reception:
 
 
 async def _follow(gateway: Gateway, receive: Receive, send: Send) -> None:
-    """The lifespan protocol: up at once, down when the engine is gone."""
+    """The lifespan protocol: up at once, down when the worker is gone."""
     await receive()
     async with gateway.running():
         await send({"type": "lifespan.startup.complete"})

@@ -1,4 +1,4 @@
-"""An upload, kept until it is answered so that it can be sent to the engine again."""
+"""An upload, kept until it is answered so that it can be sent to the worker again."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""HTTP to the engine over its unix socket: one connection per exchange, so that none is ever stale.
+"""HTTP to the worker over its unix socket: one connection per exchange, so that none is ever stale.
 
 httpx was measured first: it adds 2.8 ms to a 500 KB picture and 5 MB to the process.
 """
@@ -21,18 +21,18 @@ _HOP_HEADERS = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"date", b"server"}
 )
 
-# No descriptors left here, or no place in the engine's backlog: the engine is not lost for that.
+# No descriptors left here, or no place in the worker's backlog: the worker is not lost for that.
 _TRY_AGAIN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EAGAIN, errno.ENOTCONN})
 _TRY_AGAIN_S = 0.1
 
 
-class EngineLost(Exception):
-    """The engine closed the connection, or was not there, before its answer was complete."""
+class WorkerLost(Exception):
+    """The worker closed the connection, or was not there, before its answer was complete."""
 
 
 @dataclass(slots=True)
-class EngineAnswer:
-    """A complete answer of the engine; `headers` without those of the connection."""
+class WorkerAnswer:
+    """A complete answer of the worker; `headers` without those of the connection."""
 
     status: int = 0
     headers: Headers = field(default_factory=list)
@@ -43,7 +43,7 @@ class _AnswerParser:
     """Collects one answer; httptools calls these methods while it is fed."""
 
     def __init__(self) -> None:
-        self.answer = EngineAnswer()
+        self.answer = WorkerAnswer()
         self.complete = False
         self._chunks: list[bytes] = []
         self._parser = httptools.HttpResponseParser(self)
@@ -66,17 +66,17 @@ class _AnswerParser:
         self.complete = True
 
 
-async def get(path: Path, page: str, *, timeout_s: float) -> EngineAnswer:
-    """Ask the engine a question of our own.
+async def get(path: Path, page: str, *, timeout_s: float) -> WorkerAnswer:
+    """Ask the worker a question of our own.
 
     Raises:
-        EngineLost: no complete answer within `timeout_s`.
+        WorkerLost: no complete answer within `timeout_s`.
     """
     try:
         async with asyncio.timeout(timeout_s):
             return await exchange(path, f"GET {page}", [], 0, None)
     except TimeoutError as exc:
-        raise EngineLost(f"no answer to {page} within {timeout_s:g} s") from exc
+        raise WorkerLost(f"no answer to {page} within {timeout_s:g} s") from exc
 
 
 async def exchange(
@@ -85,13 +85,13 @@ async def exchange(
     headers: Headers,
     size_bytes: int,
     body: AsyncIterator[list[bytes]] | None,
-) -> EngineAnswer:
+) -> WorkerAnswer:
     """Send one request (`GET /ping`) to the socket at `path`, and read the whole answer.
 
-    Cancelling closes the connection, which the engine sees as a client that hung up.
+    Cancelling closes the connection, which the worker sees as a client that hung up.
 
     Raises:
-        EngineLost: the connection ended before the answer was complete.
+        WorkerLost: the connection ended before the answer was complete.
     """
     connection = await _connect(path)
     try:
@@ -107,7 +107,7 @@ async def _connect(path: Path) -> socket.socket:
             return await _try_to_connect(path)
         except OSError as exc:
             if exc.errno not in _TRY_AGAIN:
-                raise EngineLost(f"cannot connect to the engine: {exc.strerror}") from exc
+                raise WorkerLost(f"cannot connect to the worker: {exc.strerror}") from exc
         await asyncio.sleep(_TRY_AGAIN_S)
 
 
@@ -126,7 +126,7 @@ async def _try_to_connect(path: Path) -> socket.socket:
 async def _request(
     request: str, headers: Headers, size_bytes: int, body: AsyncIterator[list[bytes]] | None
 ) -> AsyncIterator[list[bytes]]:
-    lines = [f"{request} HTTP/1.1".encode(), b"host: engine", b"connection: close"]
+    lines = [f"{request} HTTP/1.1".encode(), b"host: worker", b"connection: close"]
     lines += [name + b": " + value for name, value in headers]
     if body is not None:
         lines.append(b"content-length: %d" % size_bytes)
@@ -137,7 +137,7 @@ async def _request(
 
 
 async def _send(connection: socket.socket, pieces: AsyncIterator[list[bytes]]) -> None:
-    """Send as much as the engine takes.
+    """Send as much as the worker takes.
 
     It may answer before it has read everything; then that answer counts, not the broken pipe. An
     asyncio transport would close both directions: hence the plain socket.
@@ -149,14 +149,14 @@ async def _send(connection: socket.socket, pieces: AsyncIterator[list[bytes]]) -
                 await loop.sock_sendall(connection, piece)
 
 
-async def _read_answer(connection: socket.socket) -> EngineAnswer:
+async def _read_answer(connection: socket.socket) -> WorkerAnswer:
     loop = asyncio.get_running_loop()
     parser = _AnswerParser()
     try:
         while not parser.complete:
             if not (received := await loop.sock_recv(connection, _READ_BYTES)):
-                raise EngineLost("the engine closed the connection before it answered")
+                raise WorkerLost("the worker closed the connection before it answered")
             parser.feed(received)
     except (OSError, httptools.HttpParserError) as exc:
-        raise EngineLost(f"the connection to the engine broke: {exc}") from exc
+        raise WorkerLost(f"the connection to the worker broke: {exc}") from exc
     return parser.answer

@@ -1,4 +1,4 @@
-"""How often the engine died, how long to wait before the next try, and what is told about it."""
+"""How often the worker died, how long to wait before the next try, and what is told about it."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class Failure:
 
 
 class CrashRecord:
-    """The deaths of engines that had answered nothing since the death before.
+    """The deaths of workers that had answered nothing since the death before.
 
-    An engine that answers between two deaths is of use, however often it dies: its requests are
+    A worker that answers between two deaths is of use, however often it dies: its requests are
     replayed. One that only dies is tried again after longer and longer pauses.
     """
 
@@ -36,7 +36,7 @@ class CrashRecord:
         self.note_failure(cause)
 
     def note_answer(self) -> None:
-        """The engine has answered a request."""
+        """The worker has answered a request."""
         self._fruitless.clear()
 
     def note_failure(self, cause: str) -> None:
@@ -45,7 +45,7 @@ class CrashRecord:
         self.failures.append(Failure(when, cause))
 
     def is_looping(self, now_s: float) -> bool:
-        """Whether the engine only dies: a request sent now is likely to fail."""
+        """Whether the worker only dies: a request sent now is likely to fail."""
         while self._fruitless and self._fruitless[0] <= now_s - self._window_s:
             self._fruitless.popleft()
         return len(self._fruitless) >= self._max_crashes

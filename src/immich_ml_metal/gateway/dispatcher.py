@@ -1,7 +1,7 @@
-"""Brings the waiting requests and the engine together; decides alone when an engine may stop.
+"""Brings the waiting requests and the worker together; decides alone when a worker may stop.
 
 Every decision is a synchronous step on the event loop, so no request can slip in between "nobody is
-waiting" and "stop the engine".
+waiting" and "stop the worker".
 """
 
 import asyncio
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from immich_ml_metal.errors import InferenceError, Overloaded
 from immich_ml_metal.gateway.body import Body
-from immich_ml_metal.gateway.client import EngineAnswer, EngineLost, exchange
+from immich_ml_metal.gateway.client import WorkerAnswer, WorkerLost, exchange
 from immich_ml_metal.gateway.crashes import CrashRecord
-from immich_ml_metal.gateway.process import EngineProcess
+from immich_ml_metal.gateway.process import WorkerProcess
 from immich_ml_metal.gateway.replay import Condemned, Job, JobQueue
 from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
 from immich_ml_metal.logs import REQUEST_ID_HEADER
@@ -37,7 +37,7 @@ class Counts:
 
 
 class Dispatcher:
-    """Sends requests to the engine in order of arrival, `limit` at once, and sends them again."""
+    """Sends requests to the worker in order of arrival, `limit` at once, and sends them again."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class Dispatcher:
         self.counts = Counts()
         self.crashes = crashes
         self.last_active_s = time.monotonic()
-        self.served_by_engine = 0
+        self.served_by_worker = 0
         self.supervisor = Supervisor(
             command,
             settings_json,
             crashes=crashes,
-            on_ready=self._engine_ready,
-            on_end=self._engine_ended,
+            on_ready=self._worker_ready,
+            on_end=self._worker_ended,
         )
         self._limit = limit
         self._metrics = metrics
@@ -67,13 +67,13 @@ class Dispatcher:
         self._stop_when_clear: Order | None = None
 
     def expect(self) -> None:
-        """A request is on its way: an engine may start while the upload comes in."""
+        """A request is on its way: a worker may start while the upload comes in."""
         self.last_active_s = time.monotonic()
         self.supervisor.wake()
 
     def submit(self, body: Body, content_type: bytes, request_id: str) -> Job:
-        """Queue a request; its `answer` gets the engine's answer or raises `Condemned`."""
-        answer: asyncio.Future[EngineAnswer] = asyncio.get_running_loop().create_future()
+        """Queue a request; its `answer` gets the worker's answer or raises `Condemned`."""
+        answer: asyncio.Future[WorkerAnswer] = asyncio.get_running_loop().create_future()
         job = Job(next(self._numbers), body, content_type, request_id, answer)
         self.queue.add(job)
         self.expect()
@@ -81,7 +81,7 @@ class Dispatcher:
         return job
 
     def withdraw(self, job: Job) -> None:
-        """Forget a request, answered or not; the engine sees its connection close."""
+        """Forget a request, answered or not; the worker sees its connection close."""
         if (task := self._sending.pop(job, None)) is not None:
             task.cancel()
         self.queue.remove(job)
@@ -89,12 +89,12 @@ class Dispatcher:
         self._pump()
 
     def recycle(self, order: Order) -> None:
-        """End the engine as soon as it works on nothing; requests wait meanwhile."""
+        """End the worker as soon as it works on nothing; requests wait meanwhile."""
         self._stop_when_clear = order
         self._pump()
 
     def stop_if_idle(self, order: Order) -> bool:
-        """End the engine if no request is here."""
+        """End the worker if no request is here."""
         if self.supervisor.state is not State.READY or self.queue.waiting or self.queue.running:
             return False
         self.supervisor.end(order)
@@ -107,17 +107,17 @@ class Dispatcher:
                 job.answer.set_exception(Overloaded(reason))
 
     def _pump(self) -> None:
-        engine = self.supervisor.engine
-        if self.supervisor.state is not State.READY or engine is None:
+        worker = self.supervisor.worker
+        if self.supervisor.state is not State.READY or worker is None:
             return
         if self._stop_when_clear is not None:
             if not self.queue.running:
                 self.supervisor.end(self._stop_when_clear)
             return
         for job in self.queue.take(self._limit):
-            self._sending[job] = asyncio.create_task(self._send(job, engine))
+            self._sending[job] = asyncio.create_task(self._send(job, worker))
 
-    async def _send(self, job: Job, engine: EngineProcess) -> None:
+    async def _send(self, job: Job, worker: WorkerProcess) -> None:
         headers = [
             (b"content-type", job.content_type),
             (REQUEST_ID_HEADER.lower().encode(), job.request_id.encode()),
@@ -125,32 +125,32 @@ class Dispatcher:
         size_bytes = job.body.size_bytes
         try:
             answer = await exchange(
-                engine.socket, "POST /predict", headers, size_bytes, job.body.pieces()
+                worker.socket, "POST /predict", headers, size_bytes, job.body.pieces()
             )
-        except EngineLost as exc:  # the request is sent again once that engine is known to be gone
+        except WorkerLost as exc:  # the request is sent again once that worker is known to be gone
             self.supervisor.end(Order(str(exc), fault=True, grace_s=LAST_WORDS_S))
             return
         except OSError as exc:
             job.answer.set_exception(InferenceError(f"cannot read an upload back: {exc.strerror}"))
             return
         self._sending.pop(job, None)
-        self.served_by_engine += 1
+        self.served_by_worker += 1
         self.crashes.note_answer()
         job.answer.set_result(answer)
 
-    def _engine_ready(self) -> None:
-        self.served_by_engine = 0
+    def _worker_ready(self) -> None:
+        self.served_by_worker = 0
         self.last_active_s = time.monotonic()
         if suspects := self.queue.suspects:
             logger.info("sending requests again one_by_one=%d", suspects)
         self._pump()
 
-    def _engine_ended(self, end: End) -> None:
+    def _worker_ended(self, end: End) -> None:
         for task in self._sending.values():
             task.cancel()
         self._sending.clear()
         self._stop_when_clear = None
-        self._metrics.engine_restarts.labels("crash" if end.fault else end.cause).inc()
+        self._metrics.worker_restarts.labels("crash" if end.fault else end.cause).inc()
         in_flight = self.queue.running
         if not end.fault:
             self.queue.return_running()

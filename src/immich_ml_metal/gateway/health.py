@@ -31,10 +31,10 @@ def report(gateway: "Gateway") -> dict[str, Any]:
             "memory_bytes": own_bytes,
             "memory_peak_bytes": max(own_bytes or 0, _own_peak_bytes()),
         },
-        "engine": _engine(gateway, now_s),
+        "worker": _worker(gateway, now_s),
         "queue": _queue(gateway),
         "requests": asdict(gateway.dispatcher.counts),
-        "engine_starts": supervisor.starts,
+        "worker_starts": supervisor.starts,
         "failures": {
             "by_cause": Counter(failure.cause for failure in crashes.failures),
             "recent": [asdict(failure) for failure in crashes.failures],
@@ -52,7 +52,7 @@ def _status(gateway: "Gateway", now_s: float) -> str:
     return "ok" if state in {State.READY, State.IDLE} else str(state)
 
 
-def _engine(gateway: "Gateway", now_s: float) -> dict[str, Any]:
+def _worker(gateway: "Gateway", now_s: float) -> dict[str, Any]:
     supervisor, watch = gateway.dispatcher.supervisor, gateway.watch
     watch.measure()
     known: dict[str, Any] = {
@@ -61,8 +61,8 @@ def _engine(gateway: "Gateway", now_s: float) -> dict[str, Any]:
         "memory_peak_bytes": watch.memory_peak_bytes,
         "pause_s": gateway.crashes.pause_s() if supervisor.state is State.PAUSE else None,
     }
-    if (engine := supervisor.engine) is not None:
-        known |= {"pid": engine.pid, "age_s": round(now_s - engine.started_s, 1)}
+    if (worker := supervisor.worker) is not None:
+        known |= {"pid": worker.pid, "age_s": round(now_s - worker.started_s, 1)}
     if watch.health is not None:
         known |= {"health": watch.health, "health_age_s": round(now_s - watch.health_s, 1)}
     return known

@@ -11,7 +11,7 @@ from typing import Any
 from immich_ml_metal.errors import Overloaded
 from immich_ml_metal.gateway.admission import ClientGone, Receive, Reception
 from immich_ml_metal.gateway.body import Body
-from immich_ml_metal.gateway.client import EngineAnswer
+from immich_ml_metal.gateway.client import WorkerAnswer
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.replay import REMEMBER_S, Condemned, Job, Quarantine
 
@@ -33,17 +33,17 @@ class Holding:
 
     async def answer(
         self, headers: Mapping[bytes, bytes], receive: Receive, request_id: str
-    ) -> EngineAnswer:
-        """Get the engine's answer, whatever becomes of engines meanwhile.
+    ) -> WorkerAnswer:
+        """Get the worker's answer, whatever becomes of workers meanwhile.
 
         Raises:
             ImageTooLarge: the upload is over the limit.
             TimedOut: the client stopped sending.
             ClientGone: the client hung up.
-            Condemned: the request ended every engine that worked on it.
+            Condemned: the request ended every worker that worked on it.
             Overloaded: it was held as long as it could be.
         """
-        put_off: list[EngineAnswer] = []
+        put_off: list[WorkerAnswer] = []
         try:
             async with asyncio.timeout(self._hold_limit_s):
                 return await self._answer(headers, receive, request_id, put_off)
@@ -51,7 +51,7 @@ class Holding:
             if put_off:
                 return put_off[-1]  # it says why
             state = self._dispatcher.supervisor.state
-            reason = f"held for {self._hold_limit_s:g} s, the engine's state is {state}"
+            reason = f"held for {self._hold_limit_s:g} s, the worker's state is {state}"
             raise Overloaded(reason) from exc
 
     async def _answer(
@@ -59,8 +59,8 @@ class Holding:
         headers: Mapping[bytes, bytes],
         receive: Receive,
         request_id: str,
-        put_off: list[EngineAnswer],
-    ) -> EngineAnswer:
+        put_off: list[WorkerAnswer],
+    ) -> WorkerAnswer:
         self._dispatcher.expect()
         body, lease = await self.reception.take(receive, _declared_bytes(headers))
         try:
@@ -101,12 +101,12 @@ class Holding:
 
     async def _dispatch(
         self, body: Body, content_type: bytes, receive: Receive, request_id: str
-    ) -> EngineAnswer:
+    ) -> WorkerAnswer:
         job = self._dispatcher.submit(body, content_type, request_id)
         try:
             return await _answer_or_gone(job, receive)
         except Condemned as exc:
-            reason = f"the engine ended each time it worked on this ({exc})"
+            reason = f"the worker ended each time it worked on this ({exc})"
             self.quarantine.add(await body.digest(content_type), reason, time.monotonic())
             raise Condemned(reason) from exc
         finally:
@@ -120,8 +120,8 @@ class Holding:
             raise Condemned(f"{reason}; it is not tried again for {REMEMBER_S:g} s")
 
 
-def _pause_s(answer: EngineAnswer) -> float | None:
-    """When the engine wants to be asked again, None if its answer is final.
+def _pause_s(answer: WorkerAnswer) -> float | None:
+    """When the worker wants to be asked again, None if its answer is final.
 
     Only what may pass by itself, a download above all, is answered 503 with `Retry-After`.
     """
@@ -131,7 +131,7 @@ def _pause_s(answer: EngineAnswer) -> float | None:
     return max(_MIN_PAUSE_S, float(after))
 
 
-async def _answer_or_gone(job: Job, receive: Receive) -> EngineAnswer:
+async def _answer_or_gone(job: Job, receive: Receive) -> WorkerAnswer:
     gone = asyncio.ensure_future(_until_gone(receive))
     either: set[asyncio.Future[Any]] = {job.answer, gone}
     try:

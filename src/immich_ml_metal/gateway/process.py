@@ -1,4 +1,4 @@
-"""The engine as a child process: start it, know when it is ready and when it is gone, end it."""
+"""The worker as a child process: start it, know when it is ready and when it is gone, end it."""
 
 import asyncio
 import contextlib
@@ -9,13 +9,13 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from pathlib import Path
 
-from immich_ml_metal.gateway import client as engine_client
-from immich_ml_metal.gateway.client import EngineLost
+from immich_ml_metal.gateway import client as worker_client
+from immich_ml_metal.gateway.client import WorkerLost
 
 _READY_POLL_S = 0.05
 
 
-class EngineProcess:
+class WorkerProcess:
     """One child, in a session of its own: a Ctrl-C in the terminal reaches only the gateway.
 
     Its standard input stays open for as long as this process lives; its end tells the child to go.
@@ -31,7 +31,7 @@ class EngineProcess:
     @classmethod
     async def start(
         cls, command: Sequence[str], settings_json: str, socket: Path
-    ) -> "EngineProcess":
+    ) -> "WorkerProcess":
         """Run `command SOCKET` and send it the settings.
 
         Raises:
@@ -46,10 +46,10 @@ class EngineProcess:
         return cls(process, socket)
 
     async def ready(self) -> None:
-        """Return once the engine answers."""
+        """Return once the worker answers."""
         while True:
-            with contextlib.suppress(EngineLost):
-                answer = await engine_client.get(self.socket, "/ping", timeout_s=5)
+            with contextlib.suppress(WorkerLost):
+                answer = await worker_client.get(self.socket, "/ping", timeout_s=5)
                 if answer.status == 200:
                     return
             await asyncio.sleep(_READY_POLL_S)

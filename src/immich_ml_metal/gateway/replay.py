@@ -1,7 +1,7 @@
-"""Which request goes to the engine next, and which of them ended it.
+"""Which request goes to the worker next, and which of them ended it.
 
-After the death of an engine, the requests it worked on are sent again one at a time, in the order
-they arrived, before anything else: one that kills engines dies alone and is known. Plain state, no
+After the death of a worker, the requests it worked on are sent again one at a time, in the order
+they arrived, before anything else: one that kills workers dies alone and is known. Plain state, no
 I/O.
 """
 
@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from immich_ml_metal.gateway.body import Body
-from immich_ml_metal.gateway.client import EngineAnswer
+from immich_ml_metal.gateway.client import WorkerAnswer
 
 MAX_DEATHS = 2
 # A SIGKILL comes from outside, from a person or a kernel out of memory: two of them prove nothing.
@@ -22,19 +22,19 @@ _REMEMBER_MAX = 1000
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One accepted request. `deaths` counts the engines that ended while they worked on it."""
+    """One accepted request. `deaths` counts the workers that ended while they worked on it."""
 
     number: int
     body: Body
     content_type: bytes
     request_id: str
-    answer: "asyncio.Future[EngineAnswer]"
+    answer: "asyncio.Future[WorkerAnswer]"
     deaths: int = 0
     causes: list[str] = field(default_factory=list)
 
 
 class Condemned(Exception):
-    """The request was in flight at as many engine deaths as a request may be."""
+    """The request was in flight at as many worker deaths as a request may be."""
 
 
 class JobQueue:
@@ -49,17 +49,17 @@ class JobQueue:
 
     @property
     def waiting(self) -> int:
-        """Requests that are not with the engine."""
+        """Requests that are not with the worker."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests that the engine works on."""
+        """Requests that the worker works on."""
         return len(self._running)
 
     @property
     def suspects(self) -> int:
-        """Waiting requests that were in flight when an engine died."""
+        """Waiting requests that were in flight when a worker died."""
         return sum(job.deaths > 0 for job in self._waiting)
 
     def everything(self) -> list[Job]:
@@ -71,7 +71,7 @@ class JobQueue:
         bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
 
     def take(self, limit: int) -> list[Job]:
-        """Move to the engine what it may have next, `limit` at once; a suspect goes alone."""
+        """Move to the worker what it may have next, `limit` at once; a suspect goes alone."""
         if any(job.deaths for job in self._running):
             return []
         count = limit - len(self._running)
@@ -109,7 +109,7 @@ class JobQueue:
 
 
 class Quarantine:
-    """Remembers for a while which contents ended engines, and why."""
+    """Remembers for a while which contents ended workers, and why."""
 
     def __init__(self, remember_s: float = REMEMBER_S) -> None:
         self._remember_s = remember_s

@@ -10,7 +10,7 @@ from types import FrameType
 
 import uvicorn
 
-from immich_ml_metal.gateway.app import ENGINE_COMMAND, App, Gateway
+from immich_ml_metal.gateway.app import WORKER_COMMAND, App, Gateway
 from immich_ml_metal.gateway.patient import PatientProtocol
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
@@ -18,7 +18,7 @@ from immich_ml_metal.system.listen import listen
 
 logger = logging.getLogger(__name__)
 
-# Of the drain limit, kept for ending the engine and the connections.
+# Of the drain limit, kept for ending the worker and the connections.
 _END_RESERVE_S = 3.0
 # A client between two requests sends its next one on its open connection within this time, and is
 # told with the answer that the connection ends.
@@ -31,7 +31,7 @@ _OPEN_FILES = 8192
 class GatewayServer(uvicorn.Server):
     """uvicorn with the gateway's signals.
 
-    SIGTERM and SIGINT drain, a second one ends at once; SIGHUP restarts the engine when clear.
+    SIGTERM and SIGINT drain, a second one ends at once; SIGHUP restarts the worker when clear.
     """
 
     def __init__(self, gateway: Gateway) -> None:
@@ -100,7 +100,7 @@ class GatewayServer(uvicorn.Server):
 def run(
     settings: Settings,
     *,
-    command: Sequence[str] = ENGINE_COMMAND,
+    command: Sequence[str] = WORKER_COMMAND,
     pages: Mapping[str, App] | None = None,
 ) -> None:
     """Serve until a signal ends it.

@@ -1,4 +1,4 @@
-"""Keeps an engine running for as long as one is wanted. Knows nothing about requests.
+"""Keeps a worker running for as long as one is wanted. Knows nothing about requests.
 
 idle ──wake──▶ pause ──▶ starting ──▶ ready ──▶ stopping ──▶ idle or pause
                  ▲                      │
@@ -18,7 +18,7 @@ from typing import Any
 
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.gateway.crashes import CrashRecord
-from immich_ml_metal.gateway.process import EngineProcess, describe
+from immich_ml_metal.gateway.process import WorkerProcess, describe
 from immich_ml_metal.worker.process import EXIT_BAD_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ _LAST_STOP_LIMIT_S = 2.0
 LAST_WORDS_S = 1.0
 
 # What a person or the kernel sends; failing libraries raise SIGABRT, SIGSEGV, SIGBUS, SIGTRAP. An
-# engine that somebody else tells to end (SIGTERM, SIGINT) does so tidily, with status 0.
+# worker that somebody else tells to end (SIGTERM, SIGINT) does so tidily, with status 0.
 _FROM_OUTSIDE = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 _TMP_PATH_MAX = 60
 
 
 class State(StrEnum):
-    """Where the engine stands, as on `/health`."""
+    """Where the worker stands, as on `/health`."""
 
     IDLE = "idle"
     PAUSE = "pause"
@@ -50,9 +50,9 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Ends the engine: for a fault at once (or after `grace_s` to end by itself), else politely.
+    """Ends the worker: for a fault at once (or after `grace_s` to end by itself), else politely.
 
-    `again` wants another engine afterwards, whether a request waits or not.
+    `again` wants another worker afterwards, whether a request waits or not.
     """
 
     reason: str
@@ -63,7 +63,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How an engine ended. `from_outside`: by a signal that was neither ours nor a crash."""
+    """How a worker ended. `from_outside`: by a signal that was neither ours nor a crash."""
 
     cause: str
     fault: bool
@@ -71,7 +71,7 @@ class End:
 
 
 class Supervisor:
-    """Owns the engine process. Event loop only.
+    """Owns the worker process. Event loop only.
 
     `on_ready` and `on_end` are called synchronously at those transitions.
     """
@@ -86,7 +86,7 @@ class Supervisor:
         on_end: Callable[[End], None],
     ) -> None:
         self.state = State.IDLE
-        self.engine: EngineProcess | None = None
+        self.worker: WorkerProcess | None = None
         self.starts = 0
         self._command = command
         self._settings_json = settings_json
@@ -101,11 +101,11 @@ class Supervisor:
         return f"<Supervisor: {self.state}, {self.starts} starts>"
 
     def wake(self) -> None:
-        """An engine is wanted: start one if there is none and none is on its way."""
+        """A worker is wanted: start one if there is none and none is on its way."""
         self._wanted.set()
 
     def end(self, order: Order) -> None:
-        """End the current engine. The first order counts; an engine that is ending needs none."""
+        """End the current worker. The first order counts; a worker that is ending needs none."""
         if self._order is None or self._order.done():
             return
         if not order.again:
@@ -113,10 +113,10 @@ class Supervisor:
         self._order.set_result(order)
 
     async def run(self) -> None:
-        """Start, watch, restart, until cancelled; then stop the engine.
+        """Start, watch, restart, until cancelled; then stop the worker.
 
         Raises:
-            ConfigError: the first engine refuses its settings, as every other one would.
+            ConfigError: the first worker refuses its settings, as every other one would.
         """
         with tempfile.TemporaryDirectory(
             prefix="immich-ml-", dir=_short_folder(), ignore_cleanup_errors=True
@@ -132,65 +132,65 @@ class Supervisor:
         self.state = State.STARTING
         self.starts += 1
         self._order = asyncio.get_running_loop().create_future()
-        socket = folder / f"engine-{self.starts}.sock"
+        socket = folder / f"worker-{self.starts}.sock"
         try:
-            engine = await EngineProcess.start(self._command, self._settings_json, socket)
+            worker = await WorkerProcess.start(self._command, self._settings_json, socket)
         except OSError as exc:
             self._ended(End(f"cannot start: {exc.strerror}", fault=True))
             return
-        self.engine = engine
+        self.worker = worker
         try:
-            end = await self._watch(engine, self._order)
+            end = await self._watch(worker, self._order)
         finally:  # cancelled: the gateway ends
-            if not engine.gone.done():
-                await engine.stop(_LAST_STOP_LIMIT_S)
-            self.engine = None
+            if not worker.gone.done():
+                await worker.stop(_LAST_STOP_LIMIT_S)
+            self.worker = None
         self._ended(end)
 
-    async def _watch(self, engine: EngineProcess, order: "asyncio.Future[Order]") -> End:
-        ready = asyncio.ensure_future(engine.ready())
-        ends: set[asyncio.Future[Any]] = {engine.gone, order}
+    async def _watch(self, worker: WorkerProcess, order: "asyncio.Future[Order]") -> End:
+        ready = asyncio.ensure_future(worker.ready())
+        ends: set[asyncio.Future[Any]] = {worker.gone, order}
         try:
             await asyncio.wait(
                 {ready, *ends}, timeout=START_LIMIT_S, return_when=asyncio.FIRST_COMPLETED
             )
-            if not (ready.done() or engine.gone.done() or order.done()):
+            if not (ready.done() or worker.gone.done() or order.done()):
                 self.end(Order(f"not ready within {START_LIMIT_S:g} s", fault=True))
         finally:
             ready.cancel()
-        if not (engine.gone.done() or order.done()):
+        if not (worker.gone.done() or order.done()):
             self.state = State.READY
             self._was_ready = True
-            logger.info("engine ready pid=%d after_s=%.1f", engine.pid, _age_s(engine))
+            logger.info("worker ready pid=%d after_s=%.1f", worker.pid, _age_s(worker))
             self._on_ready()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        return await self._stop(engine, order)
+        return await self._stop(worker, order)
 
-    async def _stop(self, engine: EngineProcess, order: "asyncio.Future[Order]") -> End:
+    async def _stop(self, worker: WorkerProcess, order: "asyncio.Future[Order]") -> End:
         self.state = State.STOPPING
-        if not engine.gone.done():
-            await asyncio.wait({engine.gone}, timeout=order.result().grace_s)
-        if engine.gone.done():
-            status = await engine.kill()
+        if not worker.gone.done():
+            await asyncio.wait({worker.gone}, timeout=order.result().grace_s)
+        if worker.gone.done():
+            status = await worker.kill()
             if status == EXIT_BAD_SETTINGS and not self._was_ready:
-                raise ConfigError("the engine refuses its settings; its own message says why")
+                raise ConfigError("the worker refuses its settings; its own message says why")
             cause = describe(status)
             return End(cause, fault=True, from_outside=status in _FROM_OUTSIDE)
         asked = order.result()
         if asked.fault:
-            await engine.kill()
+            await worker.kill()
         else:
-            await engine.stop(STOP_LIMIT_S)
+            await worker.stop(STOP_LIMIT_S)
         return End(asked.reason, fault=asked.fault)
 
     def _ended(self, end: End) -> None:
         self._order = None
         self.state = State.PAUSE
         if end.fault:
-            self._crashes.note_crash(f"engine ended: {end.cause}", time.monotonic())
-            logger.error("engine ended cause=%r pause_s=%.1f", end.cause, self._crashes.pause_s())
+            self._crashes.note_crash(f"worker ended: {end.cause}", time.monotonic())
+            logger.error("worker ended cause=%r pause_s=%.1f", end.cause, self._crashes.pause_s())
         else:
-            logger.info("engine stopped reason=%r", end.cause)
+            logger.info("worker stopped reason=%r", end.cause)
         self._on_end(end)
 
 
@@ -199,5 +199,5 @@ def _short_folder() -> str | None:
     return "/tmp" if len(tempfile.gettempdir()) > _TMP_PATH_MAX else None
 
 
-def _age_s(engine: EngineProcess) -> float:
-    return time.monotonic() - engine.started_s
+def _age_s(worker: WorkerProcess) -> float:
+    return time.monotonic() - worker.started_s

@@ -1,4 +1,4 @@
-"""Looks at the engine once a second: is it stuck, idle, or too big?"""
+"""Looks at the worker once a second: is it stuck, idle, or too big?"""
 
 import asyncio
 import contextlib
@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from immich_ml_metal.gateway import client as engine_client
-from immich_ml_metal.gateway.client import EngineLost
+from immich_ml_metal.gateway import client as worker_client
+from immich_ml_metal.gateway.client import WorkerLost
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.supervisor import Order, State
 from immich_ml_metal.settings import Settings
@@ -18,18 +18,18 @@ from immich_ml_metal.system.footprint import memory_bytes
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
-# Long, because questions to a blocked engine pile up in its backlog, which has 128 places on macOS.
+# Long, because questions to a blocked worker pile up in its backlog, which has 128 places on macOS.
 _ASK_TIMEOUT_S = 15.0
-# Compiling a large model for the Neural Engine takes minutes, in one call that shows no progress.
+# Compiling a large model for the Neural Worker takes minutes, in one call that shows no progress.
 LOAD_LIMIT_S = 900.0
-# A model set that is larger than the limit must not keep the engine restarting.
+# A model set that is larger than the limit must not keep the worker restarting.
 _RECYCLE_MIN_AGE_S = 60.0
 # After a machine slept, its clocks disagree about how long nothing happened.
 _ASLEEP_S = 60.0
 
 
 class ProgressWatch:
-    """Decides when a busy engine is stuck: nothing moved for as long as it may."""
+    """Decides when a busy worker is stuck: nothing moved for as long as it may."""
 
     def __init__(self, limit_s: float, load_limit_s: float = LOAD_LIMIT_S) -> None:
         self._limit_s = limit_s
@@ -39,7 +39,7 @@ class ProgressWatch:
         self._seen_s = 0.0
 
     def observe(self, *, busy: bool, loading: bool, mark: object, now_s: float) -> bool:
-        """Whether the engine is stuck. `mark` differs from the last one when anything moved."""
+        """Whether the worker is stuck. `mark` differs from the last one when anything moved."""
         slept = now_s - self._seen_s > _ASLEEP_S
         self._seen_s = now_s
         if not busy or slept or mark != self._mark:
@@ -49,7 +49,7 @@ class ProgressWatch:
 
 
 class Watch:
-    """What is known of the running engine, and what is done about it."""
+    """What is known of the running worker, and what is done about it."""
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher) -> None:
         self.health: dict[str, Any] | None = None
@@ -80,33 +80,33 @@ class Watch:
         self._check_progress(time.monotonic())
 
     def measure(self) -> None:
-        """Sample the engine's memory."""
-        engine = self._dispatcher.supervisor.engine
-        self.memory_now_bytes = memory_bytes(engine.pid) if engine is not None else None
+        """Sample the worker's memory."""
+        worker = self._dispatcher.supervisor.worker
+        self.memory_now_bytes = memory_bytes(worker.pid) if worker is not None else None
         self.memory_peak_bytes = max(self.memory_peak_bytes, self.memory_now_bytes or 0)
 
     async def ask(self, timeout_s: float) -> None:
-        """Ask the engine for its `/health`; keep the last answer if it gives none in time."""
-        engine = self._dispatcher.supervisor.engine
+        """Ask the worker for its `/health`; keep the last answer if it gives none in time."""
+        worker = self._dispatcher.supervisor.worker
         body = await self._get("/health", timeout_s)
-        if body is None or self._dispatcher.supervisor.engine is not engine:
+        if body is None or self._dispatcher.supervisor.worker is not worker:
             return
         with contextlib.suppress(ValueError):
             if isinstance(health := json.loads(body), dict):
                 self.health, self.health_s = health, time.monotonic()
 
     async def ask_metrics(self, timeout_s: float) -> str | None:
-        """The engine's own numbers, None when it gives none in time."""
+        """The worker's own numbers, None when it gives none in time."""
         body = await self._get("/metrics", timeout_s)
         return body.decode() if body is not None else None
 
     async def _get(self, path: str, timeout_s: float) -> bytes | None:
         supervisor = self._dispatcher.supervisor
-        if supervisor.engine is None or supervisor.state is not State.READY:
+        if supervisor.worker is None or supervisor.state is not State.READY:
             return None
         try:
-            answer = await engine_client.get(supervisor.engine.socket, path, timeout_s=timeout_s)
-        except EngineLost:  # a busy engine is no news here: the progress check decides
+            answer = await worker_client.get(supervisor.worker.socket, path, timeout_s=timeout_s)
+        except WorkerLost:  # a busy worker is no news here: the progress check decides
             return None
         return answer.body if answer.status == 200 else None
 
@@ -115,7 +115,7 @@ class Watch:
         stuck = self._progress.observe(
             busy=self._dispatcher.queue.running > 0,
             loading=bool(health.get("loading")),
-            mark=(supervisor.starts, self._dispatcher.served_by_engine, progress_mark(health)),
+            mark=(supervisor.starts, self._dispatcher.served_by_worker, progress_mark(health)),
             now_s=now_s,
         )
         if stuck:
@@ -123,24 +123,24 @@ class Watch:
             supervisor.end(Order(limit, fault=True))
 
     def _check_memory(self) -> None:
-        limit, engine = self._settings.memory_limit_bytes, self._dispatcher.supervisor.engine
-        if not limit or engine is None or (self.memory_now_bytes or 0) <= limit:
+        limit, worker = self._settings.memory_limit_bytes, self._dispatcher.supervisor.worker
+        if not limit or worker is None or (self.memory_now_bytes or 0) <= limit:
             return
-        if time.monotonic() - engine.started_s >= _RECYCLE_MIN_AGE_S:
-            logger.warning("engine over its limit bytes=%d limit=%d", self.memory_now_bytes, limit)
+        if time.monotonic() - worker.started_s >= _RECYCLE_MIN_AGE_S:
+            logger.warning("worker over its limit bytes=%d limit=%d", self.memory_now_bytes, limit)
             self._dispatcher.recycle(Order("memory"))
 
     def _check_idle(self, now_s: float) -> None:
         ttl_s = self._settings.model_ttl_s
         if ttl_s <= 0 or now_s - self._dispatcher.last_active_s < ttl_s:
             return
-        if self._keeps_preloaded and not self._dispatcher.served_by_engine:
+        if self._keeps_preloaded and not self._dispatcher.served_by_worker:
             return  # it holds nothing but what is to stay
         self._dispatcher.stop_if_idle(Order("idle", again=self._keeps_preloaded))
 
 
 def progress_mark(health: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of an engine's `/health` changes when anything moves. Any: its own JSON."""
+    """What of a worker's `/health` changes when anything moves. Any: its own JSON."""
     downloads = health.get("downloads", [])
     return (health.get("progress"), *(download.get("done_bytes") for download in downloads))
 

@@ -31,7 +31,7 @@ class ServicePlan:
     Attributes:
         command: program and arguments.
         environment: variables of the service; nothing secret, the files are readable by others.
-        log_file: the gateway's log, rotated by us; the engine's lies beside it.
+        log_file: the gateway's log, rotated by us; the worker's lies beside it.
         stderr_file: what could not be logged (a native abort's last words); emptied at a cap.
         stop_timeout_s: time to answer what is in flight before the process is killed.
     """

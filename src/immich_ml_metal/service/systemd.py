@@ -41,7 +41,7 @@ ExecStart={command}
 Restart=on-failure
 RestartSec={THROTTLE_S}
 TimeoutStopSec={plan.stop_timeout_s}
-# The supervisor ends its engine itself, after what is in flight.
+# The supervisor ends its worker itself, after what is in flight.
 KillMode=mixed
 NoNewPrivileges=yes
 

@@ -1,4 +1,4 @@
-"""The composition root: settings → engine app, with its engines and its model store."""
+"""The composition root: settings → worker app, with its engines and its model store."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ _MODEL_SETTINGS = MappingProxyType(
 
 
 def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
-    """The engine app as `serve` runs it; says which engines answer and which models are here.
+    """The worker app as `serve` runs it; says which engines answer and which models are here.
 
     Raises:
         ConfigError: an engine that was asked for by name cannot be used on this machine, or a
@@ -38,7 +38,7 @@ def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
     """
     plan = choose_engines(settings, probe or SystemProbe())
     _report_plan(plan)
-    metrics = Metrics("engine")
+    metrics = Metrics("worker")
     store = ModelStore(settings, on_download=metrics.count_download)
     engines = create_engines(
         plan,

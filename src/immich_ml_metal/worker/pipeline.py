@@ -15,7 +15,7 @@ from immich_ml_metal.errors import MissingDependency, MissingPayload, TimedOut
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.tasks.clip import TextQuery as SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
-from immich_ml_metal.tasks.images import Picture, PictureCache
+from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.text_boxes import TextQuery
 from immich_ml_metal.tasks.text_lines import LineCrop
 from immich_ml_metal.types import (
@@ -33,6 +33,7 @@ from immich_ml_metal.types import (
     TextRecognition,
     TextRegions,
 )
+from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pool import Pool
 
 T = TypeVar("T")

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from immich_ml_metal.backends.base import AnyModel, Engine
 from immich_ml_metal.backends.batcher import Batcher
-from immich_ml_metal.backends.device import CpuThreads
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.models.shelf import weight_bytes
+from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 from immich_ml_metal.worker.memory import Backoff, MemoryRules
 

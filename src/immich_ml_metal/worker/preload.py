@@ -1,4 +1,4 @@
-"""The models that are loaded when an engine starts, before anybody asks for them."""
+"""The models that are loaded when a worker starts, before anybody asks for them."""
 
 import logging
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""The engine process: the service's app on a unix socket, for as long as its parent lives.
+"""The worker process: the service's app on a unix socket, for as long as its parent lives.
 
 The parent writes the settings as one line of JSON to standard input and keeps that pipe open; when
 it closes, by whatever death of the parent, this process ends too. Knows nothing about models.
@@ -63,7 +63,7 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
 
 
 def run(settings: "Settings") -> None:
-    """Serve the engine app alone on the public port, without a gateway (`serve --no-gateway`)."""
+    """Serve the worker app alone on the public port, without a gateway (`serve --no-gateway`)."""
     from immich_ml_metal.system.allocator import limit_arenas
     from immich_ml_metal.system.listen import listen
     from immich_ml_metal.worker.compose import build_app
@@ -92,7 +92,7 @@ def main() -> None:
 
     limit_arenas()
     settings = Settings.model_validate_json(read_settings())
-    configure_logging(settings, "engine")
+    configure_logging(settings, "worker")
     try:
         app = build_app(settings)
     except ConfigError as exc:  # the last line of this process; the gateway ends at this status
@@ -108,7 +108,7 @@ def _end_with_parent(fd: int, socket: Path) -> None:
     with contextlib.suppress(OSError):
         socket.unlink()
         socket.parent.rmdir()
-    if os.getpgrp() == os.getpid():  # takes helper processes of the engine along
+    if os.getpgrp() == os.getpid():  # takes helper processes of the worker along
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""The engine app: HTTP in, HTTP out. The only module that knows about status codes."""
+"""The worker app: HTTP in, HTTP out. The only module that knows about status codes."""
 
 import asyncio
 import logging
@@ -14,15 +14,16 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
-from immich_ml_metal.backends.device import CpuThreads
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
-from immich_ml_metal.tasks.images import ImageLimits, PictureCache, decode
+from immich_ml_metal.tasks.images import ImageLimits, decode
+from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import TaskRequest
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import make_rules
+from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
@@ -58,7 +59,7 @@ def create_app(
     metrics: Metrics | None = None,
     describe_engines: Callable[[], dict[str, Any]] = dict,
 ) -> FastAPI:
-    """Build the engine app around its engines and its model store; no module-level state.
+    """Build the worker app around its engines and its model store; no module-level state.
 
     Args:
         settings: limits, times, threads.

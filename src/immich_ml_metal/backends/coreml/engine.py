@@ -16,10 +16,11 @@ from immich_ml_metal.backends.build import build_model
 from immich_ml_metal.backends.coreml.graph import CoreMLGraph, Refusal, Report, Setup
 from immich_ml_metal.backends.coreml.session import SessionMaker, open_session
 from immich_ml_metal.backends.coreml.shapes import BATCHES
-from immich_ml_metal.backends.device import Device, core_count
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.threads import core_count
 from immich_ml_metal.types import Graph, ModelFiles, ModelKey, Part, Task
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,12 @@ import onnxruntime as ort
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.build import build_model
-from immich_ml_metal.backends.device import Device, core_count
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.backends.ort.adaptive import AdaptiveGraph, CoreLoad
 from immich_ml_metal.backends.ort.prepared import prepared_graph
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.threads import core_count
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Tensor, TensorSpec
 
 log = logging.getLogger(__name__)

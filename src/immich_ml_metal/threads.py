@@ -1,0 +1,61 @@
+"""Threads for work that is neither quick nor on a device, and how many of them pay.
+
+An accelerator's own threads are in `backends.device`.
+"""
+
+import asyncio
+import contextvars
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from immich_ml_metal.errors import InferenceError
+
+T = TypeVar("T")
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def contained(func: Callable[[], T]) -> T:
+    """Call `func` on a thread; what no caller could be given becomes an ordinary error.
+
+    A panic in a Rust library (tokenizers) is no Exception, so nobody would answer for it; asyncio
+    futures refuse StopIteration, so its caller would wait for ever.
+
+    Raises:
+        InferenceError: in place of the two.
+    """
+    try:
+        return func()
+    except StopIteration as exc:
+        raise InferenceError("an iterator ended early (StopIteration)") from exc
+    except Exception:
+        raise
+    except BaseException as exc:  # a panic, see above
+        raise InferenceError(f"{type(exc).__name__}: {exc}") from exc
+
+
+class CpuThreads:
+    """A pool for work that is neither quick nor on a device: decoding, preparing, finishing."""
+
+    def __init__(self, count: int) -> None:
+        """`count` 0 means one per core."""
+        workers = count if count > 0 else core_count()
+        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="cpu")
+
+    async def run(self, func: Callable[[], T]) -> T:
+        """Await `func()` on a thread of the pool, with the caller's context variables."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: context.run(contained, func))
+
+    def close(self) -> None:
+        """Let what runs finish and end the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,66 @@
+"""Decoded pictures, kept for the task that asks for the same one next."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+
+from immich_ml_metal.tasks.images import Picture, count_pixels
+from immich_ml_metal.threads import CpuThreads
+
+
+class PictureCache:
+    """Decoded pictures by the digest of their file, the latest kept up to a number of bytes.
+
+    Immich sends the same preview for search, faces and text. A picture that is being decoded is
+    waited for, not decoded again. Event loop only.
+    """
+
+    def __init__(
+        self, decode: Callable[[bytes], Picture], threads: CpuThreads, *, max_bytes: int
+    ) -> None:
+        self._decode = decode
+        self._threads = threads
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[bytes, Picture] = OrderedDict()
+        self._pending: dict[bytes, asyncio.Task[Picture]] = {}
+        self.hits = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory held by kept pictures."""
+        return sum(picture.size_bytes for picture in self._kept.values())
+
+    async def count_pixels(self, data: bytes) -> int:
+        """Pixels that the header of `data` announces, before anything is decoded."""
+        return await self._threads.run(lambda: count_pixels(data))
+
+    async def get(self, data: bytes) -> Picture:
+        """The decoded picture of `data`.
+
+        Raises what `decode` raises; a failure is not kept.
+        """
+        digest = await self._threads.run(lambda: hashlib.sha256(data).digest())
+        if (picture := self._kept.get(digest)) is not None:
+            self._kept.move_to_end(digest)
+            self.hits += 1
+            return picture
+        task = self._pending.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._threads.run(lambda: self._decode(data)))
+            self._pending[digest] = task
+            task.add_done_callback(lambda done: self._finish(digest, done))
+        else:
+            self.hits += 1
+        return await asyncio.shield(task)  # a caller that hangs up leaves the others their picture
+
+    def _finish(self, digest: bytes, task: asyncio.Task[Picture]) -> None:
+        del self._pending[digest]
+        if task.cancelled() or task.exception() is not None:
+            return
+        picture = task.result()
+        if picture.size_bytes > self._max_bytes:  # keeping it would cost all the others
+            return
+        self._kept[digest] = picture
+        while self.size_bytes > self._max_bytes:
+            self._kept.popitem(last=False)
