@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.setting_kinds import Flag, LogLevel, Names, Size, SizeOrZero, setting
+from immich_ml_metal.state import default_folder
 from immich_ml_metal.threads import core_count
 
 MIB = 2**20
@@ -40,6 +41,11 @@ class Settings(BaseModel):
         "ML_MODELS_DIR",
         "MACHINE_LEARNING_CACHE_FOLDER",
         help="Model folder, in the layout of Immich's own cache.",
+    )
+    state_dir: Path | None = setting(
+        None,
+        "ML_STATE_DIR",
+        help="Folder for what the service remembers between starts; unset is the platform's own.",
     )
     model_revision: str = setting(
         "main",
@@ -355,6 +361,11 @@ class Settings(BaseModel):
     mlx_prepared: bool = setting(
         True, "ML_MLX_PREPARED", help="Keep converted weights beside the model, for faster loading."
     )
+
+    @property
+    def state_folder(self) -> Path:
+        """Where documents of the service's memory lie."""
+        return self.state_dir.expanduser() if self.state_dir else default_folder()
 
     @property
     def concurrency(self) -> int:

@@ -1,0 +1,99 @@
+"""What the service remembers between two starts: small JSON documents in one folder.
+
+Each document has a version of its own. An older one is read by its owner; a newer one is refused,
+never overwritten. Knows nothing of what is kept.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from immich_ml_metal.errors import ServiceError
+
+_NAME = "immich-ml-metal"
+
+
+class StateUnusable(ServiceError):
+    """The state folder or a document in it cannot be read or written; says which and why."""
+
+
+def default_folder() -> Path:
+    """Where this platform keeps the state of a user's programs; `settings.state_dir` wins."""
+    if sys.platform == "darwin":
+        return Path("~/Library/Application Support").expanduser() / _NAME
+    return Path("~/.local/state").expanduser() / _NAME
+
+
+class StateFolder:
+    """Documents by name. Reading never creates anything; the folder is made at the first write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, name: str, version: int) -> dict[str, Any] | None:
+        """The document `name`, or None where there is none yet. Any: what JSON holds.
+
+        Raises:
+            StateUnusable: it cannot be read, is damaged, or was written by a newer release.
+        """
+        path = self._path(name)
+        try:
+            document = json.loads(path.read_bytes())
+            found = document["version"]
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise StateUnusable(f"cannot read {path}: {exc.strerror}") from exc
+        except (ValueError, TypeError, KeyError, RecursionError) as exc:
+            raise StateUnusable(f"{path} is damaged ({exc}); delete it to start afresh") from exc
+        if not isinstance(document, dict) or not isinstance(found, int):
+            raise StateUnusable(f"{path} is damaged (no version); delete it to start afresh")
+        if found > version:
+            raise StateUnusable(
+                f"{path} was written by a newer release (version {found}, this one reads {version})"
+            )
+        return document
+
+    def write(self, name: str, version: int, document: Mapping[str, Any]) -> None:
+        """Replace the document `name` as a whole: a power cut leaves the old or the new one.
+
+        Raises:
+            StateUnusable: the folder cannot be written, or the disk is full.
+        """
+        path = self._path(name)
+        text = json.dumps({"version": version, **document}, indent=1, sort_keys=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, text.encode())
+        except OSError as exc:
+            raise StateUnusable(f"cannot write {path}: {exc.strerror}") from exc
+
+    def change(
+        self, name: str, version: int, change: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> None:
+        """Read, change and write the document `name`; only one process may own a document.
+
+        Raises:
+            StateUnusable: as `read` and `write`.
+        """
+        self.write(name, version, change(self.read(name, version) or {}))
+
+    def _path(self, name: str) -> Path:
+        return self.path / f"{name}.json"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(staged).replace(path)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
