@@ -14,7 +14,7 @@ from typing import Any
 from ray import serve
 
 from immich_ml_metal.logs import configure_logging
-from immich_ml_metal.settings import load_settings
+from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.worker.compose import build_app
 
 HEALTH_PERIOD_S = 10

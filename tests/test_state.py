@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from immich_ml_metal.settings import Settings, load_settings
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.state import StateFolder, StateUnusable
 
 

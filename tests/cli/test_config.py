@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from immich_ml_metal.cli import app
 from immich_ml_metal.cli.config import render_toml
 from immich_ml_metal.errors import ConfigError
-from immich_ml_metal.settings import Settings, env_names, ignored_names, load_settings, resolve
+from immich_ml_metal.settings import Settings, env_names
+from immich_ml_metal.settings_sources import ignored_names, load_settings, resolve
 
 run = CliRunner(env={"ML_CONFIG_FILE": None, "COLUMNS": "160"}).invoke
 

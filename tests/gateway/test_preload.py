@@ -9,7 +9,7 @@ from doubles.gateway import settings
 
 from immich_ml_metal.errors import ConfigError, DownloadFailed
 from immich_ml_metal.models.progress import DownloadProgress, Phase
-from immich_ml_metal.settings import load_settings
+from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.preload import preload, preload_keys
 from immich_ml_metal.worker.server import Service

@@ -21,7 +21,7 @@ SRC = Path(__file__).parents[2] / "src"
 FETCH = """
 import sys
 from immich_ml_metal.catalog import model_key
-from immich_ml_metal.settings import load_settings
+from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.errors import ModelError
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import Part, Task

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.settings import load_settings
+from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.memory import TEXT_TOWER, Backoff, MemoryRules, make_rules
 

@@ -32,7 +32,7 @@ def bench(
 
     from immich_ml_metal.bench.report import render
     from immich_ml_metal.bench.run import measure_all
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     settings = load_settings(
         {

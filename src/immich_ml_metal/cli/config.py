@@ -8,13 +8,8 @@ import typer
 
 from immich_ml_metal.cli.json_output import JsonOption, print_json
 from immich_ml_metal.old_names import old_names_used
-from immich_ml_metal.settings import (
-    SECRET,
-    Settings,
-    env_names,
-    ignored_names,
-    resolve,
-)
+from immich_ml_metal.settings import SECRET, Settings, env_names
+from immich_ml_metal.settings_sources import ignored_names, resolve
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
 

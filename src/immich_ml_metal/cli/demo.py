@@ -29,7 +29,7 @@ def demo(
     from immich_ml_metal.cli.demo_show import show_demo
     from immich_ml_metal.client.child import running_service
     from immich_ml_metal.client.drawing import draw_preview
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     settings = load_settings({"models_dir": models_dir})
     image = picture.read_bytes() if picture is not None else draw_preview(seed=1)

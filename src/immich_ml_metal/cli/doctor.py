@@ -79,7 +79,8 @@ def doctor(
 def _load(file: Path | None, env_file: Path | None) -> "tuple[Settings, str]":
     """The settings, or the defaults and why the settings are refused."""
     from immich_ml_metal.errors import ConfigError
-    from immich_ml_metal.settings import Settings, load_settings
+    from immich_ml_metal.settings import Settings
+    from immich_ml_metal.settings_sources import load_settings
 
     try:
         return load_settings(file=file, env_file=env_file), ""

@@ -33,7 +33,7 @@ def status(
     """
     from immich_ml_metal.immich.advice import advise
     from immich_ml_metal.immich.api import ImmichError, connect
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     settings = load_settings()
     try:
@@ -63,7 +63,7 @@ def requeue(
     Exit code: 0 started, 3 Immich is unreachable or refuses.
     """
     from immich_ml_metal.immich.api import QUEUES, ImmichError, connect
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
     from immich_ml_metal.types import Task
 
     if wrong := [name for name in task or [] if name not in {*Task}]:

@@ -240,7 +240,7 @@ def recommend(
 
 def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
     from immich_ml_metal.models.store import ModelStore
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     settings = load_settings({"models_dir": models_dir})
     return settings, ModelStore(settings)

@@ -72,7 +72,7 @@ def _own(models: dict[str, str | None]) -> "tuple[str, ModelNames]":
     """Where our service is, and the models to ask for."""
     from immich_ml_metal.client.own_service import local_url
     from immich_ml_metal.parity.client import ModelNames
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     settings = load_settings(models)
     names = ModelNames(settings.clip_model, settings.face_model, settings.ocr_model)

@@ -27,7 +27,7 @@ def serve(
     """Answer Immich's requests on port 3003."""
     from immich_ml_metal.logs import configure_logging
     from immich_ml_metal.old_names import old_names_used
-    from immich_ml_metal.settings import resolve
+    from immich_ml_metal.settings_sources import resolve
 
     settings, origin = resolve(
         {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level},

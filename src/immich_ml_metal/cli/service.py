@@ -38,7 +38,7 @@ def install(
     show: Annotated[bool, typer.Option("--print", help="Show it; change nothing.")] = False,
 ) -> None:
     """Start the service now and at every boot; run it again after an upgrade."""
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     file = config or default_file()
     settings = load_settings(file=file, env_file=env_file)
@@ -97,7 +97,7 @@ def status(
     Exit code: 0 running and current, 1 not running, or an old version is still serving.
     """
     from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     url = local_url(load_settings(file=default_file()))
     state = _manager(daemon=daemon).status()
@@ -123,7 +123,7 @@ def logs(
 ) -> None:
     """Print the end of the logs: gateway, worker, and what could not be logged."""
     from immich_ml_metal.logs import file_of
-    from immich_ml_metal.settings import load_settings
+    from immich_ml_metal.settings_sources import load_settings
 
     plan = _plan(load_settings(file=default_file()), None, None)
     files = [plan.log_file, file_of(plan.log_file, "worker"), plan.stderr_file]
