@@ -5,7 +5,7 @@ from doubles.hub import external_onnx, onnx_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.models.onnx_files import ExternalFile, NotOnnx, external_files
+from immich_ml_metal.onnx_files.references import ExternalFile, NotOnnx, external_files
 
 
 @pytest.fixture(scope="module")
