@@ -131,12 +131,6 @@ def is_for_us(path: str, part: Part) -> bool:
     return wanted and not _NOT_OURS.search(path)
 
 
-def weight_bytes(files: ModelFiles) -> int:
-    """Size of a half's graph with its side files: about what it takes in memory once loaded."""
-    sides = _side_files(files.graph)
-    return sum(_size(path) for path in (files.graph, *(files.folder / name for name in sides)))
-
-
 def is_usable(states: Mapping[str, State]) -> bool:
     """Whether a half in these states can be loaded."""
     return all(state in (State.VERIFIED, State.UNVERIFIED) for state in states.values())
