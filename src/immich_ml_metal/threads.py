@@ -31,9 +31,8 @@ def inference_cores() -> int:
     The threads of an inference wait for the slowest of them, and an efficiency core is several
     times slower than the others. Decoding and preparing pictures may use every core.
     """
-    return (_read_sysctl("hw.perflevel0.logicalcpu") if sys.platform == "darwin" else 0) or (
-        core_count()
-    )
+    fast = _read_sysctl("hw.perflevel0.logicalcpu") if sys.platform == "darwin" else 0
+    return fast or core_count()
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Libraries that would report home are told not to, before any of them is imported.
 
-Called by the package itself, so that no process of ours can forget it; children inherit it. A switch
-that the operator has set, either way, stays as it is.
+Called by the package itself, so that no process of ours can forget it, and inherited by children.
+A switch that the operator has set, either way, stays as it is.
 """
 
 import os
