@@ -12,8 +12,10 @@ DEV := $(VENV)/.dev-$(shell cksum requirements-dev.lock pyproject.toml | cksum |
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
 
+# An Intel Python on Apple Silicon has no MLX and no ONNX Runtime to install: say so before pip does.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed, with its venv module"; exit 1; }
+	@$(PYTHON) scripts/check_python.py
 	$(PYTHON) -m venv $(VENV)
 
 $(SERVE): | $(BIN)/python
