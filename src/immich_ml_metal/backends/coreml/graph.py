@@ -59,6 +59,9 @@ class CoreMLGraph:
     """An ONNX file on Core ML: one session per shape, each checked against `reference` first.
 
     Opens nothing by itself: `open_fixed_shapes` opens what is known from the file, `run` the rest.
+    `form` is the file and where its compiled models are kept; `reference`, the same file on the
+    CPU, stays the caller's; `batches` are the numbers of rows to compile; `checked` is (weights,
+    shape) that passed before, in this process; `on_report` is told what was found of a new shape.
     """
 
     fixed_shapes = True
@@ -74,17 +77,6 @@ class CoreMLGraph:
         checked: Collection[tuple[str, str]] = (),
         on_report: Callable[[Report], None],
     ) -> None:
-        """Take note of everything.
-
-        Args:
-            form: the file, and where its compiled models are kept.
-            reference: the same file on the CPU; stays the caller's.
-            setup: how sessions are opened.
-            name: for logs and reports.
-            batches: the numbers of rows to compile.
-            checked: (weights, shape) that passed before, in this process.
-            on_report: is told what was found when a shape was first opened.
-        """
         self._form = form
         self._reference = reference
         self._setup = setup
@@ -96,8 +88,7 @@ class CoreMLGraph:
         self._lock = threading.Lock()  # the device has one thread; a second opener would be a bug
         self._checked = checked
         self._on_report = on_report
-        self.inputs = reference.inputs
-        self.outputs = reference.outputs
+        self.inputs, self.outputs = reference.inputs, reference.outputs
         self.metadata = reference.metadata
         self.size_bytes = reference.size_bytes
 

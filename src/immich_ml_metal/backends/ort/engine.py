@@ -25,7 +25,7 @@ from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_files.references import NotOnnx
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.threads import core_count
+from immich_ml_metal.threads import inference_cores
 from immich_ml_metal.types import ModelFiles, ModelKey, Part
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ class OrtEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._cores = settings.intra_op_threads or core_count()
+        self._cores = settings.intra_op_threads or inference_cores()
         self._load = CoreLoad()
-        self.device = Device("cpu", width=core_count())
+        self.device = Device("cpu", width=inference_cores())
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
         """Open the graph, from its prepared form where that pays, and bind it to its task."""
