@@ -107,13 +107,13 @@ def verify(
     from immich_ml_metal.catalog import all_models, find_by_name
     from immich_ml_metal.cli.models_pull import verify_models
     from immich_ml_metal.cli.models_show import print_verified
-    from immich_ml_metal.models.shelf import State
+    from immich_ml_metal.models.shelf import FileState
 
     _, store = _open(models_dir)
     specs = [find_by_name(name) for name in names] if names else all_models()
     statuses = verify_models(store, specs, online=online, repair=repair)
     print_verified(statuses, as_json=as_json)
-    if any(status.state is State.DAMAGED for status in statuses):
+    if any(status.state is FileState.DAMAGED for status in statuses):
         raise typer.Exit(Exit.FINDING)
 
 

@@ -16,7 +16,7 @@ from immich_ml_metal.catalog import find_by_name
 from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
 from immich_ml_metal.doctor.facts import Machine, ModelFact, Port
 from immich_ml_metal.errors import UnknownModel
-from immich_ml_metal.models.shelf import State, check_part
+from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.programs import Runner
@@ -141,7 +141,7 @@ def _read_model(store: ModelStore, name: str, *, digests: bool) -> ModelFact:
     for part in spec.parts:
         key = spec.key(part)
         states = check_part(store.shelf.root(key), spec, part, digests=digests)
-        damaged = [path for path, state in states.items() if state is State.DAMAGED]
+        damaged = [path for path, state in states.items() if state is FileState.DAMAGED]
         if damaged:
             return ModelFact(spec.name, is_present=True, problem=f"{damaged[0]} is damaged")
         is_present = is_present and store.locate(key) is not None
