@@ -37,8 +37,7 @@ def show_demo(
     """Ask the service at `url` everything it has models for; print the answers, draw the boxes."""
     calls = standard_calls(settings)
     store = ModelStore(settings)
-    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
-    canvas = decode(image, limits).image.copy()
+    canvas = decode(image, ImageLimits()).image.copy()
     console.print(f"Asking {url} about a picture of {canvas.width}x{canvas.height} pixels\n")
     for title, needed, show in (
         ("Search", ("clip image", "clip text"), _show_search),

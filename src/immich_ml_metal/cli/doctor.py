@@ -91,6 +91,7 @@ def _load(file: Path | None, env_file: Path | None) -> "tuple[Settings, str]":
 def _collect(settings: "Settings", config_error: str, *, verify: bool) -> "Facts":
     from immich_ml_metal.doctor import collect
     from immich_ml_metal.doctor.facts import Facts
+    from immich_ml_metal.logs import FILE_BYTES, FILES_KEPT
     from immich_ml_metal.system.network import lan_addresses
     from immich_ml_metal.system.programs import run_program
 
@@ -121,7 +122,7 @@ def _collect(settings: "Settings", config_error: str, *, verify: bool) -> "Facts
         immich_error=immich_error,
         clock_skew_s=skew_s,
         logs_bytes=collect.size_of_logs(logs),
-        log_limit_bytes=2 * settings.log_file_bytes * (settings.log_file_keep + 1),
+        log_limit_bytes=2 * FILE_BYTES * (FILES_KEPT + 1),
     )
 
 

@@ -26,8 +26,7 @@ def serve(
 ) -> None:
     """Answer Immich's requests on port 3003."""
     from immich_ml_metal.logs import configure_logging
-    from immich_ml_metal.old_names import old_names_used
-    from immich_ml_metal.settings_sources import resolve
+    from immich_ml_metal.settings_sources import doubtful_names, resolve
 
     settings, origin = resolve(
         {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level},
@@ -35,7 +34,7 @@ def serve(
         env_file=env_file,
     )
     configure_logging(settings, "gateway" if gateway else "worker")
-    for warning in old_names_used(origin):
+    for warning in doubtful_names(origin, env_file=env_file):
         log.warning("%s", warning)
     if gateway:
         from immich_ml_metal.gateway import serving
