@@ -22,7 +22,7 @@ from immich_ml_metal.gateway.admission import ClientGone, Reception, make_recept
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.health import report
+from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
 from immich_ml_metal.gateway.replay import Condemned
@@ -66,13 +66,7 @@ class Gateway:
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
         self.crashes = crashes or CrashRecord()
-        self.dispatcher = Dispatcher(
-            command,
-            settings.model_dump_json(),
-            limit=settings.concurrency,
-            crashes=self.crashes,
-            metrics=self.metrics,
-        )
+        self.dispatcher = _dispatcher(settings, command, self.crashes, self.metrics)
         self.holding = Holding(
             self.dispatcher,
             reception or make_reception(settings.max_image_size_bytes),
@@ -177,7 +171,15 @@ class Gateway:
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.watch.ask(_ASK_TIMEOUT_S)
-        await reply_json(send, 200, report(self))
+        parts = Parts(
+            dispatcher=self.dispatcher,
+            crashes=self.crashes,
+            holding=self.holding,
+            watch=self.watch,
+            started_s=self.started_s,
+            is_draining=self.is_draining,
+        )
+        await reply_json(send, 200, report(parts))
 
     async def _metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = {"gateway": self.metrics.render()}
@@ -243,6 +245,18 @@ class _Upload:
         message = await self._receive()
         self.head += message.get("body", b"")[: _HEAD_BYTES - len(self.head)]
         return message
+
+
+def _dispatcher(
+    settings: Settings, command: Sequence[str], crashes: CrashRecord, metrics: Metrics
+) -> Dispatcher:
+    return Dispatcher(
+        command,
+        settings.model_dump_json(),
+        limit=settings.concurrency,
+        crashes=crashes,
+        metrics=metrics,
+    )
 
 
 async def _follow(gateway: Gateway, receive: Receive, send: Send) -> None:
