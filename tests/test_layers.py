@@ -17,22 +17,20 @@ FILES = sorted(ROOT.rglob("*.py"))
 # from above moves it down, or is handed it by the one who calls.
 RANKS = (
     *("errors", "threads", "system", "state", "types", "catalog"),
-    *("setting_kinds", "settings", "settings_sources", "old_names", "logs", "metrics"),
-    *("onnx_mlx", "tasks", "models", "backends", "worker"),
+    *("setting_kinds", "settings", "settings_sources", "logs", "metrics"),
+    *("onnx_files", "onnx_mlx", "tasks", "models", "backends", "worker"),
     *("client", "parity", "immich", "gateway", "service", "bench", "doctor"),
     *("cli", "__main__"),
 )
 
 # What still breaks a rule. These lists only ever get shorter: whoever mends an entry deletes it.
 UPWARDS = {("client.own_service", "immich.requeue")}
-CIRCLES = {("backends.ort.engine", "backends.ort.prepared")}
-LONG_MODULES = {"settings"}
+CIRCLES: set[tuple[str, ...]] = set()
+LONG_MODULES: set[str] = set()
 LONG_FUNCTIONS = {
-    *("backends.coreml.graph.__init__", "backends.ort.engine.__init__"),
     *("bench.run.measure_all", "immich.gain.measure_gains", "parity.judge.summarise"),
     *("cli.bench.bench", "cli.demo.demo", "cli.doctor.doctor", "cli.doctor._collect"),
     *("cli.immich._print_tables", "cli.parity.parity", "cli.serve.serve"),
-    *("worker.server.create_app", "worker.server.__init__"),
 }
 MAX_MODULE_LINES = 350
 MAX_FUNCTION_LINES = 30

@@ -67,11 +67,8 @@ class Gateway:
         self.metrics = Metrics("gateway")
         self.crashes = crashes or CrashRecord()
         self.dispatcher = _dispatcher(settings, command, self.crashes, self.metrics)
-        self.holding = Holding(
-            self.dispatcher,
-            reception or make_reception(settings.max_image_size_bytes),
-            hold_limit_s=settings.hold_limit_s,
-        )
+        reception = reception or make_reception(settings.max_image_size_bytes)
+        self.holding = Holding(self.dispatcher, reception, hold_limit_s=settings.hold_limit_s)
         self.watch = Watch(settings, self.dispatcher)
         self.companions = companions or make_companions(settings, self.metrics)
         self._pages: dict[str, App] = {

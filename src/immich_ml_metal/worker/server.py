@@ -61,12 +61,7 @@ def create_app(
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    Args:
-        settings: limits, times, threads.
-        engines: who answers each part of each task.
-        store: where model files come from.
-        metrics: counts and times; its own when None.
-        describe_engines: what `/health` adds about the engines.
+    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines.
     """
     service = Service(settings, engines, store, metrics, describe_engines)
 
