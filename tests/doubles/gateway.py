@@ -184,15 +184,19 @@ async def gateway_process(
     folder: Path,
     *,
     open_files: int | None = None,
+    hard_files: int | None = None,
     programs: Path | None = None,
     **changes: Any,
 ) -> AsyncIterator[GatewayProcess]:
-    """A process that finds `open_files` as its soft limit and `programs` first on its path."""
+    """A process that finds `open_files` as its soft limit and `programs` first on its path.
+
+    `hard_files` is its hard limit, this process's own if None.
+    """
 
     def limit_files() -> None:
         if open_files is not None:
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard_files or hard))
 
     port = free_port()
     process = await asyncio.create_subprocess_exec(
