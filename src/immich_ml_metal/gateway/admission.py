@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.errors import ImageTooLarge, Overloaded, TimedOut
+from immich_ml_metal.errors import ImageTooLarge, Overloaded, UploadStalled
 from immich_ml_metal.gateway.body import Body
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -138,7 +138,7 @@ class Reception:
 
         Raises:
             ImageTooLarge: the client sends more than the limit.
-            TimedOut: the client stopped sending.
+            UploadStalled: the client stopped sending.
             ClientGone: the client hung up.
             Overloaded: the spool's disk is full.
         """
@@ -167,7 +167,9 @@ class Reception:
                 async with asyncio.timeout(self._client_timeout_s):
                     message = await receive()
             except TimeoutError as exc:
-                raise TimedOut(f"the client sent nothing for {self._client_timeout_s:g} s") from exc
+                raise UploadStalled(
+                    f"the client sent nothing for {self._client_timeout_s:g} s"
+                ) from exc
             if message["type"] == "http.disconnect":
                 raise ClientGone
             piece = message.get("body", b"")
