@@ -10,7 +10,7 @@ SERVE := $(VENV)/.serve-$(shell cksum requirements.lock pyproject.toml | cksum |
 DEV := $(VENV)/.dev-$(shell cksum requirements-dev.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-9s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed, with its venv module"; exit 1; }
@@ -63,4 +63,7 @@ apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple lock
+reference: $(DEV)  ## Write docs/reference.md from the code
+	$(BIN)/python scripts/make_reference.py
+
+.PHONY: help setup serve demo bench test check fmt soak apple lock reference
