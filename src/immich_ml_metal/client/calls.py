@@ -15,7 +15,7 @@ from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey, Part, Task
 
-# Immich's own options (contract §1.9), by the half they are sent to
+# Immich's own options (contract §1.4), by the half they are sent to
 _OPTIONS: dict[tuple[Task, Part], dict[str, Any]] = {
     (Task.CLIP, Part.TEXTUAL): {"language": "en"},
     (Task.FACES, Part.DETECTION): {"minScore": 0.7},
