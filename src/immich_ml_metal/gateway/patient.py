@@ -11,6 +11,7 @@ class PatientProtocol(HttpToolsProtocol):
     """Closes a connection whose request line and headers are not complete in time.
 
     uvicorn itself waits for ever, from the connection on and after the first byte of each request.
+    Goes when uvicorn has such a limit.
     """
 
     header_limit_s = HEADER_LIMIT_S
