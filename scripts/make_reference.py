@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import typer
 from prometheus_client.metrics_core import Metric
 from pydantic.fields import FieldInfo
 
 from immich_ml_metal import errors
-from immich_ml_metal.cli import app
-from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli import COMMANDS, load_command
+from immich_ml_metal.cli.output import Exit
 from immich_ml_metal.metrics import Metrics, Process
 from immich_ml_metal.settings import SECRET, Settings, env_names
 from immich_ml_metal.worker.server import STATUS
@@ -105,12 +104,20 @@ def _choices(annotation: Any) -> list[str]:
 
 def _commands() -> str:
     parts = ["## Commands\n"]
-    for name, command in walk(typer.main.get_command(app), ("immich-ml-metal",)):
+    for name, command in commands().items():
         parts += [f"### {name}\n", f"{(command.help or '').strip()}\n"]
         rows = [_option(param) for param in command.params if not getattr(param, "hidden", False)]
         if rows:
             parts.append(table(("argument, option", "default", "meaning"), rows))
     return "\n".join(parts)
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its full name, in the order of the help."""
+    found: dict[str, Any] = {}
+    for name in COMMANDS:
+        found |= walk(load_command(name), ("immich-ml-metal", name))
+    return found
 
 
 def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

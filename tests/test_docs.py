@@ -9,12 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-import typer
 from doubles.live import VISUAL, predict
 from doubles.tiny_models import draw_faces
 
-from immich_ml_metal.cli import app
-from immich_ml_metal.client.child import running_service
+from immich_ml_metal.client.own_service import running_service
 from immich_ml_metal.settings import Settings, env_names
 
 ROOT = Path(__file__).parents[1]
@@ -65,8 +63,8 @@ def test_no_page_names_a_setting_that_is_gone() -> None:
 
 
 def test_no_page_names_a_command_or_option_that_is_gone() -> None:
-    commands = dict(reference().walk(typer.main.get_command(app), ("immich-ml-metal",)))
-    groups = {name.rpartition(" ")[0] for name in commands}
+    commands = reference().commands()
+    groups = {name.rpartition(" ")[0] for name in commands} | {"immich-ml-metal version"}
     options = {name: options_of(command) for name, command in commands.items()}
     for page in LIVE:
         for line in re.findall(r"immich-ml-metal((?: [^`\n#|]+)?)", text_of(page)):

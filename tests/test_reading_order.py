@@ -15,7 +15,7 @@ import pytest
 from doubles.live import ALL, TEXTUAL, predict
 from doubles.tiny_models import draw_faces
 
-from immich_ml_metal.client.child import running_service
+from immich_ml_metal.client.own_service import running_service
 
 PAGE = Path(__file__).parents[1] / "ARCHITECTURE.md"
 TRACING = Path(__file__).parent / "doubles" / "tracing"

@@ -10,7 +10,7 @@ from doubles.tiny_models import CLIP, FACES, OCR, draw_faces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.client.calls import standard_calls
+from immich_ml_metal.client.calls import configured_names, immich_calls
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.settings import MIB, Settings, env_names
 from immich_ml_metal.settings_sources import load_settings, resolve
@@ -284,7 +284,9 @@ def test_decoded_pictures_are_kept_up_to_their_limit(
 
 
 def test_the_models_of_demo_and_bench_are_settings() -> None:
-    calls = standard_calls(Settings(clip_model=CLIP, face_model=FACES, ocr_model=OCR))
+    calls = immich_calls(
+        configured_names(Settings(clip_model=CLIP, face_model=FACES, ocr_model=OCR))
+    )
     named = {key.name for call in calls.values() for key in call.keys}
     assert named == {CLIP, FACES, OCR}
     assert VISUAL_KEY in calls["clip image"].keys

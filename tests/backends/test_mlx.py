@@ -147,7 +147,8 @@ async def test_weights_are_prepared_unless_told_otherwise(files: ModelFiles) -> 
     engine = MlxEngine(Settings())
     try:
         await load(engine, files)
-        assert (files.folder / "mlx" / "model-float32.safetensors").is_file()
+        (form,) = (files.folder / "mlx").iterdir()
+        assert (form / "model.safetensors").is_file()
     finally:
         await asyncio.to_thread(engine.device.close)
 

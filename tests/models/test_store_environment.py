@@ -11,7 +11,7 @@ import pytest
 from doubles.hub import FakeHub, add_faces, onnx_bytes, serve_hub
 
 from immich_ml_metal.catalog import get_model, model_key
-from immich_ml_metal.models.rapidocr_wheel import find_in_wheel
+from immich_ml_metal.models.paddle import find_in_wheel
 from immich_ml_metal.models.shelf import State
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings

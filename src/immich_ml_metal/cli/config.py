@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from immich_ml_metal.cli.json_output import JsonOption, print_json
+from immich_ml_metal.cli.output import JsonOption, print_json
 from immich_ml_metal.old_names import old_names_used
 from immich_ml_metal.settings import SECRET, Settings, env_names
 from immich_ml_metal.settings_sources import ignored_names, resolve

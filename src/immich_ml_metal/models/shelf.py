@@ -13,7 +13,7 @@ from pathlib import Path
 
 from immich_ml_metal.catalog import Family, ModelSpec
 from immich_ml_metal.models.manifest import FileRecord, load_manifest, sha256_of
-from immich_ml_metal.models.onnx_files import NotOnnx, external_files
+from immich_ml_metal.onnx_files.references import NotOnnx, external_files
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 STAGING = ".incoming"  # beside the target, so that a rename never crosses a file system
@@ -129,12 +129,6 @@ def is_for_us(path: str, part: Part) -> bool:
     """Whether a file is needed for one half; external data lies in the half's folder."""
     wanted = path == "config.json" or path.startswith(f"{part}/")
     return wanted and not _NOT_OURS.search(path)
-
-
-def weight_bytes(files: ModelFiles) -> int:
-    """Size of a half's graph with its side files: about what it takes in memory once loaded."""
-    sides = _side_files(files.graph)
-    return sum(_size(path) for path in (files.graph, *(files.folder / name for name in sides)))
 
 
 def is_usable(states: Mapping[str, State]) -> bool:

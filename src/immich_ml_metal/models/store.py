@@ -16,8 +16,8 @@ from immich_ml_metal.catalog import ModelSpec, find_model
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
 from immich_ml_metal.models.download import Download
 from immich_ml_metal.models.manifest import FileRecord, describe_file, load_manifest, save_manifest
+from immich_ml_metal.models.paddle import find_in_wheel
 from immich_ml_metal.models.progress import DownloadProgress, Downloads, Listener, Tracker
-from immich_ml_metal.models.rapidocr_wheel import find_in_wheel
 from immich_ml_metal.models.shelf import PartStatus, Shelf, State
 from immich_ml_metal.models.transfer import Retry, explain_os_error
 from immich_ml_metal.settings import Settings

@@ -2,7 +2,7 @@
 
 The provider may quietly leave nodes to the CPU, serve a stale compiled model, or compute something
 else. So the share of nodes it really runs is measured, compiled models are kept under the digest of
-the weights, and each shape is compared with the CPU before its first answer (`coreml_graph`).
+the weights, and each shape is compared with the CPU before its first answer (`graph`).
 """
 
 import logging
@@ -13,14 +13,20 @@ from typing import Any
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.build import build_model
-from immich_ml_metal.backends.coreml.graph import CoreMLGraph, Refusal, Report, Setup
+from immich_ml_metal.backends.coreml.graph import (
+    CoreMLGraph,
+    Refusal,
+    Report,
+    Setup,
+    compiled_form,
+)
 from immich_ml_metal.backends.coreml.session import SessionMaker, open_session
 from immich_ml_metal.backends.coreml.shapes import BATCHES
 from immich_ml_metal.backends.device import Device
-from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
+from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.threads import core_count
+from immich_ml_metal.threads import inference_cores
 from immich_ml_metal.types import Graph, ModelFiles, ModelKey, Part, Task
 
 log = logging.getLogger(__name__)
@@ -60,7 +66,7 @@ class CoreMLEngine:
             LoadFailed: the files are broken, or Core ML was asked for by name and is refused.
         """
         assert files is not None, "the coreml engine needs files"
-        threads = self._settings.intra_op_threads or core_count()
+        threads = self._settings.intra_op_threads or inference_cores()
         reference = OrtGraph(files.graph, options=session_options(threads))
         graph: Graph = reference
         if files.graph not in self._refused:
@@ -78,16 +84,19 @@ class CoreMLEngine:
         self._reports[report.model, report.shape] = report
 
     def _try(self, key: ModelKey, files: ModelFiles, reference: OrtGraph) -> Graph:
+        graph = CoreMLGraph(
+            compiled_form(files.graph, self._setup),
+            reference,
+            self._setup,
+            name=str(key),
+            batches=_batches(key, reference),
+            checked=[(report.weights, report.shape) for report in self._reports.values()],
+            on_report=self._keep,
+        )
         try:
-            return CoreMLGraph(
-                files.graph,
-                reference,
-                self._setup,
-                name=str(key),
-                batches=_batches(key, reference),
-                checked=[(report.weights, report.shape) for report in self._reports.values()],
-                on_report=self._keep,
-            )
+            graph.keep_compiled()
+            if graph.open_fixed_shapes():
+                reference.close()
         except Refusal as exc:
             if self._is_explicit:
                 raise LoadFailed(f"{key}: {exc}") from exc
@@ -95,6 +104,7 @@ class CoreMLEngine:
             self._on_fallback(REFUSED)
             log.warning("core ml refused, the cpu answers instead: model=%s reason=%s", key, exc)
             return reference
+        return graph
 
 
 def _batches(key: ModelKey, graph: Graph) -> tuple[int, ...]:
