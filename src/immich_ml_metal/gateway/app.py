@@ -275,10 +275,15 @@ def _dispatcher(
 
 
 def _reception(settings: Settings) -> Reception:
-    room = Room(memory_bytes=settings.hold_memory_bytes, spool_bytes=settings.hold_spool_bytes)
+    max_body_bytes = settings.max_image_size_bytes + FORM_BYTES
+    room = Room(
+        memory_bytes=settings.hold_memory_bytes,
+        spool_bytes=settings.hold_spool_bytes,
+        largest_bytes=max_body_bytes,
+    )
     return Reception(
         room,
-        max_body_bytes=settings.max_image_size_bytes + FORM_BYTES,
+        max_body_bytes=max_body_bytes,
         client_timeout_s=settings.client_timeout_s,
     )
 
