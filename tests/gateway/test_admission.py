@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
-from immich_ml_metal.errors import ConfigError, ImageTooLarge, TimedOut
-from immich_ml_metal.gateway.admission import ClientGone, Lease, Reception, Room
+from immich_ml_metal.errors import ImageTooLarge, TimedOut
+from immich_ml_metal.gateway.admission import (
+    FORM_BYTES,
+    ClientGone,
+    Lease,
+    Reception,
+    Room,
+    make_reception,
+)
 from immich_ml_metal.gateway.body import Body
 
 
@@ -216,9 +223,14 @@ async def test_an_upload_of_just_the_limit_is_taken(declared_bytes: int | None) 
     assert body.size_bytes == 50
 
 
-def test_settings_that_leave_no_room_for_one_upload_are_refused() -> None:
-    with pytest.raises(ConfigError, match="raise ML_HOLD_SPOOL"):
+def test_a_room_that_is_too_small_for_one_upload_is_refused() -> None:
+    with pytest.raises(ValueError, match="no room for 50 bytes"):
         reception(memory_bytes=49, spool_bytes=49)
+
+
+@pytest.mark.parametrize("limit_bytes", [1, 2**40])
+def test_the_largest_picture_always_finds_room(limit_bytes: int) -> None:
+    assert make_reception(limit_bytes).room.largest_bytes >= limit_bytes + FORM_BYTES
 
 
 @pytest.mark.parametrize("spooled", [False, True])

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.errors import ConfigError, ImageTooLarge, Overloaded, TimedOut
+from immich_ml_metal.errors import ImageTooLarge, Overloaded, TimedOut
 from immich_ml_metal.gateway.body import Body
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -21,6 +21,11 @@ Place = Literal["memory", "spool"]
 # is its time limit for sending nothing.
 MIN_BYTES_PER_S = 8 * 1024
 FORM_BYTES = 64 * 1024  # what a form adds to its picture: entries, boundaries, part headers
+CLIENT_TIMEOUT_S = 30.0  # in mid-upload; Immich reads its pictures from a disk and pauses never
+# For uploads that wait: some hundred previews in memory, a thousand more on disk. Beyond that
+# clients are not read from; nothing is refused.
+_MEMORY_BYTES = 64 * 2**20
+_SPOOL_BYTES = 1024 * 2**20
 
 
 class ClientGone(Exception):
@@ -43,11 +48,10 @@ class Room:
     """
 
     def __init__(self, *, memory_bytes: int, spool_bytes: int, largest_bytes: int = 0) -> None:
-        """`largest_bytes` is what one upload may have."""
         self._free: dict[Place, int] = {"memory": memory_bytes, "spool": spool_bytes}
         self._total = dict(self._free)
-        main: Place = "spool" if spool_bytes >= memory_bytes else "memory"
-        self._kept: dict[Place, int] = {"memory": 0, "spool": 0, main: largest_bytes}
+        self._kept: dict[Place, int] = {"memory": 0, "spool": 0}
+        self.keep(largest_bytes)
         self._unfinished: dict[Lease, None] = {}  # the oldest first
         self._waiters: dict[Lease, tuple[int, asyncio.Future[None]]] = {}
 
@@ -69,6 +73,11 @@ class Room:
     def largest_bytes(self) -> int:
         """The largest upload that an empty room takes."""
         return max(self._total.values())
+
+    def keep(self, largest_bytes: int) -> None:
+        """Keep what the largest upload needs for the oldest one."""
+        main: Place = "spool" if self._total["spool"] >= self._total["memory"] else "memory"
+        self._kept[main] = largest_bytes
 
     def open(self) -> Lease:
         """Begin an upload; the caller releases its lease."""
@@ -126,14 +135,23 @@ class Room:
             del self._waiters[lease]
 
 
+def make_reception(max_image_bytes: int) -> "Reception":
+    """The reception of a service that takes pictures of so many bytes; the largest always fits."""
+    largest_bytes = max_image_bytes + FORM_BYTES
+    room = Room(memory_bytes=_MEMORY_BYTES, spool_bytes=max(_SPOOL_BYTES, largest_bytes))
+    return Reception(room, max_body_bytes=largest_bytes)
+
+
 class Reception:
     """Takes uploads in under the limits."""
 
-    def __init__(self, room: Room, *, max_body_bytes: int, client_timeout_s: float) -> None:
+    def __init__(
+        self, room: Room, *, max_body_bytes: int, client_timeout_s: float = CLIENT_TIMEOUT_S
+    ) -> None:
         if max_body_bytes > room.largest_bytes:
-            limits = f"{max_body_bytes} bytes, but there is room for {room.largest_bytes} bytes"
-            raise ConfigError(f"an upload may have {limits}: raise ML_HOLD_SPOOL")
+            raise ValueError(f"no room for {max_body_bytes} bytes, only {room.largest_bytes}")
         self.room = room
+        room.keep(max_body_bytes)
         self._max_body_bytes = max_body_bytes
         self._client_timeout_s = client_timeout_s
 

@@ -5,16 +5,16 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
 
-from immich_ml_metal.gateway.app import WORKER_COMMAND, App, Gateway
+from immich_ml_metal.gateway.app import WORKER_COMMAND, Gateway
 from immich_ml_metal.gateway.patient import limited
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.system.listen import listen
+from immich_ml_metal.system.listen import KEEPALIVE_S, listen
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class GatewayServer(uvicorn.Server):
                 ws="none",
                 http=limited(_connections(gateway.settings.concurrency)),
                 server_header=False,
-                timeout_keep_alive=max(1, round(gateway.settings.keepalive_s)),
+                timeout_keep_alive=KEEPALIVE_S,
                 timeout_graceful_shutdown=1,
             )
         )
@@ -98,19 +98,14 @@ class GatewayServer(uvicorn.Server):
             quiet_s = 0.0 if self._gateway.open_requests else quiet_s + _POLL_S
 
 
-def run(
-    settings: Settings,
-    *,
-    command: Sequence[str] = WORKER_COMMAND,
-    pages: Mapping[str, App] | None = None,
-) -> None:
+def run(settings: Settings, *, command: Sequence[str] = WORKER_COMMAND) -> None:
     """Serve until a signal ends it.
 
     Raises:
         ConfigError: the address cannot be listened on, or two settings contradict each other.
     """
     _allow_many_files()
-    gateway = Gateway(settings, command=command, pages=pages)
+    gateway = Gateway(settings, command=command)
     sockets = listen(settings.host, settings.port)
     for listener in sockets:
         host, port = listener.getsockname()[:2]
