@@ -8,7 +8,7 @@ ServiceError
 │   ├── MissingDependency   400  recognition was asked for without its detection
 │   ├── InvalidImage        400  the bytes are not a picture we can decode
 │   ├── ImageTooLarge       413  over the byte, pixel or side limit
-│   └── UploadStalled       408  the client stopped sending in mid-upload
+│   └── UploadStalled       408  the client stopped sending, or sends too slowly
 ├── ModelError              this model cannot be served now
 │   ├── ModelUnavailable    503  its files are not here and cannot be fetched
 │   ├── DownloadFailed      503  network, disk or digest trouble while fetching
@@ -60,7 +60,7 @@ class ImageTooLarge(RequestError):
 
 
 class UploadStalled(RequestError):
-    """The client stopped sending in mid-upload."""
+    """The client stopped sending in mid-upload, or sends too slowly."""
 
 
 class ModelError(ServiceError):
