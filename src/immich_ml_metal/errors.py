@@ -13,7 +13,7 @@ ServiceError
 │   ├── DownloadFailed      network, disk or digest trouble while fetching
 │   └── LoadFailed          the files are here but the engine rejects them
 ├── InferenceError          an engine failed on an accepted input
-├── InvalidOutput           a vector is not finite or has the wrong dimension
+├── InvalidOutput           an output is not finite or a vector has the wrong dimension
 ├── TimedOut                no answer within the limit
 ├── Overloaded              held as long as it could be held; try again later
 └── ConfigError             a setting is unknown, malformed or cannot be honoured; stops the start
@@ -75,7 +75,7 @@ class InferenceError(ServiceError):
 
 
 class InvalidOutput(ServiceError):
-    """A vector is not finite or does not have the model's dimension."""
+    """An output is not finite, or a vector does not have the model's dimension."""
 
 
 class TimedOut(ServiceError):

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
+from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
@@ -27,6 +28,7 @@ from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
 from immich_ml_metal.worker.wire import parse_entries, render
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
 }
 _CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 _HOUSEKEEPING_S = 10.0
+_TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 _RETRY_AFTER_S = "5"  # a network comes back; the gateway asks again for as long as it may hold
 
 
@@ -58,6 +61,7 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     describe_engines: Callable[[], dict[str, Any]] = dict,
+    spare: Callable[[], Engine] | None = None,
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
@@ -67,8 +71,9 @@ def create_app(
         store: where model files come from.
         metrics: counts and times; its own when None.
         describe_engines: what `/health` adds about the engines.
+        spare: makes the engine that answers where another fails; None for none.
     """
-    service = Service(settings, engines, store, metrics, describe_engines)
+    service = Service(settings, engines, store, metrics, describe_engines, spare)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -94,6 +99,7 @@ class Service:
         store: Store,
         metrics: Metrics | None = None,
         describe_engines: Callable[[], dict[str, Any]] = dict,
+        spare: Callable[[], Engine] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -108,8 +114,11 @@ class Service:
             self._threads,
             max_bytes=settings.image_cache_bytes,
         )
+        self._second_try = SecondTry(
+            self.pool, spare, self.metrics, limit_s=settings.request_timeout_s / _TRIES
+        )
         self._pipeline = Pipeline(
-            self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
+            self._second_try, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
         )
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
@@ -124,12 +133,16 @@ class Service:
     def _describe_engines(self) -> None:
         for (task, part), engine in self._engines.items():
             self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
+        for name in {engine.name for engine in self._engines.values()} | {"cpu"}:
+            for cause in CAUSES:  # at 0 from the start: a rate needs a first value
+                self.metrics.engine_failures.labels(name, cause)
+        self.metrics.fallbacks.labels(ANSWERED_BY_SPARE)
         for device in {engine.device for engine in self._engines.values()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "Service":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self._second_try, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -177,6 +190,7 @@ class Service:
                     f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
                 },
                 "engine_plan": self._describe_plan(),
+                "engine_failures": self._second_try.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
