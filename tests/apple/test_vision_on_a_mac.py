@@ -7,7 +7,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
+from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.backends.vision.bridge import VisionBridge, load_frameworks
 from immich_ml_metal.backends.vision.setup import WORD, check_reading, create_vision, draw_word
 from immich_ml_metal.backends.vision.text import LANGUAGES, text_options, wanted_languages
