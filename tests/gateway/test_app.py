@@ -179,7 +179,7 @@ async def test_without_room_a_client_is_not_read_from_until_there_is_some(tmp_pa
         await service.started(1)
         second = asyncio.create_task(service.predict(bytes(900_000)))
         await until(lambda: room.waiting == 1)
-        assert room.held("spool") == 900_011
+        assert 900_011 <= room.held("spool") < 1_100_000
         assert [(await first).status_code, (await second).status_code] == [200, 200]
 
 
