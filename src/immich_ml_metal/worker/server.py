@@ -104,12 +104,10 @@ class Service:
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
         self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
-        self._second_try = SecondTry(
-            self.pool, spare, self.metrics, limit_s=settings.request_timeout_s / _TRIES
-        )
-        self._pipeline = Pipeline(
-            self._second_try, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
-        )
+        timeout_s = settings.request_timeout_s
+        models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
+        self._models = models
+        self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = 0
@@ -132,7 +130,7 @@ class Service:
 
     async def __aenter__(self) -> "Service":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self._second_try, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -179,7 +177,7 @@ class Service:
                     f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
                 },
                 "engine_plan": self._describe_plan(),
-                "engine_failures": self._second_try.describe(),
+                "engine_failures": self._models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
