@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _TICK_S = 1.0
 # Long, because questions to a blocked worker pile up in its backlog, which has 128 places on macOS.
 _ASK_TIMEOUT_S = 15.0
-# Compiling a large model for the Neural Worker takes minutes, in one call that shows no progress.
+# Compiling a large model for the Neural Engine takes minutes, in one call that shows no progress.
 LOAD_LIMIT_S = 900.0
 # A model set that is larger than the limit must not keep the worker restarting.
 _RECYCLE_MIN_AGE_S = 60.0

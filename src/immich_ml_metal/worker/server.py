@@ -1,4 +1,4 @@
-"""The worker app: HTTP in, HTTP out. The only module that knows about status codes."""
+"""The worker app: HTTP in, HTTP out."""
 
 import asyncio
 import logging
@@ -31,24 +31,7 @@ from immich_ml_metal.worker.wire import parse_entries, render
 
 log = logging.getLogger(__name__)
 
-STATUS: dict[type[errors.ServiceError], int] = {
-    errors.InvalidEntries: 422,
-    errors.UnknownModel: 422,
-    errors.MissingPayload: 400,
-    errors.MissingDependency: 400,
-    errors.InvalidImage: 400,
-    errors.ImageTooLarge: 413,
-    errors.ModelUnavailable: 503,
-    errors.DownloadFailed: 503,
-    errors.LoadFailed: 500,
-    errors.InferenceError: 500,
-    errors.InvalidOutput: 500,
-    errors.TimedOut: 503,
-    errors.Overloaded: 503,
-}
-_CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 _HOUSEKEEPING_S = 10.0
-_RETRY_AFTER_S = "5"  # a network comes back; the gateway asks again for as long as it may hold
 
 
 def create_app(
@@ -185,14 +168,14 @@ class Service:
                 tasks = parse_entries(form.entries, face_min_score=self.settings.face_min_score)
                 return await _unless_gone(request, self._answer(tasks, form.image, form.text))
             except ClientDisconnect:
-                return Response(status_code=_CLIENT_GONE)
+                return Response(status_code=errors.CLIENT_GONE)
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
                 return _render_error(exc)
 
     async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
         self._in_flight += 1
         self.metrics.in_flight.inc()
-        status = _CLIENT_GONE  # what remains when this is cancelled
+        status = errors.CLIENT_GONE  # what remains when this is cancelled
         try:
             async with self._admitted:
                 answer = await self._pipeline.answer(tasks, image, text)
@@ -200,7 +183,7 @@ class Service:
             status = 200
             return Response(body, media_type="application/json")
         except Exception as exc:
-            status = _status_of(exc)
+            status = errors.status_of(exc)
             raise
         finally:
             self._in_flight -= 1
@@ -223,7 +206,7 @@ async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=errors.CLIENT_GONE)
     finally:
         for task in (answer, gone):
             task.cancel()
@@ -238,17 +221,14 @@ async def _wait_for_hang_up(request: Request) -> None:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def _status_of(exc: Exception) -> int:
-    return STATUS[type(exc)] if isinstance(exc, errors.ServiceError) else 500
-
-
 def _render_error(exc: Exception) -> JSONResponse:
     """The reason as JSON; what is our fault goes to the log as well, once."""
-    status = _status_of(exc)
+    status = errors.status_of(exc)
     if status >= 500:
         log.error("request failed status=%d", status, exc_info=exc)
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
-    headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(exc, errors.DownloadFailed) else None
+    after_s = errors.RETRY_AFTER_S.get(type(exc))  # type: ignore[arg-type]
+    headers = {"Retry-After": str(after_s)} if after_s is not None else None
     return JSONResponse({"detail": reason}, status_code=status, headers=headers)
