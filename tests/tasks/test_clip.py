@@ -102,7 +102,7 @@ def test_a_malformed_file_fails_the_load(changes: dict[str, Any]) -> None:
         config(**changes)
 
 
-# -- resize and crop (contract §4.2) ---------------------------------------------------------------
+# -- resize and crop (contract §4.1) ---------------------------------------------------------------
 
 
 def resize_then_crop(image: Image.Image, side: int) -> Image.Image:
@@ -285,7 +285,7 @@ def test_a_malformed_text_config_fails_the_load(text: Any) -> None:
         TextConfig.parse({"text_cfg": text}, name="m")
 
 
-# -- cleaning and language (contract §4.3) ---------------------------------------------------------
+# -- cleaning and language (contract §4.2) ---------------------------------------------------------
 
 PLAIN, SIGLIP, NLLB = (
     TextConfig(77, False, False),

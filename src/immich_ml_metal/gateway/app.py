@@ -12,20 +12,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from immich_ml_metal.errors import (
+    RETRY_AFTER_S,
     ConfigError,
-    ImageTooLarge,
-    InferenceError,
     Overloaded,
-    TimedOut,
+    RequestError,
+    ServiceError,
+    status_of,
 )
-from immich_ml_metal.gateway.admission import FORM_BYTES, ClientGone, Reception, Room
+from immich_ml_metal.gateway.admission import ClientGone, Reception, make_reception
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
-from immich_ml_metal.gateway.replay import Condemned
 from immich_ml_metal.gateway.supervisor import State
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
@@ -40,25 +40,23 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WORKER_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
 
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
-_RETRY = (b"retry-after", b"30")
+_RETRY = (b"retry-after", b"%d" % RETRY_AFTER_S[Overloaded])
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _HEAD_BYTES = 4096
 _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's part
 
 
 class Gateway:
-    """The ASGI app; its lifespan is the worker's.
-
-    `pages` are apps that answer GET on further paths: the path itself and all below it.
-    """
+    """The ASGI app; its lifespan is the worker's."""
 
     def __init__(
         self,
         settings: Settings,
         *,
         command: Sequence[str] = WORKER_COMMAND,
-        pages: Mapping[str, App] | None = None,
         companions: Companions | None = None,
+        crashes: CrashRecord | None = None,
+        reception: Reception | None = None,
     ) -> None:
         self.settings = settings
         self.is_draining = False
@@ -67,11 +65,10 @@ class Gateway:
         self.on_broken: Callable[[], None] = lambda: None
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
-        self.crashes = _crash_record(settings)
+        self.crashes = crashes or CrashRecord()
         self.dispatcher = _dispatcher(settings, command, self.crashes, self.metrics)
-        self.holding = Holding(
-            self.dispatcher, _reception(settings), hold_limit_s=settings.hold_limit_s
-        )
+        reception = reception or make_reception(settings.max_image_size_bytes)
+        self.holding = Holding(self.dispatcher, reception, hold_limit_s=settings.hold_limit_s)
         self.watch = Watch(settings, self.dispatcher)
         self.companions = companions or make_companions(settings, self.metrics)
         self._pages: dict[str, App] = {
@@ -79,7 +76,6 @@ class Gateway:
             "/ping": self._ping,
             "/health": self._health,
             "/metrics": self._metrics_page,
-            **(pages or {}),
         }
         self._feed_gauges()
 
@@ -150,7 +146,7 @@ class Gateway:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         path, method = scope["path"], scope["method"]
-        page = self._find_page(path)
+        page = self._pages.get(path)
         if path == "/predict" and method == "POST":
             await self._predict(headers, receive, send)
         elif page is not None and method == "GET":
@@ -160,14 +156,6 @@ class Gateway:
             await reply_json(send, 405, {"detail": "Method Not Allowed"}, (b"allow", allowed))
         else:
             await reply_json(send, 404, {"detail": "Not Found"})
-
-    def _find_page(self, path: str) -> App | None:
-        if path in self._pages:
-            return self._pages[path]
-        below = (
-            page for at, page in self._pages.items() if at != "/" and path.startswith(at + "/")
-        )
-        return next(below, None)
 
     async def _root(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply_json(send, 200, {"message": "Immich ML"})
@@ -218,24 +206,26 @@ class Gateway:
         except ClientGone:
             counts.cancelled += 1
             return None
-        except (ImageTooLarge, TimedOut) as exc:
-            counts.refused += 1
-            status = 413 if isinstance(exc, ImageTooLarge) else 408
-            await reply_unread(receive, send, status, str(exc))
-            return status
-        except Overloaded as exc:
-            self._note_failure(str(exc))
-            await reply_unread(receive, send, 503, str(exc), _RETRY)
-            return 503
-        except (Condemned, InferenceError) as exc:
-            self._note_failure(str(exc))
-            await reply_json(send, 500, {"detail": str(exc)})
-            return 500
+        except ServiceError as exc:
+            return await self._refuse(exc, receive, send)
         counts.answered += 1
         if answer.status >= 500:
             self._note_failure(f"the worker answered {answer.status}")
         await reply(send, answer.status, answer.headers, answer.body)
         return answer.status
+
+    async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> int:
+        status, after_s = status_of(exc), RETRY_AFTER_S.get(type(exc))
+        retry = [(b"retry-after", b"%d" % after_s)] if after_s is not None else []
+        if isinstance(exc, RequestError):
+            self.dispatcher.counts.refused += 1
+        else:
+            self._note_failure(str(exc))
+        if isinstance(exc, RequestError | Overloaded):  # its body may not have been read
+            await reply_unread(receive, send, status, str(exc), *retry)
+        else:
+            await reply_json(send, status, {"detail": str(exc)}, *retry)
+        return status
 
     def _note_failure(self, cause: str) -> None:
         self.dispatcher.counts.failed += 1
@@ -256,12 +246,6 @@ class _Upload:
         return message
 
 
-def _crash_record(settings: Settings) -> CrashRecord:
-    return CrashRecord(
-        max_crashes=settings.worker_max_crashes, window_s=settings.worker_crash_window_s
-    )
-
-
 def _dispatcher(
     settings: Settings, command: Sequence[str], crashes: CrashRecord, metrics: Metrics
 ) -> Dispatcher:
@@ -271,15 +255,6 @@ def _dispatcher(
         limit=settings.concurrency,
         crashes=crashes,
         metrics=metrics,
-    )
-
-
-def _reception(settings: Settings) -> Reception:
-    room = Room(memory_bytes=settings.hold_memory_bytes, spool_bytes=settings.hold_spool_bytes)
-    return Reception(
-        room,
-        max_body_bytes=settings.max_image_size_bytes + FORM_BYTES,
-        client_timeout_s=settings.client_timeout_s,
     )
 
 

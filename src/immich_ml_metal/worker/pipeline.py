@@ -39,7 +39,7 @@ from immich_ml_metal.worker.pool import Pool
 T = TypeVar("T")
 
 GIANT_PIXELS = 32_000_000  # ten previews' worth: some 220 MB decoded
-FACE_VECTOR_DIM = 512  # of every face model, fixed by Immich's database (contract §1.9)
+FACE_VECTOR_DIM = 512  # of every face model, fixed by Immich's database (contract §1.7)
 
 
 class Pipeline:

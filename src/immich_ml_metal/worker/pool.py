@@ -241,8 +241,6 @@ class Pool:
             for loaded in self.loaded
             if loaded.users == 0 and now - loaded.last_used >= idle_s and loaded.key not in keep
         ]
-        if idle_s >= 0:  # closing unloads the pinned ones as well
-            idle = [loaded for loaded in idle if not self._memory.is_pinned(loaded.key)]
         await self._unload(idle, "idle")
         return [loaded.key for loaded in idle]
 

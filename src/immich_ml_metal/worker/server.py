@@ -1,4 +1,4 @@
-"""The worker app: HTTP in, HTTP out. The only module that knows about status codes."""
+"""The worker app: HTTP in, HTTP out."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ from immich_ml_metal.tasks.images import ImageLimits, decode
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import TaskRequest
 from immich_ml_metal.worker.form import Form, read_form
-from immich_ml_metal.worker.memory import make_rules
+from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
@@ -31,24 +31,7 @@ from immich_ml_metal.worker.wire import parse_entries, render
 
 log = logging.getLogger(__name__)
 
-STATUS: dict[type[errors.ServiceError], int] = {
-    errors.InvalidEntries: 422,
-    errors.UnknownModel: 422,
-    errors.MissingPayload: 400,
-    errors.MissingDependency: 400,
-    errors.InvalidImage: 400,
-    errors.ImageTooLarge: 413,
-    errors.ModelUnavailable: 503,
-    errors.DownloadFailed: 503,
-    errors.LoadFailed: 500,
-    errors.InferenceError: 500,
-    errors.InvalidOutput: 500,
-    errors.TimedOut: 503,
-    errors.Overloaded: 503,
-}
-_CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 _HOUSEKEEPING_S = 10.0
-_RETRY_AFTER_S = "5"  # a network comes back; the gateway asks again for as long as it may hold
 
 
 def create_app(
@@ -61,12 +44,7 @@ def create_app(
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    Args:
-        settings: limits, times, threads.
-        engines: who answers each part of each task.
-        store: where model files come from.
-        metrics: counts and times; its own when None.
-        describe_engines: what `/health` adds about the engines.
+    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines.
     """
     service = Service(settings, engines, store, metrics, describe_engines)
 
@@ -100,14 +78,9 @@ class Service:
         self._engines = engines
         self._describe_plan = describe_engines
         self._threads = CpuThreads(settings.request_threads)
-        memory = make_rules(settings, psutil.virtual_memory().total)
+        memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
-        limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
-        self._pictures = PictureCache(
-            lambda data: decode(data, limits),
-            self._threads,
-            max_bytes=settings.image_cache_bytes,
-        )
+        self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
         self._pipeline = Pipeline(
             self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
         )
@@ -148,8 +121,7 @@ class Service:
         while True:
             await asyncio.sleep(min(_HOUSEKEEPING_S, ttl_s or _HOUSEKEEPING_S))
             if ttl_s > 0:
-                keep = self._preload_keys if self.settings.preload_stays else ()
-                await self.pool.unload_idle(ttl_s, keep=keep)
+                await self.pool.unload_idle(ttl_s, keep=self._preload_keys)
             if self._in_flight == 0 and self._answered > self._released_at:
                 self._released_at = self._answered
                 await self._threads.run(release_free_memory)
@@ -196,14 +168,14 @@ class Service:
                 tasks = parse_entries(form.entries, face_min_score=self.settings.face_min_score)
                 return await _unless_gone(request, self._answer(tasks, form.image, form.text))
             except ClientDisconnect:
-                return Response(status_code=_CLIENT_GONE)
+                return Response(status_code=errors.CLIENT_GONE)
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
                 return _render_error(exc)
 
     async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
         self._in_flight += 1
         self.metrics.in_flight.inc()
-        status = _CLIENT_GONE  # what remains when this is cancelled
+        status = errors.CLIENT_GONE  # what remains when this is cancelled
         try:
             async with self._admitted:
                 answer = await self._pipeline.answer(tasks, image, text)
@@ -211,7 +183,7 @@ class Service:
             status = 200
             return Response(body, media_type="application/json")
         except Exception as exc:
-            status = _status_of(exc)
+            status = errors.status_of(exc)
             raise
         finally:
             self._in_flight -= 1
@@ -233,7 +205,7 @@ async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=errors.CLIENT_GONE)
     finally:
         for task in (answer, gone):
             task.cancel()
@@ -248,17 +220,14 @@ async def _wait_for_hang_up(request: Request) -> None:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def _status_of(exc: Exception) -> int:
-    return STATUS[type(exc)] if isinstance(exc, errors.ServiceError) else 500
-
-
 def _render_error(exc: Exception) -> JSONResponse:
     """The reason as JSON; what is our fault goes to the log as well, once."""
-    status = _status_of(exc)
+    status = errors.status_of(exc)
     if status >= 500:
         log.error("request failed status=%d", status, exc_info=exc)
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
-    headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(exc, errors.DownloadFailed) else None
+    after_s = errors.RETRY_AFTER_S.get(type(exc))  # type: ignore[arg-type]
+    headers = {"Retry-After": str(after_s)} if after_s is not None else None
     return JSONResponse({"detail": reason}, status_code=status, headers=headers)
