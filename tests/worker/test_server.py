@@ -205,7 +205,7 @@ def test_the_fused_exports_of_revision_v2_answer_the_same(service: str, models: 
         (VISUAL, b"not a picture", None, 400, "cannot be decoded"),
         (VISUAL, PHOTO[:200], None, 400, "cannot be decoded"),
         (VISUAL, bytes(2_000_001), None, 413, "2000001 bytes, limit 2000000"),
-        ("0" * 1_100_000, None, "cat", 422, "not a form"),
+        ("0" * 65_537, None, "cat", 422, "'entries' has 65537 bytes, limit 65536"),
         (
             {"facial-recognition": {"recognition": {"modelName": "buffalo_s"}}},
             PHOTO,

@@ -194,7 +194,8 @@ class Service:
 
     async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
-            return await read_form(request, limit_bytes=self.settings.max_image_size_bytes)
+            limit_bytes = self.settings.max_image_size_bytes
+            return await read_form(request, self._threads, limit_bytes=limit_bytes)
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
