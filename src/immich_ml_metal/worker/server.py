@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
+from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
@@ -27,11 +28,13 @@ from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
 from immich_ml_metal.worker.wire import parse_entries, render
 
 log = logging.getLogger(__name__)
 
 _HOUSEKEEPING_S = 10.0
+_TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
 def create_app(
@@ -41,12 +44,14 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     describe_engines: Callable[[], dict[str, Any]] = dict,
+    spare: Callable[[], Engine] | None = None,
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines.
+    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines;
+    `spare` makes the engine that answers where another fails, None for none.
     """
-    service = Service(settings, engines, store, metrics, describe_engines)
+    service = Service(settings, engines, store, metrics, describe_engines, spare)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,6 +77,7 @@ class Service:
         store: Store,
         metrics: Metrics | None = None,
         describe_engines: Callable[[], dict[str, Any]] = dict,
+        spare: Callable[[], Engine] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -81,9 +87,10 @@ class Service:
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
         self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
-        self._pipeline = Pipeline(
-            self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
-        )
+        timeout_s = settings.request_timeout_s
+        models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
+        self._models = models
+        self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = 0
@@ -97,12 +104,16 @@ class Service:
     def _describe_engines(self) -> None:
         for (task, part), engine in self._engines.items():
             self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
+        for name in {engine.name for engine in self._engines.values()} | {"cpu"}:
+            for cause in CAUSES:  # at 0 from the start: a rate needs a first value
+                self.metrics.engine_failures.labels(name, cause)
+        self.metrics.fallbacks.labels(ANSWERED_BY_SPARE)
         for device in {engine.device for engine in self._engines.values()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "Service":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -149,6 +160,7 @@ class Service:
                     f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
                 },
                 "engine_plan": self._describe_plan(),
+                "engine_failures": self._models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
