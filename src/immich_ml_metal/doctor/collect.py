@@ -47,7 +47,6 @@ def collect_facts(
 ) -> Facts:
     """All facts but the self-test's; `digests` reads every model file to its end."""
     settings, config_error = _read_settings(file, env_file)
-    machine = read_machine(run)
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
     names = _names(settings, server)
@@ -56,7 +55,7 @@ def collect_facts(
         hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
     return Facts(
         version=__version__,
-        machine=machine,
+        machine=(machine := read_machine(run)),
         settings=settings,
         port=read_port(settings, run),
         packages=read_packages(machine),
