@@ -15,7 +15,6 @@ from immich_ml_metal.cli import COMMANDS, load_command
 from immich_ml_metal.cli.output import Exit
 from immich_ml_metal.metrics import Metrics, Process
 from immich_ml_metal.settings import SECRET, Settings, env_names
-from immich_ml_metal.worker.server import STATUS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 HEAD = """\
@@ -154,7 +153,9 @@ def _exits() -> str:
 def _statuses() -> str:
     rows = [
         (code(str(status)), code(kind.__name__), first_line(kind))
-        for kind, status in sorted(STATUS.items(), key=lambda pair: (pair[1], pair[0].__name__))
+        for kind, status in sorted(
+            errors.STATUS.items(), key=lambda pair: (pair[1], pair[0].__name__)
+        )
     ]
     return (
         "## Statuses\n\nWhat a failed `/predict` answers; the reason is in the JSON field "

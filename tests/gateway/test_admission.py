@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from immich_ml_metal.errors import ImageTooLarge, TimedOut
+from immich_ml_metal.errors import ImageTooLarge, UploadStalled
 from immich_ml_metal.gateway.admission import (
     FORM_BYTES,
     ClientGone,
@@ -164,7 +164,7 @@ async def test_a_client_that_sends_a_byte_now_and_then_is_timed_out() -> None:
 
     here = reception(client_timeout_s=0.2)
     started_s = time.monotonic()
-    with pytest.raises(TimedOut, match="sends too slowly"):
+    with pytest.raises(UploadStalled, match="sends too slowly"):
         await here.take(receive, None)
     assert 0.15 < time.monotonic() - started_s < 2
     assert here.room.held("memory") == 0

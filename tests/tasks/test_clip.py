@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from immich_ml_metal.errors import InferenceError, InvalidOutput, LoadFailed
+from immich_ml_metal.errors import InvalidOutput, LoadFailed
 from immich_ml_metal.tasks.clip import (
     NLLB_CODES,
     ClipTextualModel,
@@ -246,7 +246,7 @@ def test_a_bad_vector_is_an_error(values: list[float], message: str) -> None:
 
 
 def test_a_map_with_a_hole_is_an_error() -> None:
-    with pytest.raises(InferenceError, match="m gave 1 values that are not finite"):
+    with pytest.raises(InvalidOutput, match="m gave 1 values that are not finite"):
         check_finite(np.array([[0, np.nan]], np.float32), name="m")
     assert check_finite(np.zeros((2, 3), np.float16), name="m").dtype == np.float32
 

@@ -467,3 +467,13 @@ def test_recorded_vectors_and_faces_are_rendered_byte_for_byte(shared: Path) -> 
         rendered = render(Answer(size=size, faces=RecognisedFaces(found, vectors)))
         assert json.loads(rendered) == body  # the embeddings are compared as strings
         assert list(json.loads(rendered)) == list(body)
+
+
+@pytest.mark.parametrize("depth", [3, 200, 1000, 30_000])
+@pytest.mark.parametrize("place", ["%s", '{"clip": {"visual": {"modelName": %s}}}'])
+@pytest.mark.parametrize(("opening", "end"), [('{"clip":', "}"), ("[", "]")])
+def test_entries_nested_deeply_are_refused(place: str, opening: str, end: str, depth: int) -> None:
+    nested = place % (opening * depth + "1" + end * depth)
+    with pytest.raises(InvalidEntries) as refusal:
+        parse_entries(nested, face_min_score=0.7)
+    assert len(str(refusal.value)) < 1000

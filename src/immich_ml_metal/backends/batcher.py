@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
-from immich_ml_metal.errors import InferenceError, ServiceError
+from immich_ml_metal.errors import InferenceError, InvalidOutput, ModelError, ServiceError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -29,7 +29,7 @@ class Waiting(Generic[ItemT, ResultT]):
 
 
 class BatchWatch(Protocol):
-    """Is told how long an item waited, and how long a batch of so many items ran, in seconds."""
+    """Is told how long an item waited, how long a batch ran, in seconds, and that one failed."""
 
     def waited(self, seconds: float, /) -> None:
         """One item waited so long for its batch."""
@@ -37,6 +37,10 @@ class BatchWatch(Protocol):
 
     def ran(self, items: int, seconds: float, /) -> None:
         """One batch ran."""
+        ...
+
+    def failed(self) -> None:
+        """One batch failed, of one item or more; each of several is tried again alone."""
         ...
 
 
@@ -119,6 +123,9 @@ class Batcher(Generic[ItemT, ResultT]):
         self._watch.ran(len(batch), time.perf_counter() - started)
 
     def _fail(self, batch: list[Waiting[ItemT, ResultT]], exc: Exception) -> None:
+        # A file that is not here is no failure of the engine's; a wrong output is counted by item.
+        if self._watch is not None and not isinstance(exc, (ModelError, InvalidOutput)):
+            self._watch.failed()
         if len(batch) > 1:  # one bad item must not fail its neighbours
             self._queue.extendleft(replace(entry, alone=True) for entry in reversed(batch))
             return

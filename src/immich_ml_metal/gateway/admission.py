@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.errors import ImageTooLarge, Overloaded, TimedOut
+from immich_ml_metal.errors import ImageTooLarge, Overloaded, UploadStalled
 from immich_ml_metal.gateway.body import Body
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -169,7 +169,7 @@ class Reception:
 
         Raises:
             ImageTooLarge: the client sends more than the limit.
-            TimedOut: the client stopped sending, or sends too slowly.
+            UploadStalled: the client stopped sending, or sends too slowly.
             ClientGone: the client hung up.
             Overloaded: the spool's disk is full.
         """
@@ -194,7 +194,7 @@ class Reception:
                 async with asyncio.timeout(min(patience_s, self._client_timeout_s)):
                     message = await receive()
             except TimeoutError as exc:
-                raise TimedOut(self._too_slow(body, patience_s)) from exc
+                raise UploadStalled(self._too_slow(body, patience_s)) from exc
             if message["type"] == "http.disconnect":
                 raise ClientGone
             piece = message.get("body", b"")
