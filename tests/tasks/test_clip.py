@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from immich_ml_metal.errors import InferenceError, InvalidOutput, LoadFailed
+from immich_ml_metal.errors import InvalidOutput, LoadFailed
 from immich_ml_metal.tasks.clip import (
     NLLB_CODES,
     ClipTextualModel,
     ClipVisualModel,
+    SearchQuery,
     TextConfig,
-    TextQuery,
     VisualConfig,
     clean_text,
     nllb_code,
@@ -102,7 +102,7 @@ def test_a_malformed_file_fails_the_load(changes: dict[str, Any]) -> None:
         config(**changes)
 
 
-# -- resize and crop (contract §4.2) ---------------------------------------------------------------
+# -- resize and crop (contract §4.1) ---------------------------------------------------------------
 
 
 def resize_then_crop(image: Image.Image, side: int) -> Image.Image:
@@ -246,7 +246,7 @@ def test_a_bad_vector_is_an_error(values: list[float], message: str) -> None:
 
 
 def test_a_map_with_a_hole_is_an_error() -> None:
-    with pytest.raises(InferenceError, match="m gave 1 values that are not finite"):
+    with pytest.raises(InvalidOutput, match="m gave 1 values that are not finite"):
         check_finite(np.array([[0, np.nan]], np.float32), name="m")
     assert check_finite(np.zeros((2, 3), np.float16), name="m").dtype == np.float32
 
@@ -285,7 +285,7 @@ def test_a_malformed_text_config_fails_the_load(text: Any) -> None:
         TextConfig.parse({"text_cfg": text}, name="m")
 
 
-# -- cleaning and language (contract §4.3) ---------------------------------------------------------
+# -- cleaning and language (contract §4.2) ---------------------------------------------------------
 
 PLAIN, SIGLIP, NLLB = (
     TextConfig(77, False, False),
@@ -314,7 +314,7 @@ PLAIN, SIGLIP, NLLB = (
 def test_a_text_is_cleaned(
     config: TextConfig, text: str, language: str | None, expected: str
 ) -> None:
-    assert clean_text(TextQuery(text, language), config) == expected
+    assert clean_text(SearchQuery(text, language), config) == expected
 
 
 def test_the_language_table_is_immichs() -> None:
@@ -369,14 +369,14 @@ def textual(*inputs: str, context_length: int = 6) -> tuple[ClipTextualModel, Fa
 )
 def test_tokens_are_padded_and_cut_to_the_context(text: str, ids: list[int]) -> None:
     model, _ = textual("text")
-    tokens = model.preprocess(TextQuery(text))
+    tokens = model.preprocess(SearchQuery(text))
     assert tokens["text"].tolist() == ids
     assert tokens["text"].dtype == np.int32
 
 
 def test_a_tower_with_a_mask_is_told_what_is_padding() -> None:
     model, graph = textual("input_ids", "attention_mask")
-    items = [TextQuery("a dog"), TextQuery("dog")]
+    items = [SearchQuery("a dog"), SearchQuery("dog")]
     raw = model.infer([model.preprocess(item) for item in items])
     assert graph.fed[0]["input_ids"].tolist() == [[0, 4, 5, 1, 2, 2], [0, 5, 1, 2, 2, 2]]
     assert graph.fed[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]

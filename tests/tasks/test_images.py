@@ -45,7 +45,7 @@ def png(width: int, height: int, *, depth: int = 8, rows: bytes = b"") -> bytes:
     )
 
 
-# -- what is decoded, and to which pixels (contract §4.1, §8) --------------------------------------
+# -- what is decoded, and to which pixels (contract §3) --------------------------------------
 
 
 def test_pixels_are_read_only_contiguous_rgb() -> None:

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from immich_ml_metal.errors import (
+    RETRY_AFTER_S,
     ConfigError,
-    ImageTooLarge,
-    InferenceError,
     Overloaded,
-    TimedOut,
+    RequestError,
+    ServiceError,
+    status_of,
 )
 from immich_ml_metal.gateway.admission import ClientGone, Reception, make_reception
 from immich_ml_metal.gateway.companions import Companions, make_companions
@@ -25,8 +26,7 @@ from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
-from immich_ml_metal.gateway.replay import Condemned
-from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.gateway.supervisor import WorkerState
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
@@ -40,7 +40,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WORKER_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
 
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
-_RETRY = (b"retry-after", b"30")
+_RETRY = (b"retry-after", b"%d" % RETRY_AFTER_S[Overloaded])
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _HEAD_BYTES = 4096
 _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's part
@@ -115,7 +115,7 @@ class Gateway:
         queue, supervisor = self.dispatcher.queue, self.dispatcher.supervisor
         self.metrics.in_flight.set_function(lambda: float(self.open_requests))
         self.metrics.watch_queue("worker", lambda: float(queue.waiting))
-        self.metrics.worker_up.set_function(lambda: float(supervisor.state is State.READY))
+        self.metrics.worker_up.set_function(lambda: float(supervisor.state is WorkerState.READY))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""
@@ -206,24 +206,26 @@ class Gateway:
         except ClientGone:
             counts.cancelled += 1
             return None
-        except (ImageTooLarge, TimedOut) as exc:
-            counts.refused += 1
-            status = 413 if isinstance(exc, ImageTooLarge) else 408
-            await reply_unread(receive, send, status, str(exc))
-            return status
-        except Overloaded as exc:
-            self._note_failure(str(exc))
-            await reply_unread(receive, send, 503, str(exc), _RETRY)
-            return 503
-        except (Condemned, InferenceError) as exc:
-            self._note_failure(str(exc))
-            await reply_json(send, 500, {"detail": str(exc)})
-            return 500
+        except ServiceError as exc:
+            return await self._refuse(exc, receive, send)
         counts.answered += 1
         if answer.status >= 500:
             self._note_failure(f"the worker answered {answer.status}")
         await reply(send, answer.status, answer.headers, answer.body)
         return answer.status
+
+    async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> int:
+        status, after_s = status_of(exc), RETRY_AFTER_S.get(type(exc))
+        retry = [(b"retry-after", b"%d" % after_s)] if after_s is not None else []
+        if isinstance(exc, RequestError):
+            self.dispatcher.counts.refused += 1
+        else:
+            self._note_failure(str(exc))
+        if isinstance(exc, RequestError | Overloaded):  # its body may not have been read
+            await reply_unread(receive, send, status, str(exc), *retry)
+        else:
+            await reply_json(send, status, {"detail": str(exc)}, *retry)
+        return status
 
     def _note_failure(self, cause: str) -> None:
         self.dispatcher.counts.failed += 1
