@@ -2,10 +2,15 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -269,3 +274,80 @@ def test_the_service_answers_the_indexs_vectors_until_accepted(shelf: Path) -> N
         assert embed(url) != before
     with serve(build_app(main)) as url:
         assert embed(url) != before
+
+
+# -- where it speaks -------------------------------------------------------------------------------
+
+
+def command(shelf: Path, *words: str, revision: str = "v2") -> str:
+    """What a command prints, both streams, with the settings of a start."""
+    environment = {
+        "ML_MODELS_DIR": str(shelf),
+        "ML_STATE_DIR": str(shelf.parent / "state"),
+        "ML_MODEL_REVISION": revision,
+        "ML_OFFLINE": "1",
+        "ML_PORT": "1",  # nobody is there
+        "COLUMNS": "400",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "immich_ml_metal", *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    return done.stdout + done.stderr
+
+
+SAID = "were made with erf GELU (revision main); v2 uses QuickGELU"
+
+
+def test_the_guard_speaks_at_all_five_places_and_is_quiet_when_switched_back(
+    shelf: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Start(shelf).load(VISUAL, TEXTUAL)
+    photo = shelf.parent / "photo.png"
+    photo.write_bytes(draw_faces((160, 160)))
+    questions = (
+        ("models", "info", CLIP),
+        ("doctor",),
+        ("parity", "--against", "http://127.0.0.1:1", str(photo)),
+    )
+    for revision, is_said in (("v2", True), ("main", False)):
+        caplog.clear()
+        with serve(build_app(Start(shelf, model_revision=revision).settings)) as url:
+            wait_for_look(url)
+            states = {
+                row["model"]: row["state"] for row in httpx.get(f"{url}/health").json()["index"]
+            }
+        assert (SAID in caplog.text) is is_said
+        assert states[NAME] == ("changed" if is_said else "same")
+        for words in questions:
+            assert (SAID in command(shelf, *words, revision=revision)) is is_said, words
+
+
+def wait_for_look(url: str) -> None:
+    end_s = time.monotonic() + 10
+    while not httpx.get(f"{url}/health").json()["index"]:
+        assert time.monotonic() < end_s, "the guard never looked"
+        time.sleep(0.02)
+
+
+def test_models_accept_lets_the_next_start_serve_what_is_set(shelf: Path) -> None:
+    Start(shelf).load(VISUAL)
+    said = command(shelf, "models", "accept", CLIP)
+    assert "run Smart Search for all photos in Immich" in said
+    assert "v2" in Start(shelf, model_revision="v2").load(VISUAL)[0].graph.parts
+
+
+def test_a_text_model_has_nothing_to_accept(shelf: Path) -> None:
+    assert "makes no vectors" in command(shelf, "models", "accept", "PP-OCRv6_tiny")
+
+
+def test_commands_read_the_memory_and_write_nothing_into_it(shelf: Path) -> None:
+    Start(shelf).load(VISUAL)
+    before = (shelf.parent / "state" / "index.json").read_bytes()
+    command(shelf, "models", "info", CLIP)
+    command(shelf, "demo", revision="v2")  # starts a service of its own
+    assert (shelf.parent / "state" / "index.json").read_bytes() == before

@@ -29,6 +29,7 @@ from immich_ml_metal.client.calls import (
     find_photos,
 )
 from immich_ml_metal.client.own_service import local_url
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.parity.judge import ParityReport, TaskSummary
 from immich_ml_metal.parity.report import render_html
 from immich_ml_metal.parity.run import TEXTS, compare, conclude, questions, warm_up
@@ -74,6 +75,9 @@ def parity(
     settings = load_settings(models)
     names = configured_names(settings)
     first, second = ImmichClient(ours or local_url(settings), names), ImmichClient(against, names)
+    for finding in IndexGuard(settings).findings():
+        if finding.state == "changed":  # it decides what the comparison means
+            typer.echo(f"index: {finding.text}", err=True)
     with closing(first), closing(second):
         report = _examine(files, text or TEXTS, tasks, (first, second))
     if html is not None:

@@ -52,16 +52,19 @@ class IndexGuard:
 
         Args:
             settings: as the service has them.
-            points: whose points align faces in this start, `immich` or `vision`; empty where no
-                engine runs.
+            points: whose points align faces in this start, `immich` or `vision`; empty in a
+                command, which goes by the last start and writes nothing.
             has_vision: whether Apple Vision could find faces in this start.
         """
         self._settings = settings
-        self._points = points
-        self._has_vision = has_vision
         self._models_dir = settings.models_dir.expanduser()
-        self.history = History(StateFolder(settings.state_folder))
         self._is_off = settings.index_guard == "off"
+        self.history = History(StateFolder(settings.state_folder), only_reads=not points)
+        if points and not self._is_off:
+            self.history.note_start(points, has_vision=has_vision)
+        elif not points:
+            points, has_vision = self.history.last_start()
+        self._points, self._has_vision = points, has_vision
 
     def files(self, key: ModelKey, find: Callable[[ModelKey], ModelFiles]) -> ModelFiles:
         """The files to load: those that `find` gives, or those that made the index.

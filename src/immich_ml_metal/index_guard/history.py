@@ -23,8 +23,10 @@ _INDEX, _ACCEPTED, _VERSION = "index", "index-accepted", 1
 class History:
     """By model (`clip/NAME`): what made its vectors, since when. Any thread."""
 
-    def __init__(self, state: StateFolder) -> None:
+    def __init__(self, state: StateFolder, *, only_reads: bool = False) -> None:
+        """`only_reads` in every process but the service's: it owns the document."""
         self._state = state
+        self._only_reads = only_reads
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -76,6 +78,17 @@ class History:
         self._change(lambda doc: doc.setdefault("digests", {}).update({str(graph): row}))
         return digest
 
+    def last_start(self) -> tuple[str, bool]:
+        """Whose points aligned faces at the last start, and whether Vision could find faces."""
+        told = self._read(_INDEX).get("last_start", {})
+        return str(told.get("points", "")), bool(told.get("has_vision", True))
+
+    def note_start(self, points: str, *, has_vision: bool) -> None:
+        """Take down with what this start aligns faces, for the commands."""
+        row = {"points": points, "has_vision": has_vision}
+        if self.last_start() != (points, has_vision):
+            self._change(lambda doc: doc.update({"last_start": row}))
+
     def tell_once(self, start: str, texts: list[str]) -> list[str]:
         """Those of `texts` that were not told yet in this start of the service."""
         told = self._read(_INDEX).get("told", {})
@@ -98,6 +111,8 @@ class History:
             change(document)
             return document
 
+        if self._only_reads:
+            return
         with self._lock:
             try:
                 self._state.change(_INDEX, _VERSION, changed)

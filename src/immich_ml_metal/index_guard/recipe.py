@@ -11,7 +11,7 @@ from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 _GELU = {"erf": "erf GELU", "tanh": "tanh GELU", "quick": "QuickGELU", NONE: "no GELU"}
 _POINTS = {"vision": "Apple Vision's points", "immich": "the points of Immich's detector"}
-_JOBS = {
+JOBS = {
     Task.CLIP: "run Smart Search for all photos in Immich",
     Task.FACES: "run Face Detection and Facial Recognition for all photos in Immich",
 }
@@ -117,4 +117,4 @@ def way_out(task: Task, made: Recipe, now: Recipe) -> str:
     if made.points != now.points:
         engine = "vision" if made.points == "vision" else "cpu (or mlx)"
         back.append(f"set ML_FACE_DETECTION_ENGINE={engine}")
-    return f"{_JOBS[task]}, or {' and '.join(back) or 'put the former files back'}"
+    return f"{JOBS[task]}, or {' and '.join(back) or 'put the former files back'}"

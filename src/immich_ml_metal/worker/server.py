@@ -52,7 +52,7 @@ def create_app(
     `metrics` are its own when None; `describe_engines` and `describe_index` tell what `/health`
     adds; `spare` makes the engine that answers where another fails, None for none.
     """
-    service = Service(settings, engines, store, metrics, describe_engines, spare)
+    service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
     service.describe_index = describe_index
 
     @asynccontextmanager
@@ -69,7 +69,7 @@ def create_app(
     return app
 
 
-class Service:
+class WorkerRoutes:
     """The routes and what they share: threads, pictures, models, numbers."""
 
     def __init__(
@@ -101,9 +101,9 @@ class Service:
         self._housekeeper: asyncio.Task[None] | None = None
         self._preload_keys = preload_keys(settings)
         self._preloader: asyncio.Task[None] | None = None
-        self._describe_engines()
+        self._name_engines_in_metrics()
 
-    def _describe_engines(self) -> None:
+    def _name_engines_in_metrics(self) -> None:
         for (task, part), engine in self._engines.items():
             self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
         for name in {engine.name for engine in self._engines.values()} | {"cpu"}:
@@ -113,7 +113,7 @@ class Service:
         for device in {engine.device for engine in self._engines.values()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
-    async def __aenter__(self) -> "Service":
+    async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
         self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
