@@ -20,7 +20,7 @@ from doubles.tiny_models import CLIP, FACES, draw_faces, make_models
 from onnx import TensorProto, helper, numpy_helper
 
 from immich_ml_metal.errors import ModelUnavailable
-from immich_ml_metal.index_guard.guard import Finding, IndexGuard
+from immich_ml_metal.index_guard.guard import IndexFinding, IndexGuard
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
@@ -84,7 +84,7 @@ class Start:
     def load(self, *keys: ModelKey) -> list[ModelFiles]:
         return [self.guard.files(key, self.store.ensure) for key in keys]
 
-    def finding(self, name: str = NAME) -> Finding:
+    def finding(self, name: str = NAME) -> IndexFinding:
         return self.guard.finding(name)
 
 

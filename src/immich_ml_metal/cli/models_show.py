@@ -13,7 +13,7 @@ from immich_ml_metal.backends.selection import EnginePlan
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
 from immich_ml_metal.cli.output import print_json
 from immich_ml_metal.errors import ModelError
-from immich_ml_metal.index_guard.guard import Finding
+from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.models.advice import Recommendation, memory_bytes
 from immich_ml_metal.models.importing import Imported
 from immich_ml_metal.models.manifest import FileRecord
@@ -130,7 +130,7 @@ def print_info(
     statuses: Sequence[PartStatus],
     records: Mapping[str, FileRecord],
     settings: Settings,
-    index: Finding,
+    index: IndexFinding,
     *,
     as_json: bool,
 ) -> None:

@@ -51,9 +51,7 @@ def collect_facts(
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
     names = _names(settings, server)
-    hub, skew_s = "not asked, as the settings are refused", None  # they may forbid it
-    if not config_error:
-        hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
+    hub, skew_s = _ask_hub(settings, config_error)
     return Facts(
         version=__version__,
         machine=(machine := read_machine(run)),
@@ -74,6 +72,13 @@ def collect_facts(
         logs_bytes=size_of_logs(log_files(settings)),
         index=tuple(IndexGuard(settings).findings()),
     )
+
+
+def _ask_hub(settings: Settings, config_error: str) -> tuple[str, float | None]:
+    """Whether the hub is reachable; not asked where settings are refused, as they may forbid it."""
+    if config_error:
+        return "not asked, as the settings are refused", None
+    return read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
 
 
 def _read_settings(file: Path | None, env_file: Path | None) -> tuple[Settings, str]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.immich.advice import Advice
-from immich_ml_metal.index_guard.guard import Finding
+from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.settings import Settings
 
 GIB = 2**30
@@ -104,7 +104,7 @@ class Facts:
     immich_error: str = ""
     clock_skew_s: float | None = None
     logs_bytes: int = 0
-    index: tuple[Finding, ...] = ()
+    index: tuple[IndexFinding, ...] = ()
 
 
 class Outcome(StrEnum):

@@ -25,7 +25,7 @@ GUARDED = frozenset({Task.CLIP, Task.FACES})  # text that was read is stored, an
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class IndexFinding:
     """What is known of one model's index.
 
     Attributes:
@@ -97,12 +97,12 @@ class IndexGuard:
         kept = {made.points for name in faces if (made := self.held(name)) is not None}
         return next(iter(kept - {self._points}), "")
 
-    def finding(self, name: str) -> Finding:
+    def finding(self, name: str) -> IndexFinding:
         """What is known of one model."""
         known = self.history.recall(name)
         if known is None:
             text = f"what made the vectors of {_short(name)} in Immich is not known here"
-            return Finding(name, "unknown", "as set", f"{text}; it is remembered from now on")
+            return IndexFinding(name, "unknown", "as set", f"{text}; it is remembered from now on")
         made, since = known
         now = self.recipe_now(name, made)
         found = differences(made, now)
@@ -114,10 +114,10 @@ class IndexGuard:
             ]
         if not found:
             text = f"vectors of {_short(name)} are made as they were since {day}"
-            return Finding(name, "same", "as set", f"{text}; before that is not known")
+            return IndexFinding(name, "same", "as set", f"{text}; before that is not known")
         return self._changed(name, made, now, found)
 
-    def findings(self, names: Sequence[str] = ()) -> list[Finding]:
+    def findings(self, names: Sequence[str] = ()) -> list[IndexFinding]:
         """What is known of every remembered model, and of `names`."""
         if self._is_off:
             return []
@@ -174,14 +174,14 @@ class IndexGuard:
         found = {str(key.part): self._read(key, shelf.files(key), made.compat) for key in keys}
         return bool(found) and found == dict(made.halves)
 
-    def _changed(self, name: str, made: Recipe, now: Recipe, found: list[str]) -> Finding:
+    def _changed(self, name: str, made: Recipe, now: Recipe, found: list[str]) -> IndexFinding:
         task = Task(name.partition("/")[0])
         said = f"vectors of {_short(name)} {', and '.join(found)}: {way_out(task, made, now)}"
         if self.held(name) is None:
             why = "is not kept" if self._settings.index_guard == "warn" else "is not at hand"
-            return Finding(name, "changed", "as set", f"{said}; what the index has {why}")
+            return IndexFinding(name, "changed", "as set", f"{said}; what the index has {why}")
         until = f"immich-ml-metal models accept {_short(name)}"
-        return Finding(
+        return IndexFinding(
             name, "changed", "as before", f"{said}; what the index has is served until `{until}`"
         )
 

@@ -50,17 +50,14 @@ def build_app(settings: Settings, probe: Probe | None = None, *, start: str = ""
     plan = choose_engines(settings, probe or SystemProbe())
     _report_plan(plan)
     metrics = Metrics("worker")
+    count = metrics.fallbacks.labels
     store = ModelStore(settings, on_download=metrics.count_download)
     engines = create_engines(
-        plan,
-        settings,
-        files_of=store.ensure,
-        on_fallback=lambda reason: metrics.fallbacks.labels(reason).inc(),
+        plan, settings, files_of=store.ensure, on_fallback=lambda reason: count(reason).inc()
     )
     report_models(settings, store)
     guard = _guard(plan, settings)
-    guarded = GuardedStore(store, guard, settings)
-    guarded.look(start)
+    guarded = GuardedStore(store, guard, settings, start)
     return create_app(
         settings,
         _keep_points(plan.bind(engines), guard, engines, settings),

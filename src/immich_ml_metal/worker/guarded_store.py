@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from immich_ml_metal.catalog import clean_name
-from immich_ml_metal.index_guard.guard import Finding, IndexGuard
+from immich_ml_metal.index_guard.guard import IndexFinding, IndexGuard
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
@@ -18,26 +18,25 @@ log = logging.getLogger(__name__)
 class GuardedStore:
     """A store whose files the guard chooses, and what the guard found. Any thread."""
 
-    def __init__(self, store: ModelStore, guard: IndexGuard, settings: Settings) -> None:
+    def __init__(
+        self, store: ModelStore, guard: IndexGuard, settings: Settings, start: str
+    ) -> None:
+        """Look at once, on a thread of its own: a digest may be due, and nothing waits for it.
+
+        `start` names this start of the service: a change is logged once in each.
+        """
         self._store = store
         self._guard = guard
         self._configured = (
             f"{Task.CLIP}/{clean_name(settings.clip_model)}",
             f"{Task.FACES}/{clean_name(settings.face_model)}",
         )
-        self._findings: list[Finding] = []
+        self._findings: list[IndexFinding] = []
+        threading.Thread(target=self._look, args=(start,), daemon=True).start()
 
-    def look(self, start: str) -> None:
-        """Compare and tell, on a thread of its own: a digest may be due, and nothing waits for it.
-
-        `start` names this start of the service: a change is logged once in each.
-        """
-
-        def look() -> None:
-            self._guard.tell(start)
-            self._refresh()
-
-        threading.Thread(target=look, name="index-guard", daemon=True).start()
+    def _look(self, start: str) -> None:
+        self._guard.tell(start)
+        self._refresh()
 
     def describe(self) -> list[dict[str, Any]]:
         """What was found, for `/health`."""
