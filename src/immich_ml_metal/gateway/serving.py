@@ -5,12 +5,12 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
 
-from immich_ml_metal.gateway.app import WORKER_COMMAND, App, Gateway
+from immich_ml_metal.gateway.app import WORKER_COMMAND, Gateway
 from immich_ml_metal.gateway.patient import PatientProtocol
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
@@ -56,6 +56,8 @@ class GatewayServer(uvicorn.Server):
         """Start, and listen to signals."""
         self._loop = asyncio.get_running_loop()
         self._gateway.on_broken = self.begin_drain
+        if sockets:
+            self._gateway.port = sockets[0].getsockname()[1]
         await super().startup(sockets)
         again = Order("asked by SIGHUP")
         self._loop.add_signal_handler(signal.SIGHUP, self._gateway.dispatcher.recycle, again)
@@ -101,7 +103,6 @@ def run(
     settings: Settings,
     *,
     command: Sequence[str] = WORKER_COMMAND,
-    pages: Mapping[str, App] | None = None,
 ) -> None:
     """Serve until a signal ends it.
 
@@ -109,7 +110,7 @@ def run(
         ConfigError: the address cannot be listened on, or two settings contradict each other.
     """
     _allow_many_files()
-    gateway = Gateway(settings, command=command, pages=pages)
+    gateway = Gateway(settings, command=command)
     sockets = listen(settings.host, settings.port)
     for listener in sockets:
         host, port = listener.getsockname()[:2]
