@@ -20,7 +20,7 @@ from immich_ml_metal.catalog import (
 from immich_ml_metal.errors import UnknownModel
 from immich_ml_metal.types import ModelKey, Part, Task
 
-# How many search models Immich's own table (contract, section 2) has of each dimension.
+# How many search models Immich's own table (contract §2.1) has of each dimension.
 DIMS = {512: 12, 640: 4, 768: 18, 1024: 14, 1152: 8, 1536: 2}
 
 

@@ -18,8 +18,8 @@ from immich_ml_metal.backends.coreml.engine import REFUSED, CoreMLEngine, create
 from immich_ml_metal.backends.coreml.graph import (
     CoreMLGraph,
     Refusal,
-    Report,
     Setup,
+    ShapeReport,
     compiled_form,
 )
 from immich_ml_metal.backends.coreml.session import (
@@ -136,7 +136,7 @@ def open_graph(
     path: Path,
     factory: Factory,
     batches: tuple[int, ...] = (1, 4),
-    reports: list[Report] | None = None,
+    reports: list[ShapeReport] | None = None,
 ) -> CoreMLGraph:
     setup = Setup(use_ane=True, make_session=factory, environment="ort-test")
     graph = CoreMLGraph(
@@ -241,7 +241,7 @@ def test_a_graph_of_which_core_ml_takes_nothing_is_refused(tmp_path: Path) -> No
 
 
 def test_share_and_parity_of_each_shape_are_reported(tmp_path: Path) -> None:
-    reports: list[Report] = []
+    reports: list[ShapeReport] = []
     open_graph(save_model(tmp_path), Factory(share=0.7), reports=reports)
     assert [(report.shape, report.share) for report in reports] == [
         ("1x3x8x8", 0.7),

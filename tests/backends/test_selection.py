@@ -242,20 +242,17 @@ def ask_vision(double: Double, task: Task, item: Any, **settings: Any) -> Any:
 BLANK = Picture(Image.new("RGB", (400, 300)))
 
 
-def test_the_face_scores_setting_is_used() -> None:
+def test_visions_grade_of_a_face_becomes_an_official_score() -> None:
     scene = Scene(faces=[FaceTruth((200, 150), 100, confidence=0.5)])
-    item = FaceQuery(BLANK, 0.0)
-    plain = ask_vision(Double(scene), Task.FACES, item)
-    lenient = ask_vision(Double(scene), Task.FACES, item, vision_face_scores="0:0, 0.5:0.9, 1:1")
-    assert plain.scores == pytest.approx([0.5 / 0.6 * 0.7])
-    assert lenient.scores == pytest.approx([0.9])
+    found = ask_vision(Double(scene), Task.FACES, FaceQuery(BLANK, 0.0))
+    assert found.scores == pytest.approx([0.5 / 0.6 * 0.7])
 
 
-def test_the_text_scores_setting_is_used() -> None:
+def test_visions_grade_of_a_line_becomes_an_official_score() -> None:
     corners = [(64, 64), (300, 64), (300, 128), (64, 128)]
     scene, item = Scene(lines=[LineTruth(corners, "x", 0.5)]), TextQuery(BLANK, 0.5, 736)
-    found = ask_vision(Double(scene), Task.OCR, item, vision_text_scores="0:0, 0.5:0.2, 1:1")
-    assert [reading.score for reading in found.readings] == pytest.approx([0.2])
+    found = ask_vision(Double(scene), Task.OCR, item)
+    assert [reading.score for reading in found.readings] == pytest.approx([0.85])
 
 
 @pytest.mark.parametrize("corrects", [True, False])
@@ -263,14 +260,6 @@ def test_the_language_correction_setting_reaches_vision(corrects: bool) -> None:
     double = Double(Scene())
     ask_vision(double, Task.OCR, TextQuery(BLANK, 0.5, 736), ocr_language_correction=corrects)
     assert double.arguments_of("setUsesLanguageCorrection_") == (corrects,)
-
-
-@pytest.mark.parametrize("name", ["ML_VISION_FACE_SCORES", "ML_VISION_TEXT_SCORES"])
-@pytest.mark.parametrize("text", ["0:0,1", "0:0, 0.5:0.9, 1:0.8", "a:b, c:d", "0:0, 0.5:0.5"])
-def test_a_malformed_calibration_stops_the_start_with_its_name(name: str, text: str) -> None:
-    setting = name.removeprefix("ML_").lower()
-    with pytest.raises(ConfigError, match=name):
-        vision_engine(**{setting: text})
 
 
 # -- self-tests ------------------------------------------------------------------------------------

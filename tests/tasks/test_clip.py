@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from immich_ml_metal.errors import InferenceError, InvalidOutput, LoadFailed
+from immich_ml_metal.errors import InvalidOutput, LoadFailed
 from immich_ml_metal.tasks.clip import (
     NLLB_CODES,
     ClipTextualModel,
@@ -102,7 +102,7 @@ def test_a_malformed_file_fails_the_load(changes: dict[str, Any]) -> None:
         config(**changes)
 
 
-# -- resize and crop (contract §4.2) ---------------------------------------------------------------
+# -- resize and crop (contract §4.1) ---------------------------------------------------------------
 
 
 def resize_then_crop(image: Image.Image, side: int) -> Image.Image:
@@ -246,7 +246,7 @@ def test_a_bad_vector_is_an_error(values: list[float], message: str) -> None:
 
 
 def test_a_map_with_a_hole_is_an_error() -> None:
-    with pytest.raises(InferenceError, match="m gave 1 values that are not finite"):
+    with pytest.raises(InvalidOutput, match="m gave 1 values that are not finite"):
         check_finite(np.array([[0, np.nan]], np.float32), name="m")
     assert check_finite(np.zeros((2, 3), np.float16), name="m").dtype == np.float32
 
@@ -285,7 +285,7 @@ def test_a_malformed_text_config_fails_the_load(text: Any) -> None:
         TextConfig.parse({"text_cfg": text}, name="m")
 
 
-# -- cleaning and language (contract §4.3) ---------------------------------------------------------
+# -- cleaning and language (contract §4.2) ---------------------------------------------------------
 
 PLAIN, SIGLIP, NLLB = (
     TextConfig(77, False, False),

@@ -249,7 +249,7 @@ def test_a_head_with_a_hole_is_an_error_not_an_empty_answer() -> None:
     broken = heads()
     broken[0][5] = np.nan
     detector = FaceDetector(FakeGraph(lambda _: broken, outputs=NINE), name="m")
-    with pytest.raises(InferenceError, match="m gave 1 values that are not finite"):
+    with pytest.raises(InvalidOutput, match="m gave 1 values that are not finite"):
         detector.infer([np.zeros(1)])
 
 

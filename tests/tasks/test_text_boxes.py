@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from immich_ml_metal.errors import InferenceError
+from immich_ml_metal.errors import InferenceError, InvalidOutput
 from immich_ml_metal.tasks.images import Picture, resize
 from immich_ml_metal.tasks.text_boxes import (
     CANVAS_RATIOS,
@@ -385,15 +385,25 @@ def test_a_picture_too_small_holds_no_text_and_is_not_looked_at(size: tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    ("output", "error", "message"),
     [
-        (np.zeros((1, 1, 16, 24), np.float32), r"maps \(3, 64, 96\) to \(1, 1, 16, 24\)"),
-        (np.full((1, 1, 64, 96), np.nan, np.float32), "6144 values that are not finite"),
+        (
+            np.zeros((1, 1, 16, 24), np.float32),
+            InferenceError,
+            r"maps \(3, 64, 96\) to \(1, 1, 16, 24\)",
+        ),
+        (
+            np.full((1, 1, 64, 96), np.nan, np.float32),
+            InvalidOutput,
+            "6144 values that are not finite",
+        ),
     ],
 )
-def test_a_map_that_cannot_be_read_is_an_error(output: Tensor, message: str) -> None:
+def test_a_map_that_cannot_be_read_is_an_error(
+    output: Tensor, error: type[Exception], message: str
+) -> None:
     detector = TextDetector(FakeGraph(lambda _: [output]), name="m")
-    with pytest.raises(InferenceError, match=message):
+    with pytest.raises(error, match=message):
         detector.infer([detector.preprocess(query(noise(100, 70)))])
 
 

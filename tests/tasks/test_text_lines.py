@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from immich_ml_metal.errors import InferenceError
+from immich_ml_metal.errors import InferenceError, InvalidOutput
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.text_lines import (
     FIXED_WIDTHS_PX,
@@ -336,7 +336,7 @@ def test_a_score_that_is_not_finite_is_an_error(output: str, value: float) -> No
     scores = np.zeros((1, 3, 5), np.float32)
     scores[0, 1, 2] = value
     graph = FakeGraph(lambda _: [scores], outputs=[spec(output)])
-    with np.errstate(invalid="ignore"), pytest.raises(InferenceError, match="not finite"):
+    with np.errstate(invalid="ignore"), pytest.raises(InvalidOutput, match="not finite"):
         recogniser(graph).infer([blob(0, 224)])
 
 

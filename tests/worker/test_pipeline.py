@@ -47,6 +47,7 @@ from immich_ml_metal.types import (
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, keep_lines, model_keys
 from immich_ml_metal.worker.pool import Pool
+from immich_ml_metal.worker.second_try import SecondTry
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "c")
 TEXTUAL = ModelKey(Task.CLIP, Part.TEXTUAL, "c")
@@ -112,8 +113,9 @@ class Stage:
             return decode(data, limits)
 
         pictures = PictureCache(decode_and_tell, self.threads, max_bytes=0)
+        models = SecondTry(self.pool, None, self.metrics, limit_s=timeout_s)
         self.pipeline = Pipeline(
-            self.pool, pictures, self.metrics, timeout_s=timeout_s, giant_pixels=giant_pixels
+            models, pictures, self.metrics, timeout_s=timeout_s, giant_pixels=giant_pixels
         )
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:

@@ -162,7 +162,7 @@ async def test_a_loaded_model_is_described_without_being_touched(world: World) -
             "idle_s": 5.0,
         }
     ]
-    assert world.value("model_bytes", model=str(VISUAL)) == 7
+    assert world.value("model_bytes", model=str(VISUAL), engine="fake") == 7
     assert pool.progress == 2
 
 
@@ -283,7 +283,7 @@ async def test_an_idle_model_is_unloaded_on_its_devices_thread(world: World) -> 
     assert model.closed == 1
     assert len(model.threads) == 1
     assert pool.loaded == []
-    assert world.value("model_bytes", model=str(VISUAL)) is None
+    assert world.value("model_bytes", model=str(VISUAL), engine="fake") is None
     assert world.value("model_evictions_total", reason="idle") == 1
 
 
@@ -332,7 +332,7 @@ async def test_a_model_unloaded_between_its_load_and_its_callers_turn_is_loaded_
     pool = world.pool(engine)
     work = start(pool.run(VISUAL, 1))
     await until(lambda: engine.gate.waiting == 1)
-    loading = pool._models[VISUAL]
+    loading = pool._models[VISUAL, "fake"]
     unloads: list[Any] = []
     # runs after the load and before the caller, whose own wake-up was registered earlier
     engine.gate.open()
@@ -405,7 +405,7 @@ async def test_a_model_loaded_again_while_it_is_unloaded_keeps_its_figures(world
     await asyncio.sleep(0)
     await soon(pool.get(VISUAL))
     await soon(unload)
-    assert world.value("model_bytes", model=str(VISUAL)) == 7
+    assert world.value("model_bytes", model=str(VISUAL), engine="fake") == 7
 
 
 # -- the end ---------------------------------------------------------------------------------------

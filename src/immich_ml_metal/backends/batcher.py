@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
-from immich_ml_metal.errors import InferenceError, ServiceError
+from immich_ml_metal.errors import InferenceError, InvalidOutput, ModelError, ServiceError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry(Generic[ItemT, ResultT]):
+class Waiting(Generic[ItemT, ResultT]):
     """One waiting item. `alone` marks an item whose batch failed: it is tried again by itself."""
 
     item: ItemT
@@ -29,7 +29,7 @@ class Entry(Generic[ItemT, ResultT]):
 
 
 class BatchWatch(Protocol):
-    """Is told how long an item waited, and how long a batch of so many items ran, in seconds."""
+    """Is told how long an item waited, how long a batch ran, in seconds, and that one failed."""
 
     def waited(self, seconds: float, /) -> None:
         """One item waited so long for its batch."""
@@ -37,6 +37,10 @@ class BatchWatch(Protocol):
 
     def ran(self, items: int, seconds: float, /) -> None:
         """One batch ran."""
+        ...
+
+    def failed(self) -> None:
+        """One batch failed, of one item or more; each of several is tried again alone."""
         ...
 
 
@@ -66,7 +70,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self._infer = infer
         self._max_batch = max_batch
         self._watch = watch
-        self._queue: deque[Entry[ItemT, ResultT]] = deque()
+        self._queue: deque[Waiting[ItemT, ResultT]] = deque()
 
     def __repr__(self) -> str:
         return f"<Batcher {self.name}: {len(self._queue)} queued>"
@@ -77,13 +81,13 @@ class Batcher(Generic[ItemT, ResultT]):
     def add(self, item: ItemT) -> asyncio.Future[ResultT]:
         """Queue one item; the future gets its result or its InferenceError."""
         future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
-        entry: Entry[ItemT, ResultT] = Entry(item, future, time.perf_counter())
+        entry: Waiting[ItemT, ResultT] = Waiting(item, future, time.perf_counter())
         self._queue.append(entry)
         return future
 
-    def next_batch(self) -> list[Entry[ItemT, ResultT]]:
+    def next_batch(self) -> list[Waiting[ItemT, ResultT]]:
         """Pop up to `max_batch` entries whose callers still wait; empty when there are none."""
-        batch: list[Entry[ItemT, ResultT]] = []
+        batch: list[Waiting[ItemT, ResultT]] = []
         while self._queue and len(batch) < self._max_batch:
             if batch and batch[0].alone:  # those that failed are always in front
                 break
@@ -92,7 +96,7 @@ class Batcher(Generic[ItemT, ResultT]):
                 batch.append(entry)
         return batch
 
-    async def answer(self, batch: list[Entry[ItemT, ResultT]], run: Runner) -> None:
+    async def answer(self, batch: list[Waiting[ItemT, ResultT]], run: Runner) -> None:
         """Infer `batch` through `run` and settle its futures; a failed batch is split up."""
         items = [entry.item for entry in batch]
         started = time.perf_counter()
@@ -111,14 +115,17 @@ class Batcher(Generic[ItemT, ResultT]):
         if results != items:
             raise InferenceError(f"{self.name} gave {results} results for {items} items")
 
-    def _report(self, batch: list[Entry[ItemT, ResultT]], started: float) -> None:
+    def _report(self, batch: list[Waiting[ItemT, ResultT]], started: float) -> None:
         if self._watch is None:
             return
         for entry in batch:
             self._watch.waited(started - entry.queued_at)
         self._watch.ran(len(batch), time.perf_counter() - started)
 
-    def _fail(self, batch: list[Entry[ItemT, ResultT]], exc: Exception) -> None:
+    def _fail(self, batch: list[Waiting[ItemT, ResultT]], exc: Exception) -> None:
+        # A file that is not here is no failure of the engine's; a wrong output is counted by item.
+        if self._watch is not None and not isinstance(exc, (ModelError, InvalidOutput)):
+            self._watch.failed()
         if len(batch) > 1:  # one bad item must not fail its neighbours
             self._queue.extendleft(replace(entry, alone=True) for entry in reversed(batch))
             return

@@ -62,8 +62,7 @@ def show_demo(
 ) -> None:
     """Ask the service at `url` everything it has models for; print the answers, draw the boxes."""
     calls, store = immich_calls(configured_names(settings)), ModelStore(settings)
-    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
-    canvas = decode(image, limits).image.copy()
+    canvas = decode(image, ImageLimits()).image.copy()
     console.print(f"Asking {url} about a picture of {canvas.width}x{canvas.height} pixels\n")
     with closing(ImmichClient(url, configured_names(settings), timeout_s=_TIMEOUT_S)) as client:
         asked = _Asked(client, image, canvas, console)

@@ -19,7 +19,7 @@ from immich_ml_metal.models.advice import recommend as suitable
 from immich_ml_metal.models.importing import export_models, find_models, import_model, open_tree
 from immich_ml_metal.models.manifest import load_manifest
 from immich_ml_metal.models.progress import format_bytes
-from immich_ml_metal.models.shelf import Shelf, State
+from immich_ml_metal.models.shelf import FileState, Shelf
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
@@ -109,7 +109,7 @@ def verify(
     specs = [find_by_name(name) for name in names] if names else all_models()
     statuses = verify_models(store, specs, online=online, repair=repair)
     show.print_verified(statuses, as_json=as_json)
-    if any(status.state is State.DAMAGED for status in statuses):
+    if any(status.state is FileState.DAMAGED for status in statuses):
         raise typer.Exit(Exit.FINDING)
 
 

@@ -18,15 +18,15 @@ from immich_ml_metal.models.importing import Imported
 from immich_ml_metal.models.manifest import FileRecord
 from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.prune import Waste
-from immich_ml_metal.models.shelf import PartStatus, State
+from immich_ml_metal.models.shelf import FileState, PartStatus
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey, Task
 
 _STYLE = {
-    State.VERIFIED: "green",
-    State.UNVERIFIED: "yellow",
-    State.DAMAGED: "red",
-    State.MISSING: "dim",
+    FileState.VERIFIED: "green",
+    FileState.UNVERIFIED: "yellow",
+    FileState.DAMAGED: "red",
+    FileState.MISSING: "dim",
 }
 _COLUMNS = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
 _NARROW_COLUMNS = ("model", "dim", "size", "here")
@@ -69,7 +69,7 @@ def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
         size = format_bytes(status.size_bytes)
         console.print(f"{_styled(status.state)}  {status.key}  {size}", soft_wrap=True)
         for path, state in status.files.items():
-            if state in (State.DAMAGED, State.MISSING) and status.elsewhere is None:
+            if state in (FileState.DAMAGED, FileState.MISSING) and status.elsewhere is None:
                 console.print(f"    {path} is {state}", soft_wrap=True)
     if not statuses:
         console.print("No model is on disk.")
@@ -203,7 +203,7 @@ def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
 
 def describe_presence(statuses: Sequence[PartStatus]) -> str:
     """What is here of a model, in a word or two."""
-    if all(status.state is State.MISSING and not status.size_bytes for status in statuses):
+    if all(status.state is FileState.MISSING and not status.size_bytes for status in statuses):
         return "[dim]-[/]"
     if all(status.elsewhere is not None for status in statuses):
         return "[green]in the rapidocr wheel[/]"
@@ -212,7 +212,7 @@ def describe_presence(statuses: Sequence[PartStatus]) -> str:
     return ", ".join(f"{status.key.part} {_styled(status.state)}" for status in statuses)
 
 
-def _styled(state: State) -> str:
+def _styled(state: FileState) -> str:
     return f"[{_STYLE[state]}]{state}[/]"
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from immich_ml_metal.logs import configure_logging
-from immich_ml_metal.old_names import old_names_used
-from immich_ml_metal.settings_sources import resolve
+from immich_ml_metal.settings_sources import doubtful_names, resolve
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def serve(
     given = {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level}
     settings, origin = resolve(given, file=config, env_file=env_file)
     configure_logging(settings, "gateway" if gateway else "worker")
-    for warning in old_names_used(origin):
+    for warning in doubtful_names(origin, env_file=env_file):
         log.warning("%s", warning)
     if gateway:  # one process must not load what only the other needs
         from immich_ml_metal.gateway import serving

@@ -26,7 +26,7 @@ from immich_ml_metal.immich.advice import Advice, advise
 from immich_ml_metal.immich.api import ImmichError, ServerSettings, connect
 from immich_ml_metal.immich.our_side import look_at_ours
 from immich_ml_metal.logs import file_of, stderr_of
-from immich_ml_metal.models.shelf import State, check_part
+from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.service.choose import choose_manager, log_folder
 from immich_ml_metal.service.plan import ServiceFailed
@@ -231,7 +231,7 @@ def _read_model(store: ModelStore, name: str, *, digests: bool) -> ModelFact:
     for part in spec.parts:
         key = spec.key(part)
         states = check_part(store.shelf.root(key), spec, part, digests=digests)
-        damaged = [path for path, state in states.items() if state is State.DAMAGED]
+        damaged = [path for path, state in states.items() if state is FileState.DAMAGED]
         if damaged:
             return ModelFact(spec.name, is_present=True, problem=f"{damaged[0]} is damaged")
         is_present = is_present and store.locate(key) is not None

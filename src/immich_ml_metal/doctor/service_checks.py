@@ -1,6 +1,7 @@
 """Checks of the running service and of what surrounds it. Each answers (outcome, finding, fix)."""
 
 from immich_ml_metal.doctor.facts import Answer, Facts, Outcome
+from immich_ml_metal.logs import FILE_BYTES, FILES_KEPT
 from immich_ml_metal.system.network import url_host
 
 MIB = 2**20
@@ -120,9 +121,8 @@ def check_sleep(facts: Facts) -> Answer:
 def check_logs(facts: Facts) -> Answer:
     """The logs stay within their cap."""
     shown = f"{facts.logs_bytes / MIB:.1f} MiB"
-    settings = facts.settings
-    limit_bytes = 2 * settings.log_file_bytes * (settings.log_file_keep + 1)  # of two processes
-    if limit_bytes and facts.logs_bytes > LOGS_WARN_FACTOR * limit_bytes:
+    limit_bytes = 2 * FILE_BYTES * (FILES_KEPT + 1)  # of two processes
+    if facts.logs_bytes > LOGS_WARN_FACTOR * limit_bytes:
         fix = "immich-ml-metal service restart empties the capture of standard error"
         return (
             Outcome.WARN,

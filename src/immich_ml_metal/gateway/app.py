@@ -12,13 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from immich_ml_metal.errors import (
+    RETRY_AFTER_S,
     ConfigError,
-    ImageTooLarge,
-    InferenceError,
     Overloaded,
-    TimedOut,
+    RequestError,
+    ServiceError,
+    status_of,
 )
-from immich_ml_metal.gateway.admission import FORM_BYTES, ClientGone, Reception, Room
+from immich_ml_metal.gateway.admission import ClientGone, Reception, make_reception
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
@@ -27,7 +28,6 @@ from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
 from immich_ml_metal.gateway.page import Page, is_foreign, redirect, send_to_page
-from immich_ml_metal.gateway.replay import Condemned
 from immich_ml_metal.gateway.supervisor import State
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
@@ -42,7 +42,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WORKER_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
 
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
-_RETRY = (b"retry-after", b"30")
+_RETRY = (b"retry-after", b"%d" % RETRY_AFTER_S[Overloaded])
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _HEAD_BYTES = 4096
 _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's part
@@ -60,6 +60,8 @@ class Gateway:
         *,
         command: Sequence[str] = WORKER_COMMAND,
         companions: Companions | None = None,
+        crashes: CrashRecord | None = None,
+        reception: Reception | None = None,
     ) -> None:
         self.settings = settings
         self.is_draining = False
@@ -69,11 +71,10 @@ class Gateway:
         self.port = settings.port
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
-        self.crashes = _crash_record(settings)
+        self.crashes = crashes or CrashRecord()
         self.dispatcher = _dispatcher(settings, command, self.crashes, self.metrics)
-        self.holding = Holding(
-            self.dispatcher, _reception(settings), hold_limit_s=settings.hold_limit_s
-        )
+        reception = reception or make_reception(settings.max_image_size_bytes)
+        self.holding = Holding(self.dispatcher, reception, hold_limit_s=settings.hold_limit_s)
         self.watch = Watch(settings, self.dispatcher)
         self.companions = companions or make_companions(settings, self.metrics)
         self.history = History()
@@ -158,7 +159,7 @@ class Gateway:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         path, method = scope["path"], scope["method"]
-        page = self._find_page(path)
+        page = self._pages.get("/ui" if path.startswith("/ui/") else path)
         if path == "/predict" and method == "POST":
             if is_foreign(headers):
                 detail = "the Origin of this request is another site than its Host"
@@ -172,14 +173,6 @@ class Gateway:
             await reply_json(send, 405, {"detail": "Method Not Allowed"}, (b"allow", allowed))
         else:
             await reply_json(send, 404, {"detail": "Not Found"})
-
-    def _find_page(self, path: str) -> App | None:
-        if path in self._pages:
-            return self._pages[path]
-        below = (
-            page for at, page in self._pages.items() if at != "/" and path.startswith(at + "/")
-        )
-        return next(below, None)
 
     async def _root(self, scope: Scope, receive: Receive, send: Send) -> None:
         if send_to_page(dict(scope["headers"])):
@@ -237,19 +230,8 @@ class Gateway:
         except ClientGone:
             counts.cancelled += 1
             return None
-        except (ImageTooLarge, TimedOut) as exc:
-            counts.refused += 1
-            status = 413 if isinstance(exc, ImageTooLarge) else 408
-            await reply_unread(receive, send, status, str(exc))
-            return status
-        except Overloaded as exc:
-            self._note_failure(str(exc))
-            await reply_unread(receive, send, 503, str(exc), _RETRY)
-            return 503
-        except (Condemned, InferenceError) as exc:
-            self._note_failure(str(exc))
-            await reply_json(send, 500, {"detail": str(exc)})
-            return 500
+        except ServiceError as exc:
+            return await self._refuse(exc, receive, send)
         counts.answered += 1
         if answer.status >= 500:
             self._note_failure(f"the worker answered {answer.status}")
@@ -260,6 +242,19 @@ class Gateway:
         """Slot → engine and verdict, as the worker told last."""
         engines = (self.watch.last_health or {}).get("engines", {})
         return {slot: {"engine": engine} for slot, engine in engines.items()}
+
+    async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> int:
+        status, after_s = status_of(exc), RETRY_AFTER_S.get(type(exc))
+        retry = [(b"retry-after", b"%d" % after_s)] if after_s is not None else []
+        if isinstance(exc, RequestError):
+            self.dispatcher.counts.refused += 1
+        else:
+            self._note_failure(str(exc))
+        if isinstance(exc, RequestError | Overloaded):  # its body may not have been read
+            await reply_unread(receive, send, status, str(exc), *retry)
+        else:
+            await reply_json(send, status, {"detail": str(exc)}, *retry)
+        return status
 
     def _note_failure(self, cause: str) -> None:
         self.dispatcher.counts.failed += 1
@@ -280,12 +275,6 @@ class _Upload:
         return message
 
 
-def _crash_record(settings: Settings) -> CrashRecord:
-    return CrashRecord(
-        max_crashes=settings.worker_max_crashes, window_s=settings.worker_crash_window_s
-    )
-
-
 def _dispatcher(
     settings: Settings, command: Sequence[str], crashes: CrashRecord, metrics: Metrics
 ) -> Dispatcher:
@@ -295,15 +284,6 @@ def _dispatcher(
         limit=settings.concurrency,
         crashes=crashes,
         metrics=metrics,
-    )
-
-
-def _reception(settings: Settings) -> Reception:
-    room = Room(memory_bytes=settings.hold_memory_bytes, spool_bytes=settings.hold_spool_bytes)
-    return Reception(
-        room,
-        max_body_bytes=settings.max_image_size_bytes + FORM_BYTES,
-        client_timeout_s=settings.client_timeout_s,
     )
 
 

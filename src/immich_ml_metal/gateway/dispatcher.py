@@ -11,12 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from immich_ml_metal.errors import InferenceError, Overloaded
+from immich_ml_metal.errors import Condemned, InferenceError, Overloaded
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer, WorkerLost, exchange
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.process import WorkerProcess
-from immich_ml_metal.gateway.replay import Condemned, Job, JobQueue
+from immich_ml_metal.gateway.replay import Job, JobQueue
 from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
 from immich_ml_metal.logs import REQUEST_ID_HEADER
 from immich_ml_metal.metrics import Metrics

@@ -11,10 +11,10 @@ from types import FrameType
 import uvicorn
 
 from immich_ml_metal.gateway.app import WORKER_COMMAND, Gateway
-from immich_ml_metal.gateway.patient import PatientProtocol
+from immich_ml_metal.gateway.patient import limited
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.system.listen import listen
+from immich_ml_metal.system.listen import KEEPALIVE_S, listen
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ _QUIET_S = 0.5
 _POLL_S = 0.05
 # launchd allows 256; every held request has a connection, and a file once memory is full.
 _OPEN_FILES = 8192
+_OWN_FILES = 64  # listeners, pipes, logs, probes
 
 
 class GatewayServer(uvicorn.Server):
@@ -42,9 +43,9 @@ class GatewayServer(uvicorn.Server):
                 log_level="warning",  # its start and stop lines repeat ours
                 access_log=False,
                 ws="none",
-                http=PatientProtocol,
+                http=limited(_connections(gateway.settings.concurrency)),
                 server_header=False,
-                timeout_keep_alive=max(1, round(gateway.settings.keepalive_s)),
+                timeout_keep_alive=KEEPALIVE_S,
                 timeout_graceful_shutdown=1,
             )
         )
@@ -99,11 +100,7 @@ class GatewayServer(uvicorn.Server):
             quiet_s = 0.0 if self._gateway.open_requests else quiet_s + _POLL_S
 
 
-def run(
-    settings: Settings,
-    *,
-    command: Sequence[str] = WORKER_COMMAND,
-) -> None:
+def run(settings: Settings, *, command: Sequence[str] = WORKER_COMMAND) -> None:
     """Serve until a signal ends it.
 
     Raises:
@@ -125,3 +122,10 @@ def _allow_many_files() -> None:
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _connections(with_worker: int) -> int:
+    """How many clients fit: each may need a file for its upload, some one to the worker."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(8, (files - _OWN_FILES - with_worker) // 2)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _TICK_S = 1.0
 # Long, because questions to a blocked worker pile up in its backlog, which has 128 places on macOS.
 _ASK_TIMEOUT_S = 15.0
-# Compiling a large model for the Neural Worker takes minutes, in one call that shows no progress.
+# Compiling a large model for the Neural Engine takes minutes, in one call that shows no progress.
 LOAD_LIMIT_S = 900.0
 # A model set that is larger than the limit must not keep the worker restarting.
 _RECYCLE_MIN_AGE_S = 60.0
@@ -60,7 +60,7 @@ class Watch:
         self._settings = settings
         self._dispatcher = dispatcher
         self._progress = ProgressWatch(settings.request_timeout_s)
-        self._keeps_preloaded = settings.preload_stays and has_preload(settings)
+        self._keeps_preloaded = has_preload(settings)
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
@@ -150,7 +150,5 @@ def progress_mark(health: Mapping[str, Any]) -> tuple[Any, ...]:
 def has_preload(settings: Settings) -> bool:
     """Whether any model is to be loaded at start."""
     return any(
-        getattr(settings, name)
-        for name in Settings.model_fields
-        if name.startswith("preload_") and name != "preload_stays"
+        getattr(settings, name) for name in Settings.model_fields if name.startswith("preload_")
     )

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 ResizeMode = Literal["shortest", "squash"]
 
-DEFAULT_CONTEXT_LENGTH = 77  # of every tower whose config names none (contract §4.3)
+DEFAULT_CONTEXT_LENGTH = 77  # of every tower whose config names none (contract §4.2)
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -33,11 +33,11 @@ _FILTERS = {
 }
 _PUNCTUATION = str.maketrans("", "", string.punctuation)  # the 32 ASCII marks SigLIP drops
 
-# What the text towers call their inputs (contract §3.2): OpenCLIP's, and M-CLIP's two.
+# What the text towers call their inputs (contract §2.2): OpenCLIP's, and M-CLIP's two.
 _TOKEN_INPUTS = ("text", "input_ids")
 _MASK_INPUT = "attention_mask"
 
-# FLORES-200 codes by the language tags of Immich's web client (contract §2.5). `jpn_Hira` is not a
+# FLORES-200 codes by the language tags of Immich's web client (contract §2.3). `jpn_Hira` is not a
 # real code, but it is what the official service sends.
 # fmt: off
 NLLB_CODES: Mapping[str, str] = {
@@ -211,7 +211,7 @@ class TextConfig:
 
 
 def clean_text(query: TextQuery, config: TextConfig) -> str:
-    """The text as the tokenizer gets it (contract §4.3, steps 1 to 3)."""
+    """The text as the tokenizer gets it (contract §4.2, steps 1 to 3)."""
     text = " ".join(query.text.split())
     if config.canonicalize:
         text = text.translate(_PUNCTUATION).lower()

@@ -45,8 +45,8 @@ _BROKEN = (
 class ImageLimits:
     """What a picture may measure: pixels in all, and pixels on its longer side."""
 
-    max_pixels: int
-    max_side_px: int
+    max_pixels: int = OFFICIAL_MAX_PIXELS
+    max_side_px: int = 65_535  # the longest that a JPEG can have
 
 
 class Picture:
@@ -108,7 +108,10 @@ def count_pixels(data: bytes) -> int:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Every format Pillow knows but EPS, for which it starts Ghostscript on the upload."""
+    """Every format Pillow knows but EPS, for which it starts Ghostscript on the upload.
+
+    Goes when Pillow no longer starts programs.
+    """
     Image.preinit()  # the common ones first, as Pillow itself tries them
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
@@ -159,7 +162,8 @@ def resize(
     """Resize an RGB picture, or `box` of it: across, then down.
 
     That was Pillow's order up to version 12, which the official service runs. Pillow 13 takes the
-    cheaper order, and as the bytes in between are rounded, pixels differ by up to 15 levels.
+    cheaper order, and as the bytes in between are rounded, pixels differ by up to 15 levels. Goes
+    when the official service runs Pillow 13.
 
     Args:
         image: the picture.

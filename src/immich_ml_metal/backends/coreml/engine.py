@@ -16,8 +16,8 @@ from immich_ml_metal.backends.build import build_model
 from immich_ml_metal.backends.coreml.graph import (
     CoreMLGraph,
     Refusal,
-    Report,
     Setup,
+    ShapeReport,
     compiled_form,
 )
 from immich_ml_metal.backends.coreml.session import SessionMaker, open_session
@@ -56,7 +56,7 @@ class CoreMLEngine:
         self._is_explicit = is_explicit
         self._on_fallback = on_fallback
         self._refused: dict[Path, tuple[ModelKey, str]] = {}
-        self._reports: dict[tuple[str, str], Report] = {}
+        self._reports: dict[tuple[str, str], ShapeReport] = {}
         self.device = Device(self.name)
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
@@ -80,7 +80,7 @@ class CoreMLEngine:
             "refused": {str(key): reason for key, reason in list(self._refused.values())},
         }
 
-    def _keep(self, report: Report) -> None:
+    def _keep(self, report: ShapeReport) -> None:
         self._reports[report.model, report.shape] = report
 
     def _try(self, key: ModelKey, files: ModelFiles, reference: OrtGraph) -> Graph:

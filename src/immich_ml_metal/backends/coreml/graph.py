@@ -36,7 +36,7 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ShapeReport:
     """What was found when a shape was first opened."""
 
     model: str
@@ -75,7 +75,7 @@ class CoreMLGraph:
         name: str,
         batches: Sequence[int],
         checked: Collection[tuple[str, str]] = (),
-        on_report: Callable[[Report], None],
+        on_report: Callable[[ShapeReport], None],
     ) -> None:
         self._form = form
         self._reference = reference
@@ -168,14 +168,14 @@ class CoreMLGraph:
             self._report(self._check(session, shapes), is_kept=any(folder.iterdir()))
         return session
 
-    def _report(self, report: Report, *, is_kept: bool) -> None:
+    def _report(self, report: ShapeReport, *, is_kept: bool) -> None:
         log.info(
             "core ml opened model=%s shape=%s node_share=%.2f cosine=%.6f compiled_kept=%s",
             *(report.model, report.shape, report.share, report.cosine, is_kept),
         )
         self._on_report(report)
 
-    def _check(self, session: Session, shapes: Shapes) -> Report:
+    def _check(self, session: Session, shapes: Shapes) -> ShapeReport:
         """Measure what Core ML took and compare a run with the CPU's.
 
         Raises:
@@ -198,7 +198,7 @@ class CoreMLGraph:
                 f"core ml differs from the cpu: cosine {worst:.6f} at {label(shapes)}, "
                 f"limit {MIN_COSINE}"
             )
-        return Report(self._name, self._digest, label(shapes), share, worst)
+        return ShapeReport(self._name, self._digest, label(shapes), share, worst)
 
 
 def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:

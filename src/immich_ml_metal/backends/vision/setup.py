@@ -11,7 +11,7 @@ from immich_ml_metal.backends.vision.bridge import VisionBridge, load_frameworks
 from immich_ml_metal.backends.vision.calibration import FACE_KNOTS, LINE_KNOTS, Calibration
 from immich_ml_metal.backends.vision.engine import Bridge, VisionEngine
 from immich_ml_metal.backends.vision.text import text_options, wanted_languages
-from immich_ml_metal.errors import ConfigError, InferenceError
+from immich_ml_metal.errors import InferenceError
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Bytes, ModelFiles, ModelKey
 
@@ -26,11 +26,7 @@ def create_vision(
     on_fallback: Callable[[str], None],
     bridge: Bridge | None = None,
 ) -> VisionEngine:
-    """Make the engine; what Vision cannot answer goes to the official model on the CPU.
-
-    Raises:
-        ConfigError: a calibration is malformed.
-    """
+    """Make the engine; what Vision cannot answer goes to the official model on the CPU."""
     official = OrtEngine(settings)
 
     def load_official(key: ModelKey) -> AnyModel:
@@ -38,25 +34,12 @@ def create_vision(
 
     return VisionEngine(
         bridge or VisionBridge(load_frameworks()),
-        face_score=_calibration(
-            "ML_VISION_FACE_SCORES", settings.vision_face_scores, Calibration(FACE_KNOTS)
-        ),
-        line_score=_calibration(
-            "ML_VISION_TEXT_SCORES", settings.vision_text_scores, Calibration(LINE_KNOTS)
-        ),
+        face_score=Calibration(FACE_KNOTS),
+        line_score=Calibration(LINE_KNOTS),
         corrects=settings.ocr_language_correction,
         load_official=load_official,
         on_fallback=on_fallback,
     )
-
-
-def _calibration(name: str, text: str | None, default: Calibration) -> Calibration:
-    if text is None:
-        return default
-    try:
-        return Calibration.parse(text)
-    except ValueError as exc:
-        raise ConfigError(f"{name} = {text!r}: {exc}") from exc
 
 
 def draw_word(word: str = WORD) -> Bytes:

@@ -20,8 +20,7 @@ export function startPlayground(getPage) {
   pageState = getPage;
   const drop = byId("drop");
   const files = byId("files");
-  drop.addEventListener("click", (event) => event.target !== files && files.click());
-  drop.addEventListener("keydown", (event) => ["Enter", " "].includes(event.key) && (event.preventDefault(), files.click()));
+  drop.addEventListener("click", () => files.click());
   files.addEventListener("change", () => { take(files.files); files.value = ""; });
   for (const name of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(name, (event) => {
