@@ -253,3 +253,19 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
     report, loaded = probe(["immich_ml_metal.cli"])
     assert report == {"immich_ml_metal.cli": ""}
     assert not loaded & HEAVY
+
+
+def test_the_help_that_lists_the_commands_imports_none_of_them() -> None:
+    code = """
+import json, sys
+from immich_ml_metal.cli import COMMANDS, main
+try:
+    main(["--help"])
+finally:
+    json.dump(sorted(sys.modules), sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stderr)
+    assert not {name.split(".")[0] for name in loaded} & (HEAVY | {"httpx", "pydantic", "psutil"})
+    ours = {name for name in loaded if name.startswith("immich_ml_metal.cli.")}
+    assert ours == {"immich_ml_metal.cli.output"}

@@ -95,6 +95,8 @@ def test_a_broken_settings_file_is_the_first_cause(tmp_path: Path) -> None:
     report = doctor(tmp_path, "--config", str(file))
     assert report["cause"] == "settings"
     assert "face_min_score" in found(report, "settings")["text"]
+    assert found(report, "hub")["text"] == "not asked, as the settings are refused"
+    assert found(report, "hub")["follows"] == "settings"
 
 
 def test_a_damaged_model_is_named_with_its_file(tmp_path: Path) -> None:

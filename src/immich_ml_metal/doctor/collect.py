@@ -49,7 +49,9 @@ def collect_facts(run: Runner, *, file: Path | None, env_file: Path | None, dige
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
     names = _names(settings, server)
-    hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
+    hub, skew_s = "not asked, as the settings are refused", None  # they may forbid it
+    if not config_error:
+        hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
     return Facts(
         version=__version__,
         machine=machine,
