@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles.timing import Clock
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -449,13 +450,6 @@ def test_the_runner_reports_and_never_raises() -> None:
     assert run_program("/no/such/program").code == 127
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def make_keep_awake(clock: Clock) -> tuple[KeepAwake, "list[subprocess.Popen[bytes]]"]:
     started: list[subprocess.Popen[bytes]] = []
 
@@ -467,7 +461,7 @@ def make_keep_awake(clock: Clock) -> tuple[KeepAwake, "list[subprocess.Popen[byt
 
 
 def test_the_mac_is_kept_awake_from_the_first_request_until_a_while_after_the_last() -> None:
-    clock = Clock()
+    clock = Clock(0)
     awake, started = make_keep_awake(clock)
     awake.begin()
     awake.begin()
@@ -486,7 +480,7 @@ def test_the_mac_is_kept_awake_from_the_first_request_until_a_while_after_the_la
 
 
 def test_new_work_takes_a_new_assertion_and_close_lets_go() -> None:
-    awake, started = make_keep_awake(Clock())
+    awake, started = make_keep_awake(Clock(0))
     awake.begin()
     awake.close()
     awake.begin()
