@@ -21,10 +21,9 @@ from typer.testing import CliRunner
 
 from immich_ml_metal import __version__
 from immich_ml_metal.cli import app
-from immich_ml_metal.cli.service import tail
-from immich_ml_metal.service.choose import choose_manager, log_folder
-from immich_ml_metal.service.follow import new_text
+from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.launchd import Launchd
+from immich_ml_metal.service.log_files import log_folder, new_text, tail
 from immich_ml_metal.service.plan import (
     ServiceFailed,
     ServicePlan,
