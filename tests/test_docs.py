@@ -201,6 +201,18 @@ def test_every_citation_of_the_contract_names_a_section_that_exists() -> None:
                 assert section in sections, f"{name_of(path)} cites §{section} of docs/contract.md"
 
 
+def test_the_gateways_page_lists_its_modules() -> None:
+    page = (
+        text_of(ROOT / "docs" / "gateway.md")
+        .partition("## How it is built")[2]
+        .partition("\n## ")[0]
+    )
+    first_cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    modules = {path.stem for path in (ROOT / "src/immich_ml_metal/gateway").glob("[!_]*.py")}
+    assert named == modules
+
+
 def test_every_workaround_is_listed_with_what_retires_it() -> None:
     rows = re.findall(r"^\| `([\w/.]+)` \| .* \| .* \|$", workarounds(), re.MULTILINE)
     files = [*(ROOT / "src").rglob("*.py"), ROOT / "pyproject.toml"]
