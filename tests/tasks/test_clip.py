@@ -14,8 +14,8 @@ from immich_ml_metal.tasks.clip import (
     NLLB_CODES,
     ClipTextualModel,
     ClipVisualModel,
+    SearchQuery,
     TextConfig,
-    TextQuery,
     VisualConfig,
     clean_text,
     nllb_code,
@@ -314,7 +314,7 @@ PLAIN, SIGLIP, NLLB = (
 def test_a_text_is_cleaned(
     config: TextConfig, text: str, language: str | None, expected: str
 ) -> None:
-    assert clean_text(TextQuery(text, language), config) == expected
+    assert clean_text(SearchQuery(text, language), config) == expected
 
 
 def test_the_language_table_is_immichs() -> None:
@@ -369,14 +369,14 @@ def textual(*inputs: str, context_length: int = 6) -> tuple[ClipTextualModel, Fa
 )
 def test_tokens_are_padded_and_cut_to_the_context(text: str, ids: list[int]) -> None:
     model, _ = textual("text")
-    tokens = model.preprocess(TextQuery(text))
+    tokens = model.preprocess(SearchQuery(text))
     assert tokens["text"].tolist() == ids
     assert tokens["text"].dtype == np.int32
 
 
 def test_a_tower_with_a_mask_is_told_what_is_padding() -> None:
     model, graph = textual("input_ids", "attention_mask")
-    items = [TextQuery("a dog"), TextQuery("dog")]
+    items = [SearchQuery("a dog"), SearchQuery("dog")]
     raw = model.infer([model.preprocess(item) for item in items])
     assert graph.fed[0]["input_ids"].tolist() == [[0, 4, 5, 1, 2, 2], [0, 5, 1, 2, 2, 2]]
     assert graph.fed[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]

@@ -15,7 +15,7 @@ from immich_ml_metal.tasks.text_boxes import (
     CANVAS_RATIOS,
     MAX_DETECTION_PIXELS,
     TextDetector,
-    TextQuery,
+    TextRegionQuery,
     canvas_size,
     detection_size,
     find_regions,
@@ -319,8 +319,8 @@ def test_a_tilted_bar_is_found_where_it_is(
 # -- the detector ----------------------------------------------------------------------------------
 
 
-def query(image: Image.Image, max_resolution: int = 736) -> TextQuery:
-    return TextQuery(Picture(image), 0.5, max_resolution)
+def query(image: Image.Image, max_resolution: int = 736) -> TextRegionQuery:
+    return TextRegionQuery(Picture(image), 0.5, max_resolution)
 
 
 def bar_in_the_middle(feeds: dict[str, Tensor]) -> list[Tensor]:

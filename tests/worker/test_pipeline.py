@@ -20,10 +20,10 @@ from immich_ml_metal.errors import (
     TimedOut,
 )
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.tasks.clip import TextQuery as SearchQuery
+from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.tasks.text_lines import LineCrop
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import (
@@ -193,7 +193,7 @@ async def test_detection_alone_answers_what_it_found(stage: Stage) -> None:
     assert answer.faces is FACES
     assert answer.text is REGIONS
     (query,) = stage.models[FINDER].batches[0]
-    assert isinstance(query, TextQuery)
+    assert isinstance(query, TextRegionQuery)
     assert (query.min_score, query.max_resolution) == (0.4, 99)
     assert isinstance(stage.models[DETECTOR].batches[0][0], FaceQuery)
 

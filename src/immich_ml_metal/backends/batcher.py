@@ -44,7 +44,7 @@ class BatchWatch(Protocol):
         ...
 
 
-class Runner(Protocol):
+class RunOnDevice(Protocol):
     """Runs a blocking function on a device thread."""
 
     def __call__(self, func: Callable[[], T], /) -> Awaitable[T]:
@@ -85,6 +85,10 @@ class Batcher(Generic[ItemT, ResultT]):
         self._queue.append(entry)
         return future
 
+    def take_turn(self, run: RunOnDevice) -> Awaitable[None]:
+        """Take the next batch out of the queue now; what is returned answers it."""
+        return self.answer(self.next_batch(), run)
+
     def next_batch(self) -> list[Waiting[ItemT, ResultT]]:
         """Pop up to `max_batch` entries whose callers still wait; empty when there are none."""
         batch: list[Waiting[ItemT, ResultT]] = []
@@ -96,8 +100,10 @@ class Batcher(Generic[ItemT, ResultT]):
                 batch.append(entry)
         return batch
 
-    async def answer(self, batch: list[Waiting[ItemT, ResultT]], run: Runner) -> None:
+    async def answer(self, batch: list[Waiting[ItemT, ResultT]], run: RunOnDevice) -> None:
         """Infer `batch` through `run` and settle its futures; a failed batch is split up."""
+        if not batch:
+            return
         items = [entry.item for entry in batch]
         started = time.perf_counter()
         try:

@@ -26,7 +26,7 @@ from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
-from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.gateway.supervisor import WorkerState
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
@@ -115,7 +115,7 @@ class Gateway:
         queue, supervisor = self.dispatcher.queue, self.dispatcher.supervisor
         self.metrics.in_flight.set_function(lambda: float(self.open_requests))
         self.metrics.watch_queue("worker", lambda: float(queue.waiting))
-        self.metrics.worker_up.set_function(lambda: float(supervisor.state is State.READY))
+        self.metrics.worker_up.set_function(lambda: float(supervisor.state is WorkerState.READY))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""

@@ -11,7 +11,7 @@ from typing import Any
 from immich_ml_metal.gateway import client as worker_client
 from immich_ml_metal.gateway.client import WorkerLost
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.supervisor import Order, State
+from immich_ml_metal.gateway.supervisor import Order, WorkerState
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.footprint import memory_bytes
 
@@ -70,7 +70,7 @@ class Watch:
     async def look(self) -> None:
         """Look once."""
         self.measure()
-        if self._dispatcher.supervisor.state is not State.READY:
+        if self._dispatcher.supervisor.state is not WorkerState.READY:
             self.health = None
             return
         self._check_memory()
@@ -102,7 +102,7 @@ class Watch:
 
     async def _get(self, path: str, timeout_s: float) -> bytes | None:
         supervisor = self._dispatcher.supervisor
-        if supervisor.worker is None or supervisor.state is not State.READY:
+        if supervisor.worker is None or supervisor.state is not WorkerState.READY:
             return None
         try:
             answer = await worker_client.get(supervisor.worker.socket, path, timeout_s=timeout_s)

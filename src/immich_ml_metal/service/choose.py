@@ -8,10 +8,10 @@ from pathlib import Path
 from immich_ml_metal.service.launchd import DAEMONS, Launchd
 from immich_ml_metal.service.plan import Manager, ServiceFailed
 from immich_ml_metal.service.systemd import Systemd
-from immich_ml_metal.system.programs import Runner
+from immich_ml_metal.system.programs import RunProgram
 
 
-def choose_manager(run: Runner, *, daemon: bool = False, system: str | None = None) -> Manager:
+def choose_manager(run: RunProgram, *, daemon: bool = False, system: str | None = None) -> Manager:
     """The manager of this system.
 
     Raises:

@@ -13,10 +13,10 @@ import numpy as np
 
 from immich_ml_metal.errors import MissingDependency, MissingPayload, TimedOut
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.tasks.clip import TextQuery as SearchQuery
+from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
 from immich_ml_metal.tasks.images import Picture
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.tasks.text_lines import LineCrop
 from immich_ml_metal.types import (
     Answer,
@@ -169,7 +169,7 @@ class Pipeline:
     ) -> TextRegions | TextLines | None:
         if detection is None:
             return None
-        query = TextQuery(picture, detection.min_score, detection.max_resolution)
+        query = TextRegionQuery(picture, detection.min_score, detection.max_resolution)
         regions: TextRegions = await self._models.run(detection.model, query)
         if recognition is None:
             return regions

@@ -51,7 +51,7 @@ def create_app(
     `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines;
     `spare` makes the engine that answers where another fails, None for none.
     """
-    service = Service(settings, engines, store, metrics, describe_engines, spare)
+    service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,7 +67,7 @@ def create_app(
     return app
 
 
-class Service:
+class WorkerRoutes:
     """The routes and what they share: threads, pictures, models, numbers."""
 
     def __init__(
@@ -99,9 +99,9 @@ class Service:
         self._housekeeper: asyncio.Task[None] | None = None
         self._preload_keys = preload_keys(settings)
         self._preloader: asyncio.Task[None] | None = None
-        self._describe_engines()
+        self._name_engines_in_metrics()
 
-    def _describe_engines(self) -> None:
+    def _name_engines_in_metrics(self) -> None:
         for (task, part), engine in self._engines.items():
             self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
         for name in {engine.name for engine in self._engines.values()} | {"cpu"}:
@@ -111,7 +111,7 @@ class Service:
         for device in {engine.device for engine in self._engines.values()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
-    async def __aenter__(self) -> "Service":
+    async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
         self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
