@@ -198,7 +198,7 @@ async def gateway_process(
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard_files or hard))
 
-    port = free_port()
+    port = changes.pop("port", 0) or free_port()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(MAIN),
