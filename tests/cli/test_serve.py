@@ -66,7 +66,7 @@ def test_its_memory_is_counted(child: OwnService) -> None:
 def bare(
     models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[OwnService, Path]]:
-    """`serve --no-gateway` with an old and a meaningless official name in its `.env`, and its log file."""
+    """`serve --no-gateway` with an old and an ignored name in its `.env`, and its log file."""
     folder = tmp_path_factory.mktemp("bare")
     log = folder / "log"
     names = ("PRELOAD__CLIP=ViT-B-32__openai", "HTTP_KEEPALIVE_TIMEOUT_S=2")
