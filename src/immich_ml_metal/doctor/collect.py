@@ -26,10 +26,10 @@ from immich_ml_metal.immich.advice import Advice, advise
 from immich_ml_metal.immich.api import ImmichError, ServerSettings, connect
 from immich_ml_metal.immich.our_side import look_at_ours
 from immich_ml_metal.index_guard.guard import IndexGuard
-from immich_ml_metal.logs import file_of, stderr_of
 from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.service.choose import choose_manager, log_folder
+from immich_ml_metal.service.choose import choose_manager
+from immich_ml_metal.service.log_files import log_files
 from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
@@ -119,12 +119,6 @@ def read_service(run: RunProgram) -> Literal["running", "stopped", "none"]:
         return choose_manager(run).status().state
     except ServiceFailed:
         return "none"
-
-
-def log_files(settings: Settings) -> list[Path]:
-    """The logs of both processes, and of what they could not log."""
-    log = settings.log_file or log_folder() / "service.log"
-    return [file_of(log, "gateway"), file_of(log, "worker"), stderr_of(log)]
 
 
 def read_machine(run: RunProgram) -> Machine:
