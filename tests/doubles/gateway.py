@@ -2,19 +2,20 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import resource
 import signal
 import socket
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from doubles.timing import until
 
 from immich_ml_metal.gateway.admission import Reception
 from immich_ml_metal.gateway.app import Gateway
@@ -38,6 +39,14 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{"host": "127.0.0.1", "port": 0, **changes})
 
 
+def dump(chosen: Settings) -> str:
+    """As JSON, with the key that `model_dump_json` hides."""
+    known = json.loads(chosen.model_dump_json())
+    if chosen.immich_api_key is not None:
+        known["immich_api_key"] = chosen.immich_api_key.get_secret_value()
+    return json.dumps(known)
+
+
 def right_answer(body: bytes) -> dict[str, str]:
     return {"digest": hashlib.sha256(body).hexdigest()}
 
@@ -47,14 +56,6 @@ def read_journal(folder: Path, word: str) -> list[str]:
     path = folder / "journal"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.removeprefix(word + " ") for line in lines if line.startswith(word + " ")]
-
-
-async def until(condition: Callable[[], Any], what: str = "condition") -> None:
-    """Wait for something that another process or task does."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end_s, f"{what} did not come about in {PATIENCE_S:g} s"
-        await asyncio.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:
@@ -186,11 +187,14 @@ async def gateway_process(
     open_files: int | None = None,
     hard_files: int | None = None,
     programs: Path | None = None,
+    port: int = 0,
+    times: dict[str, float] | None = None,
     **changes: Any,
 ) -> AsyncIterator[GatewayProcess]:
     """A process that finds `open_files` as its soft limit and `programs` first on its path.
 
-    `hard_files` is its hard limit, this process's own if None.
+    `hard_files` is its hard limit, this process's own if None; `times` are those of the guard of
+    Immich's queues.
     """
 
     def limit_files() -> None:
@@ -198,12 +202,14 @@ async def gateway_process(
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard_files or hard))
 
-    port = free_port()
+    port = port or free_port()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(MAIN),
         str(folder),
-        settings(port=port, **changes).model_dump_json(),
+        dump(settings(port=port, **changes)),
+        *([json.dumps(times)] if times else []),
+        stdin=asyncio.subprocess.DEVNULL,
         preexec_fn=limit_files,
         env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"} if programs else None,
     )

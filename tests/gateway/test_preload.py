@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from doubles.engines import TEXTUAL, VISUAL, FakeEngine, FakeStore, every_part, until
+from doubles.engines import TEXTUAL, VISUAL, FakeEngine, FakeStore, every_part
 from doubles.gateway import settings
+from doubles.timing import until
 
 from immich_ml_metal.errors import ConfigError, DownloadFailed
 from immich_ml_metal.models.progress import DownloadProgress, Phase

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from doubles.gateway import fake_worker, is_alive, read_journal, settings, until
+from doubles.gateway import fake_worker, is_alive, read_journal, settings
+from doubles.timing import until
 
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.process import WorkerProcess, describe

@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 from doubles.graph import FakeGraph, spec
+from doubles.pictures import noise_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,11 +27,6 @@ from immich_ml_metal.tasks.text_boxes import (
 from immich_ml_metal.types import Floats, Tensor, TextRegions
 
 sides = st.integers(32, 20_000)
-
-
-def noise(width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values)
 
 
 # -- sizes (contract §6.1) -------------------------------------------------------------------------
@@ -333,7 +329,7 @@ def bar_in_the_middle(feeds: dict[str, Tensor]) -> list[Tensor]:
 
 
 def test_a_float_graph_gets_bgr_in_minus_one_to_one() -> None:
-    item = query(noise(100, 70))
+    item = query(noise_picture(100, 70))
     blob = TextDetector(FakeGraph(bar_in_the_middle), name="m").preprocess(item)
     assert blob is not None
     resized = np.asarray(resize(item.picture.image, (96, 64), Image.Resampling.LANCZOS))
@@ -345,7 +341,7 @@ def test_a_float_graph_gets_bgr_in_minus_one_to_one() -> None:
 
 def test_a_fused_graph_gets_rgb_bytes() -> None:
     graph = FakeGraph(bar_in_the_middle, inputs=[spec("x", np.uint8)])
-    item = query(noise(100, 70))
+    item = query(noise_picture(100, 70))
     blob = TextDetector(graph, name="m").preprocess(item)
     assert blob is not None
     expected = np.asarray(resize(item.picture.image, (96, 64), Image.Resampling.LANCZOS))
@@ -404,7 +400,7 @@ def test_a_map_that_cannot_be_read_is_an_error(
 ) -> None:
     detector = TextDetector(FakeGraph(lambda _: [output]), name="m")
     with pytest.raises(error, match=message):
-        detector.infer([detector.preprocess(query(noise(100, 70)))])
+        detector.infer([detector.preprocess(query(noise_picture(100, 70)))])
 
 
 def test_close_frees_the_graph() -> None:

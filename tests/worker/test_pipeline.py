@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doubles.engines import FILES, FakeModel, FakeStore, Gate, soon, until
+from doubles.engines import FILES, FakeModel, FakeStore, Gate, soon
+from doubles.timing import until
 from PIL import Image
 
 from immich_ml_metal.backends.base import AnyModel

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
-from doubles.engines import VISUAL, FakeEngine, FakeModel, FakeStore, soon, until
+from doubles.engines import VISUAL, FakeEngine, FakeModel, FakeStore, soon
+from doubles.timing import until
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.errors import (

@@ -53,6 +53,7 @@ class Watch:
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher) -> None:
         self.health: dict[str, Any] | None = None
+        self.last_health: dict[str, Any] | None = None  # also of a worker that is gone
         self.health_s = 0.0
         self.memory_now_bytes: int | None = None
         self.memory_peak_bytes = 0
@@ -94,6 +95,7 @@ class Watch:
         with contextlib.suppress(ValueError):
             if isinstance(health := json.loads(body), dict):
                 self.health, self.health_s = health, time.monotonic()
+                self.last_health = health
 
     async def ask_metrics(self, timeout_s: float) -> str | None:
         """The worker's own numbers, None when it gives none in time."""
