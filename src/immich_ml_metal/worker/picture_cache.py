@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from immich_ml_metal.tasks.images import Picture, count_pixels
 from immich_ml_metal.threads import CpuThreads
@@ -25,9 +25,12 @@ class PictureCache:
         decode: Callable[[bytes], Picture],
         threads: CpuThreads,
         *,
+        decode_other: Callable[[bytes], Awaitable[Picture]] | None = None,
         max_bytes: int = CACHE_BYTES,
     ) -> None:
+        """`decode_other` takes the formats that `decode` refuses; without it they stay refused."""
         self._decode = decode
+        self._decode_other = decode_other
         self._threads = threads
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
@@ -38,8 +41,11 @@ class PictureCache:
         """Memory held by kept pictures."""
         return sum(picture.size_bytes for picture in self._kept.values())
 
-    async def count_pixels(self, data: bytes) -> int:
-        """Pixels that the header of `data` announces, before anything is decoded."""
+    async def count_pixels(self, data: bytes) -> int | None:
+        """Pixels that the header of `data` announces, before anything is decoded.
+
+        None for a rare format, which is decoded elsewhere.
+        """
         return await self._threads.run(lambda: count_pixels(data))
 
     async def get(self, data: bytes) -> Picture:
@@ -53,10 +59,15 @@ class PictureCache:
             return picture
         task = self._pending.get(digest)
         if task is None:
-            task = asyncio.create_task(self._threads.run(lambda: self._decode(data)))
+            task = asyncio.create_task(self._start(data))
             self._pending[digest] = task
             task.add_done_callback(lambda done: self._finish(digest, done))
         return await asyncio.shield(task)  # a caller that hangs up leaves the others their picture
+
+    async def _start(self, data: bytes) -> Picture:
+        if self._decode_other is not None and await self.count_pixels(data) is None:
+            return await self._decode_other(data)
+        return await self._threads.run(lambda: self._decode(data))
 
     def _finish(self, digest: bytes, task: asyncio.Task[Picture]) -> None:
         del self._pending[digest]

@@ -23,6 +23,7 @@ from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import TaskRequest
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
+from immich_ml_metal.worker.other_formats import OtherFormats
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
@@ -80,7 +81,12 @@ class Service:
         self._threads = CpuThreads(settings.request_threads)
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
-        self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
+        self._others = OtherFormats() if settings.decode_other_formats else None
+        self._pictures = PictureCache(
+            lambda data: decode(data, ImageLimits()),
+            self._threads,
+            decode_other=self._others.decode if self._others else None,
+        )
         self._pipeline = Pipeline(
             self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
         )
@@ -114,6 +120,8 @@ class Service:
                     await task
         await self.pool.close()
         self._threads.close()
+        if self._others is not None:
+            self._others.close()
 
     async def _keep_house(self) -> None:
         """Now and then unload idle models, and hand freed memory back once nothing is going on."""
