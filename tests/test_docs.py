@@ -62,29 +62,31 @@ def test_no_page_names_a_setting_that_is_gone() -> None:
         assert unknown == set(), name_of(page)
 
 
+def calls(page: Path) -> list[list[str]]:
+    """The words after the program's name, in code spans and blocks, up to a pipe or remark."""
+    text = text_of(page)
+    blocks = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", without_code(text))
+    lines = [line for block in blocks for line in block.splitlines()] + spans
+    found = re.findall(
+        r"(?:^|[ /])immich-ml-metal +([a-z][^|#>\n]*)", "\n".join(lines), re.MULTILINE
+    )
+    return [words.split() for words in found]
+
+
 def test_no_page_names_a_command_or_option_that_is_gone() -> None:
     commands = reference().commands()
-    groups = {name.rpartition(" ")[0] for name in commands} | {"immich-ml-metal version"}
     options = {name: options_of(command) for name, command in commands.items()}
+    options |= {"immich-ml-metal version": set()}
+    groups = {name.rpartition(" ")[0] for name in options} - {"immich-ml-metal"}
     for page in LIVE:
-        for line in re.findall(r"immich-ml-metal((?: [^`\n#|]+)?)", text_of(page)):
-            words = line.split()
-            if not words or not re.fullmatch(r"[a-z]+", words[0]):
-                continue
-            name = f"immich-ml-metal {words[0]}"
-            if name in groups and len(words) > 1 and f"{name} {words[1]}" in commands:
-                name = f"{name} {words[1]}"
-            if name not in commands and name not in groups:
-                assert not line_is_a_call(line), f"{name_of(page)}: no command {name!r}"
-                continue
-            given = {word.strip(".,;:)") for word in words if word.startswith("--")}
-            gone = given - options.get(name, given) - {"--help"}
+        for words in calls(page):
+            depth = 2 if f"immich-ml-metal {words[0]}" in groups else 1
+            name = " ".join(["immich-ml-metal", *words[:depth]])
+            assert name in options or name in groups, f"{name_of(page)}: no command {name!r}"
+            given = {word.partition("=")[0] for word in words if word.startswith("--")}
+            gone = given - options.get(name, set()) - {"--help"}
             assert gone == set(), f"{name_of(page)}: {name} has no {sorted(gone)}"
-
-
-def line_is_a_call(line: str) -> bool:
-    """Prose may go on after the program's name; options make it a call."""
-    return " -" in line
 
 
 def options_of(command: Any) -> set[str]:
@@ -199,6 +201,18 @@ def test_every_citation_of_the_contract_names_a_section_that_exists() -> None:
         for cited in re.findall(r"contract(?:,)? ([^)\n]*)", text_of(path)):
             for section in re.findall(r"§\s?([\d.]*\d)", cited):
                 assert section in sections, f"{name_of(path)} cites §{section} of docs/contract.md"
+
+
+def test_the_gateways_page_lists_its_modules() -> None:
+    page = (
+        text_of(ROOT / "docs" / "gateway.md")
+        .partition("## How it is built")[2]
+        .partition("\n## ")[0]
+    )
+    first_cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    modules = {path.stem for path in (ROOT / "src/immich_ml_metal/gateway").glob("[!_]*.py")}
+    assert named == modules
 
 
 def test_every_workaround_is_listed_with_what_retires_it() -> None:

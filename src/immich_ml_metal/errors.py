@@ -14,7 +14,7 @@ ServiceError
 │   ├── DownloadFailed      503  network, disk or digest trouble while fetching
 │   └── LoadFailed          500  the files are here but the engine rejects them
 ├── InferenceError          500  an engine failed on an accepted input
-├── InvalidOutput           500  a vector is not finite or has the wrong dimension
+├── InvalidOutput           500  an output is not finite or of a wrong dimension
 ├── Condemned               500  it ended every worker that worked on it
 ├── TimedOut                503  no answer within the limit
 ├── Overloaded              503  held as long as it could be held; try again later
@@ -84,7 +84,7 @@ class InferenceError(ServiceError):
 
 
 class InvalidOutput(ServiceError):
-    """A vector is not finite or does not have the model's dimension."""
+    """An output is not finite, or a vector does not have the model's dimension."""
 
 
 class Condemned(ServiceError):

@@ -96,7 +96,15 @@ class Metrics:
         self.model_evictions = self._counter(
             "model_evictions", "Models unloaded, by reason (idle, memory).", "reason"
         )
-        self.model_bytes = self._gauge("model_bytes", "Memory of each loaded model.", "model")
+        self.model_bytes = self._gauge(
+            "model_bytes", "Memory of each loaded model.", "model", "engine"
+        )
+        self.engine_failures = self._counter(
+            "engine_failures",
+            "Failed tries of an engine, by cause (error, invalid_output, timeout, load).",
+            "engine",
+            "cause",
+        )
         self.downloads = self._counter(
             "downloads", "Downloads of a model's half, by outcome (ok, failed).", "outcome"
         )

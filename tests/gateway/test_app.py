@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from doubles.gateway import is_alive, right_answer, running_gateway, until
+from doubles.gateway import is_alive, right_answer, running_gateway
+from doubles.timing import until
 
 from immich_ml_metal.gateway.admission import Reception, Room
 from immich_ml_metal.gateway.crashes import CrashRecord

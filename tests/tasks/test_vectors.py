@@ -57,7 +57,7 @@ def test_a_picture_becomes_the_square_of_the_formulas(case: Case, script: Any) -
 @pytest.mark.parametrize("case", cases("search_texts"))
 def test_a_search_text_is_cleaned(case: Case) -> None:
     config = clip.TextConfig(77, canonicalize=case["canonicalize"], language_prefix=False)
-    assert clip.clean_text(clip.TextQuery(case["text"]), config) == case["clean"]
+    assert clip.clean_text(clip.SearchQuery(case["text"]), config) == case["clean"]
 
 
 @pytest.mark.parametrize("case", cases("face_canvas"))

@@ -274,6 +274,12 @@ def create_engines(
     return {name: makers[name]() for name in plan.names}
 
 
+def make_portable(settings: Settings) -> Engine:
+    """The engine that runs everywhere: the spare one where the plan has it not."""
+    engine: Engine = _class("ort.engine", "OrtEngine")(settings)
+    return engine
+
+
 def _class(module: str, name: str) -> Any:
     """Import a maker from a sibling only now: its module loads a hardware library."""
     return getattr(importlib.import_module(f"immich_ml_metal.backends.{module}"), name)

@@ -24,9 +24,11 @@ from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import Parts, report
+from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
-from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.gateway.page import Page, is_foreign, redirect, send_to_page
+from immich_ml_metal.gateway.supervisor import WorkerState
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
@@ -47,7 +49,10 @@ _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's par
 
 
 class Gateway:
-    """The ASGI app; its lifespan is the worker's."""
+    """The ASGI app; its lifespan is the worker's.
+
+    `port` is the one people use; with the setting 0 it is known once the server listens.
+    """
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class Gateway:
         self.open_requests = 0
         self.broken: BaseException | None = None
         self.on_broken: Callable[[], None] = lambda: None
+        self.port = settings.port
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
         self.crashes = crashes or CrashRecord()
@@ -71,13 +77,20 @@ class Gateway:
         self.holding = Holding(self.dispatcher, reception, hold_limit_s=settings.hold_limit_s)
         self.watch = Watch(settings, self.dispatcher)
         self.companions = companions or make_companions(settings, self.metrics)
-        self._pages: dict[str, App] = {
+        self.history = History()
+        self._page = Page(settings, self.history, self._describe_engines, port=lambda: self.port)
+        self._pages = self._make_pages()
+        self._feed_gauges()
+
+    def _make_pages(self) -> dict[str, App]:
+        """What answers GET: a path itself and all below it."""
+        return {
             "/": self._root,
             "/ping": self._ping,
             "/health": self._health,
             "/metrics": self._metrics_page,
+            "/ui": self._page,
         }
-        self._feed_gauges()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the server's life."""
@@ -115,7 +128,7 @@ class Gateway:
         queue, supervisor = self.dispatcher.queue, self.dispatcher.supervisor
         self.metrics.in_flight.set_function(lambda: float(self.open_requests))
         self.metrics.watch_queue("worker", lambda: float(queue.waiting))
-        self.metrics.worker_up.set_function(lambda: float(supervisor.state is State.READY))
+        self.metrics.worker_up.set_function(lambda: float(supervisor.state is WorkerState.READY))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""
@@ -146,8 +159,12 @@ class Gateway:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         path, method = scope["path"], scope["method"]
-        page = self._pages.get(path)
+        page = self._pages.get("/ui" if path.startswith("/ui/") else path)
         if path == "/predict" and method == "POST":
+            if is_foreign(headers):
+                detail = "the Origin of this request is another site than its Host"
+                await reply_unread(receive, send, 403, detail)
+                return
             await self._predict(headers, receive, send)
         elif page is not None and method == "GET":
             await page(scope, receive, send)
@@ -158,7 +175,10 @@ class Gateway:
             await reply_json(send, 404, {"detail": "Not Found"})
 
     async def _root(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await reply_json(send, 200, {"message": "Immich ML"})
+        if send_to_page(dict(scope["headers"])):
+            await redirect(send)
+        else:
+            await reply_json(send, 200, {"message": "Immich ML"})
 
     async def _ping(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.can_serve():
@@ -176,7 +196,9 @@ class Gateway:
             started_s=self.started_s,
             is_draining=self.is_draining,
         )
-        await reply_json(send, 200, report(parts))
+        is_for_people = scope["query_string"] == b"pretty" or send_to_page(dict(scope["headers"]))
+        self._page.note_models(bool((self.watch.health or {}).get("models")))
+        await reply_json(send, 200, report(parts), indent=2 if is_for_people else None)
 
     async def _metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = {"gateway": self.metrics.render()}
@@ -189,12 +211,14 @@ class Gateway:
         self.dispatcher.counts.received += 1
         upload = _Upload(receive)
         status: int | None = None
+        started_s = time.monotonic()
         self.companions.begin()
         try:
             status = await self._hold(headers, upload, send)
         finally:
             self.open_requests -= 1
             self.companions.end(upload.head, status)
+            self.history.note(upload.head, status, time.monotonic() - started_s)
 
     async def _hold(
         self, headers: Mapping[bytes, bytes], receive: Receive, send: Send
@@ -213,6 +237,11 @@ class Gateway:
             self._note_failure(f"the worker answered {answer.status}")
         await reply(send, answer.status, answer.headers, answer.body)
         return answer.status
+
+    def _describe_engines(self) -> Mapping[str, Any]:
+        """Slot → engine and verdict, as the worker told last."""
+        engines = (self.watch.last_health or {}).get("engines", {})
+        return {slot: {"engine": engine} for slot, engine in engines.items()}
 
     async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> int:
         status, after_s = status_of(exc), RETRY_AFTER_S.get(type(exc))

@@ -11,7 +11,7 @@ from typing import Any
 from immich_ml_metal.gateway import client as worker_client
 from immich_ml_metal.gateway.client import WorkerLost
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.supervisor import Order, State
+from immich_ml_metal.gateway.supervisor import Order, WorkerState
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.footprint import memory_bytes
 
@@ -53,6 +53,7 @@ class Watch:
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher) -> None:
         self.health: dict[str, Any] | None = None
+        self.last_health: dict[str, Any] | None = None  # also of a worker that is gone
         self.health_s = 0.0
         self.memory_now_bytes: int | None = None
         self.memory_peak_bytes = 0
@@ -70,7 +71,7 @@ class Watch:
     async def look(self) -> None:
         """Look once."""
         self.measure()
-        if self._dispatcher.supervisor.state is not State.READY:
+        if self._dispatcher.supervisor.state is not WorkerState.READY:
             self.health = None
             return
         self._check_memory()
@@ -94,6 +95,7 @@ class Watch:
         with contextlib.suppress(ValueError):
             if isinstance(health := json.loads(body), dict):
                 self.health, self.health_s = health, time.monotonic()
+                self.last_health = health
 
     async def ask_metrics(self, timeout_s: float) -> str | None:
         """The worker's own numbers, None when it gives none in time."""
@@ -102,7 +104,7 @@ class Watch:
 
     async def _get(self, path: str, timeout_s: float) -> bytes | None:
         supervisor = self._dispatcher.supervisor
-        if supervisor.worker is None or supervisor.state is not State.READY:
+        if supervisor.worker is None or supervisor.state is not WorkerState.READY:
             return None
         try:
             answer = await worker_client.get(supervisor.worker.socket, path, timeout_s=timeout_s)

@@ -176,7 +176,7 @@ class ClipVisualModel:
 
 
 @dataclass(frozen=True, slots=True)
-class TextQuery:
+class SearchQuery:
     """A search text as the user typed it, and the caller's language tag."""
 
     text: str
@@ -210,7 +210,7 @@ class TextConfig:
             raise LoadFailed(f"config.json: malformed text_cfg: {exc}") from exc
 
 
-def clean_text(query: TextQuery, config: TextConfig) -> str:
+def clean_text(query: SearchQuery, config: TextConfig) -> str:
     """The text as the tokenizer gets it (contract §4.2, steps 1 to 3)."""
     text = " ".join(query.text.split())
     if config.canonicalize:
@@ -264,7 +264,7 @@ class ClipTextualModel:
         self.max_batch = graph.max_batch
         self.size_bytes = graph.size_bytes
 
-    def preprocess(self, item: TextQuery) -> dict[str, Tensor]:
+    def preprocess(self, item: SearchQuery) -> dict[str, Tensor]:
         """Text → what each of the graph's inputs takes, (context length,) integers each."""
         encoding = self._tokenizer.encode(clean_text(item, self._config))
         return {
@@ -282,7 +282,7 @@ class ClipTextualModel:
         }
         return list(self._graph.run(feeds)[0])
 
-    def postprocess(self, raw: Tensor, item: TextQuery) -> Floats:
+    def postprocess(self, raw: Tensor, item: SearchQuery) -> Floats:
         """Check the vector."""
         return check_vector(raw, name=self._name, dim=self._dim)
 

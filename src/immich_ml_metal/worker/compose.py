@@ -8,7 +8,13 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from immich_ml_metal.backends.base import Engine
-from immich_ml_metal.backends.selection import EnginePlan, Probe, choose_engines, create_engines
+from immich_ml_metal.backends.selection import (
+    EnginePlan,
+    Probe,
+    choose_engines,
+    create_engines,
+    make_portable,
+)
 from immich_ml_metal.backends.self_tests import SystemProbe
 from immich_ml_metal.catalog import get_model
 from immich_ml_metal.metrics import Metrics
@@ -53,6 +59,7 @@ def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
         store,
         metrics=metrics,
         describe_engines=_describer(plan, engines),
+        spare=lambda: engines.get("cpu") or make_portable(settings),
     )
 
 

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
+from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
@@ -28,11 +29,13 @@ from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
 from immich_ml_metal.worker.wire import parse_entries, render
 
 log = logging.getLogger(__name__)
 
 _HOUSEKEEPING_S = 10.0
+_TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
 def create_app(
@@ -42,12 +45,14 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     describe_engines: Callable[[], dict[str, Any]] = dict,
+    spare: Callable[[], Engine] | None = None,
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines.
+    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines;
+    `spare` makes the engine that answers where another fails, None for none.
     """
-    service = Service(settings, engines, store, metrics, describe_engines)
+    service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,7 +68,7 @@ def create_app(
     return app
 
 
-class Service:
+class WorkerRoutes:
     """The routes and what they share: threads, pictures, models, numbers."""
 
     def __init__(
@@ -73,6 +78,7 @@ class Service:
         store: Store,
         metrics: Metrics | None = None,
         describe_engines: Callable[[], dict[str, Any]] = dict,
+        spare: Callable[[], Engine] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -87,9 +93,10 @@ class Service:
             self._threads,
             decode_other=self._others.decode if self._others else None,
         )
-        self._pipeline = Pipeline(
-            self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
-        )
+        timeout_s = settings.request_timeout_s
+        models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
+        self._models = models
+        self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = 0
@@ -98,17 +105,21 @@ class Service:
         self._housekeeper: asyncio.Task[None] | None = None
         self._preload_keys = preload_keys(settings)
         self._preloader: asyncio.Task[None] | None = None
-        self._describe_engines()
+        self._name_engines_in_metrics()
 
-    def _describe_engines(self) -> None:
+    def _name_engines_in_metrics(self) -> None:
         for (task, part), engine in self._engines.items():
             self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
+        for name in {engine.name for engine in self._engines.values()} | {"cpu"}:
+            for cause in CAUSES:  # at 0 from the start: a rate needs a first value
+                self.metrics.engine_failures.labels(name, cause)
+        self.metrics.fallbacks.labels(ANSWERED_BY_SPARE)
         for device in {engine.device for engine in self._engines.values()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
-    async def __aenter__(self) -> "Service":
+    async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -157,6 +168,7 @@ class Service:
                     f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
                 },
                 "engine_plan": self._describe_plan(),
+                "engine_failures": self._models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -30,7 +31,8 @@ class Notes:
     def see(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
             code: CodeType = frame.f_code
-            if _PACKAGE in code.co_filename and code.co_name != "<module>":
+            # modules and class bodies run at the import; only functions are optimised
+            if code.co_flags & CO_OPTIMIZED and _PACKAGE in code.co_filename:
                 self._entered[code.co_filename.rpartition(_PACKAGE)[2]] = None
 
     def write(self, *_: object) -> None:
