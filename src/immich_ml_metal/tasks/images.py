@@ -107,7 +107,7 @@ def decode_other(data: bytes, limits: ImageLimits) -> Picture:
     """
     Image.preinit()  # the common ones first, as Pillow itself tries them
     Image.init()
-    # EPS: Pillow would start Ghostscript on the upload
+    # EPS: Pillow would start Ghostscript on the upload. Goes when it no longer starts programs.
     return _decode(data, limits, tuple(name for name in Image.ID if name != "EPS"))
 
 

@@ -19,7 +19,7 @@ from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
-from immich_ml_metal.tasks.images import ImageLimits, decode
+from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import TaskRequest
 from immich_ml_metal.worker.form import Form, read_form
@@ -88,11 +88,8 @@ class WorkerRoutes:
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
         self._others = OtherFormats() if settings.decode_other_formats else None
-        self._pictures = PictureCache(
-            lambda data: decode(data, ImageLimits()),
-            self._threads,
-            decode_other=self._others.decode if self._others else None,
-        )
+        decode_other = self._others.decode if self._others else None
+        self._pictures = PictureCache(_decode, self._threads, decode_other=decode_other)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
         self._models = models
@@ -216,6 +213,10 @@ class WorkerRoutes:
         with self.metrics.stage("request", "read"):
             limit_bytes = self.settings.max_image_size_bytes
             return await read_form(request, self._threads, limit_bytes=limit_bytes)
+
+
+def _decode(data: bytes) -> Picture:
+    return decode(data, ImageLimits())
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
