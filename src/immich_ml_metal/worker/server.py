@@ -96,8 +96,7 @@ class WorkerRoutes:
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
-        self._in_flight = 0
-        self._answered = 0
+        self._in_flight = self._answered = 0
         self._released_at = 0  # requests answered when free memory was last handed back
         self._housekeeper: asyncio.Task[None] | None = None
         self._preload_keys = preload_keys(settings)
