@@ -91,9 +91,8 @@ class WorkerRoutes:
         decode_other = self._others.decode if self._others else None
         self._pictures = PictureCache(_decode, self._threads, decode_other=decode_other)
         timeout_s = settings.request_timeout_s
-        models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
-        self._models = models
-        self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
+        self._models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
+        self._pipeline = Pipeline(self._models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = self._answered = 0
