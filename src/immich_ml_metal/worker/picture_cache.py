@@ -3,10 +3,11 @@
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from immich_ml_metal.tasks.images import Picture, count_pixels
 from immich_ml_metal.threads import CpuThreads
+from immich_ml_metal.worker.other_formats import OtherFormats
 
 # Two of Immich's previews, at some 20 MB each: the tasks of one photo come one after the other, and
 # no photo comes again after its tasks are done.
@@ -25,12 +26,12 @@ class PictureCache:
         decode: Callable[[bytes], Picture],
         threads: CpuThreads,
         *,
-        decode_other: Callable[[bytes], Awaitable[Picture]] | None = None,
+        others: OtherFormats | None = None,
         max_bytes: int = CACHE_BYTES,
     ) -> None:
-        """`decode_other` takes the formats that `decode` refuses; without it they stay refused."""
+        """`others` takes the formats that `decode` refuses; without it they stay refused."""
         self._decode = decode
-        self._decode_other = decode_other
+        self._others = others
         self._threads = threads
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
@@ -64,9 +65,14 @@ class PictureCache:
             task.add_done_callback(lambda done: self._finish(digest, done))
         return await asyncio.shield(task)  # a caller that hangs up leaves the others their picture
 
+    def close(self) -> None:
+        """Nothing more is decoded."""
+        if self._others is not None:
+            self._others.close()
+
     async def _start(self, data: bytes) -> Picture:
-        if self._decode_other is not None and await self.count_pixels(data) is None:
-            return await self._decode_other(data)
+        if self._others is not None and await self.count_pixels(data) is None:
+            return await self._others.decode(data)
         return await self._threads.run(lambda: self._decode(data))
 
     def _finish(self, digest: bytes, task: asyncio.Task[Picture]) -> None:

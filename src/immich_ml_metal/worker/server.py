@@ -89,9 +89,8 @@ class WorkerRoutes:
         self._threads = CpuThreads(settings.request_threads)
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
-        self._others = OtherFormats() if settings.decode_other_formats else None
-        decode_other = self._others.decode if self._others else None
-        self._pictures = PictureCache(_decode, self._threads, decode_other=decode_other)
+        others = OtherFormats() if settings.decode_other_formats else None
+        self._pictures = PictureCache(_decode, self._threads, others=others)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
         self._models, self._engines = models, engines
@@ -129,8 +128,7 @@ class WorkerRoutes:
                     await task
         await self.pool.close()
         self._threads.close()
-        if self._others is not None:
-            self._others.close()
+        self._pictures.close()
 
     async def _keep_house(self) -> None:
         """Now and then unload idle models, and hand freed memory back once nothing is going on."""
