@@ -1,6 +1,7 @@
 """`python -m immich_ml_metal.onnx_mlx MODEL.onnx`: explain it, or compare it with ONNX Runtime."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -47,17 +48,18 @@ def main(
         if why:
             typer.echo(render_reasons(found))
         if compare or nodes:
-            typer.echo(f"{'largest':>10} {'relative':>10} {'cosine':>12}  value")
-        if nodes:
-            for value in compare_nodes(model, dtype, shapes):
-                if value.relative >= above:
-                    typer.echo(_row(value))
-        elif compare:
-            for value in compare_outputs(model, dtype, shapes):
-                typer.echo(_row(value))
+            measure = compare_nodes if nodes else compare_outputs
+            _print_differences(measure(model, dtype, shapes), above if nodes else 0.0)
     except ServiceError as exc:
         typer.echo(str(exc), err=True)
         sys.exit(1)
+
+
+def _print_differences(found: Iterable[Difference], above: float) -> None:
+    typer.echo(f"{'largest':>10} {'relative':>10} {'cosine':>12}  value")
+    for difference in found:
+        if difference.relative >= above:
+            typer.echo(_row(difference))
 
 
 def _row(found: Difference) -> str:
