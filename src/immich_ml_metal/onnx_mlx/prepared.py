@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from immich_ml_metal.onnx_files.derived import DerivedForm, source_digest
-from immich_ml_metal.onnx_files.references import NotOnnx
+from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.onnx_graph import graph
 from immich_ml_metal.onnx_graph.graph import Node, Program
 from immich_ml_metal.onnx_mlx.lower import Lowered
