@@ -20,15 +20,15 @@ from doubles.onnx_models import (
     value,
 )
 from doubles.towers import LAYERS, LENGTH, PICTURE, VOCABULARY, nllb_like, siglip2_like, vit_l_like
+from immich_ml_metal.onnx_mlx.passes.families import MOVES, PRODUCTS, SHAPE_ONLY
 
+from immich_ml_metal.onnx_graph.graph import Program
+from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
 from immich_ml_metal.onnx_mlx.executor import Executor, place
 from immich_ml_metal.onnx_mlx.formats import NumberFormat
-from immich_ml_metal.onnx_mlx.graph import Program
 from immich_ml_metal.onnx_mlx.lower import lower
 from immich_ml_metal.onnx_mlx.ops.call import is_floating, to_device
-from immich_ml_metal.onnx_mlx.passes.families import MOVES, PRODUCTS, SHAPE_ONLY
-from immich_ml_metal.onnx_mlx.reader import read
 
 COSINE = 0.9998  # of vectors to float32 on the CPU, the limit of the service
 HALF_MAX = 65504

@@ -15,7 +15,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from immich_ml_metal.onnx_mlx.graph import Attribute, Node, Program, prune, replace_body
+from immich_ml_metal.onnx_graph.graph import Attribute, Node, Program, prune, replace_body
 from immich_ml_metal.onnx_mlx.passes.families import MOVES, PRODUCTS, SHAPE_ONLY
 from immich_ml_metal.types import Tensor
 
