@@ -20,8 +20,8 @@ from doubles.onnx_models import (
     value,
 )
 from doubles.towers import LAYERS, LENGTH, PICTURE, VOCABULARY, nllb_like, siglip2_like, vit_l_like
-from immich_ml_metal.onnx_mlx.passes.families import MOVES, PRODUCTS, SHAPE_ONLY
 
+from immich_ml_metal.onnx_graph.families import MOVES, PRODUCTS, SHAPE_ONLY
 from immich_ml_metal.onnx_graph.graph import Program
 from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options

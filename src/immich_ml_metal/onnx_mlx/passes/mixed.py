@@ -15,8 +15,8 @@ from enum import StrEnum
 
 import numpy as np
 
+from immich_ml_metal.onnx_graph.families import MOVES, PRODUCTS, SHAPE_ONLY
 from immich_ml_metal.onnx_graph.graph import Attribute, Node, Program, prune, replace_body
-from immich_ml_metal.onnx_mlx.passes.families import MOVES, PRODUCTS, SHAPE_ONLY
 from immich_ml_metal.types import Tensor
 
 HALF_MAX = float(np.finfo(np.float16).max)
