@@ -20,7 +20,6 @@ from immich_ml_metal.backends.coreml.graph import (
     Refusal,
     Report,
     Setup,
-    digest_of,
 )
 from immich_ml_metal.backends.coreml.session import (
     PROVIDER,
@@ -33,6 +32,7 @@ from immich_ml_metal.backends.coreml.session import (
 from immich_ml_metal.backends.coreml.shapes import cut, pin
 from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
 from immich_ml_metal.errors import InferenceError, LoadFailed
+from immich_ml_metal.models.weights import digest_of
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 

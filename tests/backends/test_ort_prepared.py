@@ -10,7 +10,8 @@ import pytest
 from doubles.tiny_models import FLOAT, Net
 
 from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
-from immich_ml_metal.backends.ort.prepared import FOLDER, MIN_BYTES, prepared_graph, weight_files
+from immich_ml_metal.backends.ort.prepared import FOLDER, MIN_BYTES, prepared_graph
+from immich_ml_metal.models.weights import weight_files
 
 SIDE = 3072  # a square of float32 that is just over the limit
 

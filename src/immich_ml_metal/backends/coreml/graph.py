@@ -1,6 +1,5 @@
 """An ONNX file on Core ML: one session per shape, compiled once, checked before it answers."""
 
-import hashlib
 import logging
 import platform
 import shutil
@@ -23,8 +22,8 @@ from immich_ml_metal.backends.coreml.session import (
     provider_share,
 )
 from immich_ml_metal.backends.coreml.shapes import Shapes, cut, label, pin
-from immich_ml_metal.backends.ort.prepared import weight_files
 from immich_ml_metal.errors import InferenceError, LoadFailed
+from immich_ml_metal.models.weights import digest_of
 from immich_ml_metal.types import Graph, Tensor
 
 log = logging.getLogger(__name__)
@@ -195,15 +194,6 @@ def _remove_others(cache: Path) -> None:
         for other in cache.parent.iterdir():
             if other != cache:
                 shutil.rmtree(other, ignore_errors=True)
-
-
-def digest_of(path: Path) -> str:
-    """First 16 hex digits of the SHA-256 of an ONNX file and its external data."""
-    total = hashlib.sha256()
-    for file in weight_files(path):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:

@@ -24,11 +24,12 @@ from typing import Any
 
 import onnxruntime as ort
 
+from immich_ml_metal.models.weights import Stamp, stamp_of, weight_files
+
 log = logging.getLogger(__name__)
 
 FOLDER = "cpu"
 MIN_BYTES = 32 * 2**20  # smaller models load in a moment as they are
-_SIDE_FILES = {".json", ".txt", ".lock"}  # not weights
 _MANIFEST = "manifest.json"
 _GRAPH, _WEIGHTS = "model.onnx", "model.data"
 _STAGING = ".staging-"
@@ -44,7 +45,7 @@ def prepared_graph(path: Path) -> Path:
     sources = weight_files(path)
     if sum(source.stat().st_size for source in sources) < MIN_BYTES:
         return path
-    found = _find(path.parent / FOLDER, stamp=_stamp(sources))
+    found = _find(path.parent / FOLDER, stamp=stamp_of(path))
     if found is not None:
         return found
     try:
@@ -62,18 +63,6 @@ def _reason(exc: Exception) -> str:
     return lines[-1] if lines else str(exc)
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The ONNX file and the external data that may lie beside it."""
-    return sorted(
-        file for file in path.parent.iterdir() if file.is_file() and file.suffix not in _SIDE_FILES
-    )
-
-
-def _stamp(sources: list[Path]) -> dict[str, list[int]]:
-    """What tells a replaced file without reading it: size and time of change in nanoseconds."""
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sources}
-
-
 def _environment() -> str:
     """Runtime version and processor, as the end of a folder's name."""
     return f"ort{ort.__version__}-{_processor()}"
@@ -88,7 +77,7 @@ def _processor() -> str:
     return hashlib.sha256(cpu.encode()).hexdigest()[:8]
 
 
-def _find(folder: Path, *, stamp: dict[str, list[int]]) -> Path | None:
+def _find(folder: Path, *, stamp: Stamp) -> Path | None:
     """A complete prepared form of these very files for this very runtime."""
     for candidate in sorted(folder.glob(f"*-{_environment()}")):
         manifest = _read_manifest(candidate)
@@ -113,7 +102,7 @@ def _prepare(path: Path, sources: list[Path]) -> Path:
     size_bytes = sum(source.stat().st_size for source in sources)
     if shutil.disk_usage(folder).free < 3 * size_bytes:
         raise OSError(f"less than {3 * size_bytes / 2**20:.0f} MiB free on {folder}")
-    stamp, digest = _stamp(sources), _digest(sources)
+    stamp, digest = stamp_of(path), _digest(sources)
     target = folder / f"{digest[:16]}-{_environment()}"
     _sweep(folder)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
