@@ -10,10 +10,12 @@ SERVE := $(VENV)/.serve-$(shell cksum requirements.lock pyproject.toml | cksum |
 DEV := $(VENV)/.dev-$(shell cksum requirements-dev.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
 
+# An Intel Python on Apple Silicon has no MLX and no ONNX Runtime to install: say so before pip does.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed, with its venv module"; exit 1; }
+	@$(PYTHON) scripts/check_python.py
 	$(PYTHON) -m venv $(VENV)
 
 $(SERVE): | $(BIN)/python
@@ -60,7 +62,10 @@ soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random (a
 apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon
 	$(BIN)/pytest -m apple
 
+release-check: $(DEV)  ## Do all of a release but the publishing: build, look inside, install, try
+	@$(BIN)/python scripts/release_check.py
+
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple lock
+.PHONY: help setup serve demo bench test check fmt soak apple release-check lock

@@ -10,7 +10,7 @@ import sys
 COMMON = [
     *("uv", "pip", "compile", "pyproject.toml", "--universal", "--generate-hashes", "--quiet"),
     *("--python-version", "3.11", "--no-emit-index-url", "--no-header", "--no-annotate"),
-    *("--extra", "ocr", "--upgrade"),
+    "--upgrade",
 ]
 # hatchling and editables make the editable install work without a network
 BUILD = ["--group", "build"]

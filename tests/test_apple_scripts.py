@@ -8,6 +8,7 @@ from apple_metadata import (
     _encoded_types,
     typescript_name,
 )
+from check_python import problem
 from objc_names import Facts, Member
 from resolve_macos import problems, supported
 
@@ -102,3 +103,21 @@ def test_a_missing_engine_is_found() -> None:
 
 def test_every_promised_python_is_resolved() -> None:
     assert supported() == ("3.11", "3.12", "3.13", "3.14")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "apple", "said"),
+    [
+        ("Darwin", "arm64", True, ""),
+        ("Darwin", "x86_64", True, "arch -arm64"),
+        ("Darwin", "x86_64", False, "Intel Macs are not supported"),
+        ("Linux", "x86_64", False, ""),
+        ("Linux", "aarch64", False, ""),
+    ],
+)
+def test_make_refuses_a_python_that_nothing_could_be_installed_for(
+    system: str, machine: str, apple: bool, said: str
+) -> None:
+    found = problem(system, machine, on_apple_silicon=apple)
+    assert said in found
+    assert bool(found) == bool(said)

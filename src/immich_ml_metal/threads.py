@@ -5,6 +5,8 @@ An accelerator's own threads are in `backends.device`.
 
 import asyncio
 import contextvars
+import ctypes
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +23,26 @@ def core_count() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def inference_cores() -> int:
+    """Cores that share one inference: on a Mac its performance cores only.
+
+    The threads of an inference wait for the slowest of them, and an efficiency core is several
+    times slower than the others. Decoding and preparing pictures may use every core.
+    """
+    fast = _read_sysctl("hw.perflevel0.logicalcpu") if sys.platform == "darwin" else 0
+    return fast or core_count()
+
+
+@functools.cache
+def _read_sysctl(name: str) -> int:
+    """A number that macOS tells of itself, asked without a process; 0 where it has none."""
+    value, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+    ask = getattr(ctypes.CDLL(None), "sysctlbyname", None)
+    if ask is None or ask(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0) != 0:
+        return 0
+    return max(0, value.value)
 
 
 def contained(func: Callable[[], T]) -> T:

@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,23 @@ def test_a_graph_computes_every_output(tmp_path: Path) -> None:
     net.save(path, ("x", FLOAT, ["n"]), [("more", FLOAT, ["n"]), ("twice", FLOAT, ["n"])])
     more, twice = graph(path).run({"x": np.array([1, 5], np.float32)})
     assert (more.tolist(), twice.tolist()) == ([2, 6], [2, 10])
+
+
+def test_a_number_too_small_for_full_precision_is_zero_on_every_thread(tmp_path: Path) -> None:
+    net = Net()
+    net.add("Mul", "x", net.const(0.5), name="y")
+    net.save(tmp_path / "m.onnx", ("x", FLOAT, ["n"]), [("y", FLOAT, ["n"])])
+    smallest = np.full(400_000, np.finfo(np.float32).tiny, np.float32)
+    halved: list[bool] = []
+
+    def run() -> None:
+        wide = OrtGraph(tmp_path / "m.onnx", options=session_options(2))
+        halved.append(bool(wide.run({"x": smallest})[0].any()))
+
+    thread = threading.Thread(target=run)  # a processor's flag is its thread's own
+    thread.start()
+    thread.join()
+    assert halved == [False]
 
 
 @pytest.mark.parametrize(

@@ -146,10 +146,10 @@ def test_who_holds_the_port_is_told_apart(
         {"version": "0.2.0", "engines": {"clip/visual": "mlx"}},
         {
             "versions": {"service": "0.2.0"},
-            "engine": {"state": "ready", "health": {"engines": {"clip/visual": "mlx"}}},
+            "worker": {"state": "ready", "health": {"engines": {"clip/visual": "mlx"}}},
         },
     ],
-    ids=["engine alone", "gateway"],
+    ids=["worker alone", "gateway"],
 )
 def test_both_forms_of_health_are_understood(loopback: Loopback, health: dict[str, Any]) -> None:
     seen = ask_health(loopback(json_app(_={"message": "Immich ML"}, health=health)))

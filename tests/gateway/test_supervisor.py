@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -155,3 +156,34 @@ async def test_a_child_that_ignores_sigterm_is_killed_with_its_helpers(tmp_path:
 )
 def test_an_exit_status_has_a_name(status: int, text: str) -> None:
     assert describe(status) == text
+
+
+async def test_a_worker_starts_after_the_system_tidied_its_empty_folder_away(
+    tmp_path: Path,
+) -> None:
+    async with living(fake_worker(tmp_path)) as life:
+        life.supervisor.wake()
+        await until(lambda: life.ready == 1)
+        folder = life.worker.socket.parent
+        life.supervisor.end(Order("idle", again=False))
+        await until(lambda: life.supervisor.state is State.IDLE)
+        folder.rmdir()
+        life.supervisor.wake()
+        await until(lambda: life.ready == 2)
+        anew = life.worker.socket.parent
+        assert anew.stat().st_mode & 0o777 == 0o700
+    assert not anew.exists()
+
+
+async def test_a_socket_is_reached_whatever_the_length_or_fate_of_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("a" * 60) / ("b" * 60)
+    deep.mkdir(parents=True)
+    gone = Path("/tmp/immich-ml-gone")
+    for temporary in (deep, gone):
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        async with living(fake_worker(tmp_path)) as life:
+            life.supervisor.wake()
+            await until(lambda: life.ready)
+            assert len(str(life.worker.socket)) < 104

@@ -97,7 +97,19 @@ def test_the_perspective_maps_corners_to_corners(
     for (u, v), expected in zip(rectangle(0, 0, width, height).tolist(), quad, strict=True):
         scale = g * u + h * v + 1
         found = [(a * u + b * v + c) / scale, (d * u + e * v + f) / scale]
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        np.testing.assert_allclose(found, expected, atol=0.02)  # float32, as the official service
+
+
+def test_the_perspective_is_solved_in_float32_with_the_rows_of_x_and_y_by_turns() -> None:
+    quad = np.array([[311, 127], [611, 139], [609, 181], [308, 168]], np.float32)
+    rows, targets = [], []
+    for (u, v), (x, y) in zip([(0, 0), (300, 0), (300, 41), (0, 41)], quad.tolist(), strict=True):
+        rows += [[u, v, 1, 0, 0, 0, -u * x, -v * x], [0, 0, 0, u, v, 1, -u * y, -v * y]]
+        targets += [x, y]
+    found = perspective_coefficients(quad, 300, 41)
+    solved = np.linalg.solve(np.array(rows, np.float32), np.array(targets, np.float32))
+    assert found == solved.tolist()
+    assert found != np.linalg.solve(np.array(rows, np.float64), np.array(targets)).tolist()
 
 
 def test_a_box_without_area_is_an_error() -> None:
@@ -272,18 +284,38 @@ def test_logits_are_turned_into_a_probability() -> None:
     assert reading.score == pytest.approx(float(softmax[0, 0, 2]), abs=1e-6)
 
 
-def indices(classes: list[int]) -> FakeGraph:
+def indices(
+    classes: list[int],
+    names: tuple[str, str] = ("ctc_indices", "ctc_confidences"),
+    *,
+    dtype: type = np.int32,
+    is_turned: bool = False,
+) -> FakeGraph:
     outputs: list[Tensor] = [
-        np.array([classes], np.int32),
+        np.array([classes], dtype),
         np.full((1, len(classes)), 0.5, np.float16),
     ]
-    return FakeGraph(lambda _: outputs, outputs=[spec("ctc_indices"), spec("ctc_confidences")])
+    specs = [spec(name) for name in names]
+    if is_turned:
+        outputs, specs = outputs[::-1], specs[::-1]
+    return FakeGraph(lambda _: outputs, outputs=specs)
 
 
-def test_a_graph_may_answer_with_indices() -> None:
-    model = recogniser(indices([1, 1, 0, 4, 3]))
+@pytest.mark.parametrize("names", [("ctc_indices", "ctc_confidences"), ("indices", "probs")])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_graph_may_answer_with_indices_by_any_name_and_in_any_order(
+    names: tuple[str, str], dtype: type, is_turned: bool
+) -> None:
+    model = recogniser(indices([1, 1, 0, 4, 3], names, dtype=dtype, is_turned=is_turned))
     reading = model.postprocess(model.infer([blob(0, 224)])[0], line())
     assert reading == Reading("a c", 0.5)
+
+
+def test_indices_without_their_probabilities_are_an_error() -> None:
+    graph = FakeGraph(lambda _: [np.array([[1, 2]], np.int32)], outputs=[spec("indices")])
+    with pytest.raises(InferenceError, match="classes without their probabilities"):
+        recogniser(graph).infer([blob(0, 224)])
 
 
 @pytest.mark.parametrize("classes", [[1, 5], [-1, 1]])

@@ -22,7 +22,7 @@ from immich_ml_metal.gateway.admission import FORM_BYTES, ClientGone, Reception,
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.health import report
+from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
 from immich_ml_metal.gateway.replay import Condemned
@@ -67,16 +67,8 @@ class Gateway:
         self.on_broken: Callable[[], None] = lambda: None
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
-        self.crashes = CrashRecord(
-            max_crashes=settings.worker_max_crashes, window_s=settings.worker_crash_window_s
-        )
-        self.dispatcher = Dispatcher(
-            command,
-            settings.model_dump_json(),
-            limit=settings.concurrency,
-            crashes=self.crashes,
-            metrics=self.metrics,
-        )
+        self.crashes = _crash_record(settings)
+        self.dispatcher = _dispatcher(settings, command, self.crashes, self.metrics)
         self.holding = Holding(
             self.dispatcher, _reception(settings), hold_limit_s=settings.hold_limit_s
         )
@@ -188,7 +180,15 @@ class Gateway:
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.watch.ask(_ASK_TIMEOUT_S)
-        await reply_json(send, 200, report(self))
+        parts = Parts(
+            dispatcher=self.dispatcher,
+            crashes=self.crashes,
+            holding=self.holding,
+            watch=self.watch,
+            started_s=self.started_s,
+            is_draining=self.is_draining,
+        )
+        await reply_json(send, 200, report(parts))
 
     async def _metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = {"gateway": self.metrics.render()}
@@ -254,6 +254,24 @@ class _Upload:
         message = await self._receive()
         self.head += message.get("body", b"")[: _HEAD_BYTES - len(self.head)]
         return message
+
+
+def _crash_record(settings: Settings) -> CrashRecord:
+    return CrashRecord(
+        max_crashes=settings.worker_max_crashes, window_s=settings.worker_crash_window_s
+    )
+
+
+def _dispatcher(
+    settings: Settings, command: Sequence[str], crashes: CrashRecord, metrics: Metrics
+) -> Dispatcher:
+    return Dispatcher(
+        command,
+        settings.model_dump_json(),
+        limit=settings.concurrency,
+        crashes=crashes,
+        metrics=metrics,
+    )
 
 
 def _reception(settings: Settings) -> Reception:

@@ -5,61 +5,74 @@ import resource
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from os import getpid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from immich_ml_metal import __version__
+from immich_ml_metal.gateway.crashes import CrashRecord
+from immich_ml_metal.gateway.dispatcher import Dispatcher
+from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.system.footprint import memory_bytes
 
-if TYPE_CHECKING:
-    from immich_ml_metal.gateway.app import Gateway
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the report reads; `started_s` is of the monotonic clock."""
+
+    dispatcher: Dispatcher
+    crashes: CrashRecord
+    holding: Holding
+    watch: Watch
+    started_s: float
+    is_draining: bool
 
 
-def report(gateway: "Gateway") -> dict[str, Any]:
+def report(parts: Parts) -> dict[str, Any]:
     """The state of the service as JSON. Any: a tree of plain values."""
     now_s = time.monotonic()
-    supervisor, crashes = gateway.dispatcher.supervisor, gateway.crashes
+    supervisor, crashes = parts.dispatcher.supervisor, parts.crashes
     own_bytes = memory_bytes(getpid())
     return {
-        "status": _status(gateway, now_s),
+        "status": _status(parts, now_s),
         "versions": {"service": __version__, "python": platform.python_version()},
         "gateway": {
             "pid": getpid(),
-            "age_s": round(now_s - gateway.started_s, 1),
+            "age_s": round(now_s - parts.started_s, 1),
             "memory_bytes": own_bytes,
             "memory_peak_bytes": max(own_bytes or 0, _own_peak_bytes()),
         },
-        "worker": _worker(gateway, now_s),
-        "queue": _queue(gateway),
-        "requests": asdict(gateway.dispatcher.counts),
+        "worker": _worker(parts, now_s),
+        "queue": _queue(parts),
+        "requests": asdict(parts.dispatcher.counts),
         "worker_starts": supervisor.starts,
         "failures": {
             "by_cause": Counter(failure.cause for failure in crashes.failures),
             "recent": [asdict(failure) for failure in crashes.failures],
         },
-        "quarantined": len(gateway.holding.quarantine),
+        "quarantined": len(parts.holding.quarantine),
     }
 
 
-def _status(gateway: "Gateway", now_s: float) -> str:
-    if gateway.is_draining:
+def _status(parts: Parts, now_s: float) -> str:
+    if parts.is_draining:
         return "draining"
-    if gateway.crashes.is_looping(now_s):
+    if parts.crashes.is_looping(now_s):
         return "crash-loop"
-    state = gateway.dispatcher.supervisor.state
+    state = parts.dispatcher.supervisor.state
     return "ok" if state in {State.READY, State.IDLE} else str(state)
 
 
-def _worker(gateway: "Gateway", now_s: float) -> dict[str, Any]:
-    supervisor, watch = gateway.dispatcher.supervisor, gateway.watch
+def _worker(parts: Parts, now_s: float) -> dict[str, Any]:
+    supervisor, watch = parts.dispatcher.supervisor, parts.watch
     watch.measure()
     known: dict[str, Any] = {
         "state": supervisor.state,
         "memory_bytes": watch.memory_now_bytes,
         "memory_peak_bytes": watch.memory_peak_bytes,
-        "pause_s": gateway.crashes.pause_s() if supervisor.state is State.PAUSE else None,
+        "pause_s": parts.crashes.pause_s() if supervisor.state is State.PAUSE else None,
     }
     if (worker := supervisor.worker) is not None:
         known |= {"pid": worker.pid, "age_s": round(now_s - worker.started_s, 1)}
@@ -68,8 +81,8 @@ def _worker(gateway: "Gateway", now_s: float) -> dict[str, Any]:
     return known
 
 
-def _queue(gateway: "Gateway") -> dict[str, int]:
-    queue, room = gateway.dispatcher.queue, gateway.holding.reception.room
+def _queue(parts: Parts) -> dict[str, int]:
+    queue, room = parts.dispatcher.queue, parts.holding.reception.room
     return {
         "running": queue.running,
         "waiting": queue.waiting,

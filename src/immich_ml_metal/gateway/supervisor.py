@@ -8,17 +8,16 @@ idle ──wake──▶ pause ──▶ starting ──▶ ready ──▶ stop
 import asyncio
 import logging
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.process import WorkerProcess, describe
+from immich_ml_metal.gateway.socket_folder import SocketFolder
 from immich_ml_metal.worker.process import EXIT_BAD_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -34,8 +33,6 @@ LAST_WORDS_S = 1.0
 # What a person or the kernel sends; failing libraries raise SIGABRT, SIGSEGV, SIGBUS, SIGTRAP. An
 # worker that somebody else tells to end (SIGTERM, SIGINT) does so tidily, with status 0.
 _FROM_OUTSIDE = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
-
-_TMP_PATH_MAX = 60
 
 
 class State(StrEnum):
@@ -118,22 +115,20 @@ class Supervisor:
         Raises:
             ConfigError: the first worker refuses its settings, as every other one would.
         """
-        with tempfile.TemporaryDirectory(
-            prefix="immich-ml-", dir=_short_folder(), ignore_cleanup_errors=True
-        ) as folder:  # private to this user
+        with SocketFolder() as folder:
             while True:
                 self.state = State.IDLE
                 await self._wanted.wait()
                 self.state = State.PAUSE
                 await asyncio.sleep(self._crashes.pause_s())
-                await self._live(Path(folder))
+                await self._live(folder)
 
-    async def _live(self, folder: Path) -> None:
+    async def _live(self, folder: SocketFolder) -> None:
         self.state = State.STARTING
         self.starts += 1
         self._order = asyncio.get_running_loop().create_future()
-        socket = folder / f"worker-{self.starts}.sock"
         try:
+            socket = folder.find() / f"worker-{self.starts}.sock"
             worker = await WorkerProcess.start(self._command, self._settings_json, socket)
         except OSError as exc:
             self._ended(End(f"cannot start: {exc.strerror}", fault=True))
@@ -192,11 +187,6 @@ class Supervisor:
         else:
             logger.info("worker stopped reason=%r", end.cause)
         self._on_end(end)
-
-
-def _short_folder() -> str | None:
-    """A socket's path has at most 104 bytes on macOS; None is the system's temporary folder."""
-    return "/tmp" if len(tempfile.gettempdir()) > _TMP_PATH_MAX else None
 
 
 def _age_s(worker: WorkerProcess) -> float:

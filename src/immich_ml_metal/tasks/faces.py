@@ -233,19 +233,8 @@ def warp_affine(pixels: Bytes, matrix: Floats, side_px: int) -> Bytes:
     Returns:
         (side_px, side_px, 3) uint8, zero where the crop leaves the picture.
     """
-    inverse = np.linalg.inv(np.vstack([matrix.astype(np.float64), [0, 0, 1]]))[:2]
-    steps = np.arange(side_px)
-    across = np.rint(inverse[:, :1] * steps * _COORDINATE_UNITS).astype(np.int64)  # (2, S)
-    down = np.rint((inverse[:, 1:2] * steps + inverse[:, 2:]) * _COORDINATE_UNITS)
-    down = down.astype(np.int64) + _UNITS_PER_STEP // 2
-    positions = (down[:, :, None] + across[:, None, :]) // _UNITS_PER_STEP  # (2, S, S), 1/32 px
-    whole, fraction = np.divmod(positions, _SUBPIXELS)
-    # `remap` takes 16-bit positions: count from the corner of the part that is needed
-    limit = np.array(pixels.shape[1::-1])
-    corner = whole.min(axis=(1, 2)).clip(0, limit - 1)
-    end = np.maximum(whole.max(axis=(1, 2)) + 2, corner + 1)  # one pixel at least
-    part = pixels[corner[1] : end[1], corner[0] : end[0]]
-    near = (whole - corner[:, None, None]).clip(-2, np.array(part.shape[1::-1])[:, None, None] + 1)
+    whole, fraction = np.divmod(_crop_positions(matrix, side_px), _SUBPIXELS)  # (2, S, S) px, 1/32
+    part, near = _needed_part(pixels, whole)
     return np.asarray(
         cv2.remap(
             part,
@@ -256,6 +245,29 @@ def warp_affine(pixels: Bytes, matrix: Floats, side_px: int) -> Bytes:
         ),
         dtype=np.uint8,
     )
+
+
+def _needed_part(pixels: Bytes, whole: Tensor) -> tuple[Bytes, Tensor]:
+    """The part of a picture a crop touches, and `whole` (2, S, S) counted from its corner.
+
+    `remap` takes 16-bit positions, which do not reach across a large picture.
+    """
+    limit = np.array(pixels.shape[1::-1])
+    corner = whole.min(axis=(1, 2)).clip(0, limit - 1)
+    end = np.maximum(whole.max(axis=(1, 2)) + 2, corner + 1)  # one pixel at least
+    part = pixels[corner[1] : end[1], corner[0] : end[0]]
+    near = (whole - corner[:, None, None]).clip(-2, np.array(part.shape[1::-1])[:, None, None] + 1)
+    return part, near
+
+
+def _crop_positions(matrix: Floats, side_px: int) -> Tensor:
+    """(2, S, S) xy of each pixel of the crop in the picture, in 1/32 pixel, rounded as OpenCV 4."""
+    inverse = np.linalg.inv(np.vstack([matrix.astype(np.float64), [0, 0, 1]]))[:2]
+    steps = np.arange(side_px)
+    across = np.rint(inverse[:, :1] * steps * _COORDINATE_UNITS).astype(np.int64)  # (2, S)
+    down = np.rint((inverse[:, 1:2] * steps + inverse[:, 2:]) * _COORDINATE_UNITS)
+    down = down.astype(np.int64) + _UNITS_PER_STEP // 2
+    return (down[:, :, None] + across[:, None, :]) // _UNITS_PER_STEP
 
 
 _COORDINATE_UNITS = 1024  # OpenCV 4 computes positions in 1/1024 pixel

@@ -140,12 +140,9 @@ def find_regions(probability: Floats, *, size: tuple[int, int], min_score: float
         size: (width, height) of the picture in pixels, the frame of the result.
         min_score: lowest mean probability inside a box, inclusive.
     """
-    binary = (probability > BINARY_THRESHOLD).astype(np.uint8)
-    closed = cv2.dilate(binary, np.ones((2, 2), dtype=np.uint8))
-    contours, _ = cv2.findContours(closed, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     to_picture = np.array(size, np.float32) / np.array(probability.shape[::-1], np.float32)
     quads, scores = [], []
-    for contour in contours[:MAX_CONTOURS]:
+    for contour in _contours(probability):
         rect = cv2.minAreaRect(contour)
         if min(rect[1]) < MIN_RECT_PX:
             continue
@@ -163,6 +160,14 @@ def find_regions(probability: Floats, *, size: tuple[int, int], min_score: float
     )
     order = reading_order(regions.quads)
     return TextRegions(regions.quads[order], regions.scores[order])
+
+
+def _contours(probability: Floats) -> Sequence[Tensor]:
+    """Outlines of what is likely text, (n, 1, 2) xy each, in the order OpenCV finds them."""
+    binary = (probability > BINARY_THRESHOLD).astype(np.uint8)
+    closed = cv2.dilate(binary, np.ones((2, 2), dtype=np.uint8))
+    contours, _ = cv2.findContours(closed, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    return contours[:MAX_CONTOURS]
 
 
 Rect = tuple[Sequence[float], Sequence[float], float]  # OpenCV's: centre xy, size wh, angle in deg

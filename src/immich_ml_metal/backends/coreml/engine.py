@@ -20,7 +20,7 @@ from immich_ml_metal.backends.device import Device
 from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.threads import core_count
+from immich_ml_metal.threads import inference_cores
 from immich_ml_metal.types import Graph, ModelFiles, ModelKey, Part, Task
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class CoreMLEngine:
             LoadFailed: the files are broken, or Core ML was asked for by name and is refused.
         """
         assert files is not None, "the coreml engine needs files"
-        threads = self._settings.intra_op_threads or core_count()
+        threads = self._settings.intra_op_threads or inference_cores()
         reference = OrtGraph(files.graph, options=session_options(threads))
         graph: Graph = reference
         if files.graph not in self._refused:

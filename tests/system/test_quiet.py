@@ -1,0 +1,41 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from immich_ml_metal.system.quiet import SWITCHES
+
+SHOW = "import immich_ml_metal, json, os; print(json.dumps(dict(os.environ)))"
+
+
+def environment_after_import(**before: str) -> dict[str, str]:
+    command = [sys.executable, "-c", SHOW]
+    done = subprocess.run(command, env=before, capture_output=True, text=True, check=True)
+    after: dict[str, str] = json.loads(done.stdout)
+    return after
+
+
+def test_importing_the_package_tells_libraries_not_to_report_home() -> None:
+    after = environment_after_import()
+    assert {name: after.get(name) for name in SWITCHES} == dict(SWITCHES)
+
+
+def test_the_package_sets_nothing_else() -> None:
+    bare = [sys.executable, "-c", SHOW.replace("immich_ml_metal, ", "")]
+    before = json.loads(subprocess.run(bare, env={}, capture_output=True, check=True).stdout)
+    assert environment_after_import().keys() - before.keys() == SWITCHES.keys()
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_what_the_operator_has_set_stays(value: str) -> None:
+    after = environment_after_import(ORT_DISABLE_TELEMETRY=value)
+    assert after["ORT_DISABLE_TELEMETRY"] == value
+
+
+def test_the_hub_library_reads_our_switch() -> None:
+    code = (
+        "import immich_ml_metal, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={}, capture_output=True, check=True)
+    assert done.stdout == b"True\n"
