@@ -289,10 +289,11 @@ class Settings(BaseModel):
     )
 
     # -- which engine answers, and the Apple engines --
-    profile: Literal["native", "exact"] = setting(
-        "native",
+    profile: Literal["balanced", "native", "exact"] = setting(
+        "balanced",
         "ML_PROFILE",
-        help="native uses Apple's own faces and text; exact answers as the Docker image does.",
+        help="balanced: Apple reads text, Immich's models do the rest; native: Apple finds faces "
+        "too; exact: Immich's models for everything.",
     )
     clip_engine: Literal["auto", "mlx", "coreml", "cpu", "open_clip"] = setting(
         "auto", "ML_CLIP_ENGINE", help="Engine for search: auto, mlx, coreml, cpu or open_clip."

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from immich_ml_metal.backends.self_tests import SystemProbe
 from PIL import Image
 
 from immich_ml_metal.backends.coreml.engine import create_coreml
 from immich_ml_metal.backends.selection import choose_engines, create_engines
-from immich_ml_metal.backends.self_tests import SystemProbe
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import ARCFACE_TEMPLATE, FaceCrop
 from immich_ml_metal.tasks.images import Picture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from doubles.vision import Double
 from doubles.vision_scene import FaceTruth, LineTruth, Scene
+from immich_ml_metal.backends.self_tests import SystemProbe, check_product
 from PIL import Image
 
 from immich_ml_metal.backends.selection import (
@@ -18,7 +19,6 @@ from immich_ml_metal.backends.selection import (
     choose_engines,
     create_engines,
 )
-from immich_ml_metal.backends.self_tests import SystemProbe, check_product
 from immich_ml_metal.backends.vision.bridge import VisionBridge
 from immich_ml_metal.backends.vision.setup import (
     WORD,

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import onnx
 import pytest
-from doubles.engines import FakeStore
+from doubles.engines import FakeStore, FixedEngines
 from doubles.live import serve
 from doubles.vision import Double
 from doubles.vision_scene import FaceTruth, LineTruth, Scene
@@ -91,7 +91,10 @@ def service(folder: Path, double: Double) -> Iterator[httpx.Client]:
         (Task.OCR, Part.DETECTION): vision,
         (Task.FACES, Part.RECOGNITION): OrtEngine(settings),
     }
-    with serve(create_app(settings, engines, store)) as url, httpx.Client(base_url=url) as client:
+    with (
+        serve(create_app(settings, FixedEngines(engines), store)) as url,
+        httpx.Client(base_url=url) as client,
+    ):
         yield client
 
 

@@ -11,6 +11,7 @@ from doubles.engines import (
     FakeEngine,
     FakeModel,
     FakeStore,
+    FixedEngines,
     Gate,
     soon,
     until,
@@ -46,7 +47,7 @@ class World:
             (Task.CLIP, Part.VISUAL): engine,
             (Task.CLIP, Part.TEXTUAL): other or engine,
         }
-        pool = Pool(table, self.store, threads, self.metrics, clock=self.clock)
+        pool = Pool(FixedEngines(table), self.store, threads, self.metrics, clock=self.clock)
         self.pools.append((pool, threads))
         return pool
 

@@ -44,10 +44,12 @@ def list_models(
     as_json: JsonOption = False,
 ) -> None:
     """Every official model: what it is, and what is here of it."""
-    from immich_ml_metal.backends.selection import plan_untested, this_platform
     from immich_ml_metal.catalog import all_models
     from immich_ml_metal.cli.models_show import print_list
     from immich_ml_metal.models.advice import reads
+    from immich_ml_metal.qualification.plan import Choices, this_machine
+    from immich_ml_metal.qualification.record import Record
+    from immich_ml_metal.state import StateFolder
 
     settings, store = _open(models_dir)
     rows = [
@@ -58,8 +60,9 @@ def list_models(
     ]
     if here:
         rows = [row for row in rows if any(status.is_usable for status in row[1])]
-    plan = plan_untested(settings, this_platform())
-    print_list(rows, plan, as_json=as_json)
+    record = Record(StateFolder(settings.state_folder))
+    choices = Choices(settings, this_machine(), record.entries(), store)
+    print_list(rows, choices, as_json=as_json)
 
 
 @app.command("pull")

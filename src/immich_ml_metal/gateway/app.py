@@ -25,8 +25,10 @@ from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
+from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
+from immich_ml_metal.gateway.qualifier import Qualifier
 from immich_ml_metal.gateway.replay import Condemned
-from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.gateway.supervisor import Order, State
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
@@ -57,6 +59,7 @@ class Gateway:
         settings: Settings,
         *,
         command: Sequence[str] = WORKER_COMMAND,
+        check_command: Sequence[str] = CHECK_COMMAND,
         pages: Mapping[str, App] | None = None,
         companions: Companions | None = None,
     ) -> None:
@@ -73,6 +76,12 @@ class Gateway:
             self.dispatcher, _reception(settings), hold_limit_s=settings.hold_limit_s
         )
         self.watch = Watch(settings, self.dispatcher)
+        self.qualifier = Qualifier(
+            settings.model_dump_json(),
+            ask=self.watch.ask_news,
+            on_chosen=lambda: self.dispatcher.recycle(Order("engines were chosen")),
+            command=check_command,
+        )
         self.companions = companions or make_companions(settings, self.metrics)
         self._pages: dict[str, App] = {
             "/": self._root,
@@ -100,6 +109,7 @@ class Gateway:
             asyncio.create_task(self.dispatcher.supervisor.run()),
             asyncio.create_task(self.watch.run()),
             asyncio.create_task(self.companions.run()),
+            asyncio.create_task(self.qualifier.run()),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)

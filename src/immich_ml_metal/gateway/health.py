@@ -52,6 +52,7 @@ def report(parts: Parts) -> dict[str, Any]:
             "by_cause": Counter(failure.cause for failure in crashes.failures),
             "recent": [asdict(failure) for failure in crashes.failures],
         },
+        "qualification": gateway.qualifier.describe(),
         "quarantined": len(parts.holding.quarantine),
     }
 

@@ -12,6 +12,7 @@ import uvicorn
 
 from immich_ml_metal.gateway.app import WORKER_COMMAND, App, Gateway
 from immich_ml_metal.gateway.patient import PatientProtocol
+from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.listen import listen
@@ -101,6 +102,7 @@ def run(
     settings: Settings,
     *,
     command: Sequence[str] = WORKER_COMMAND,
+    check_command: Sequence[str] = CHECK_COMMAND,
     pages: Mapping[str, App] | None = None,
 ) -> None:
     """Serve until a signal ends it.
@@ -109,7 +111,7 @@ def run(
         ConfigError: the address cannot be listened on, or two settings contradict each other.
     """
     _allow_many_files()
-    gateway = Gateway(settings, command=command, pages=pages)
+    gateway = Gateway(settings, command=command, check_command=check_command, pages=pages)
     sockets = listen(settings.host, settings.port)
     for listener in sockets:
         host, port = listener.getsockname()[:2]

@@ -1,19 +1,20 @@
 """The composition root: settings → worker app, with its engines and its model store."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from immich_ml_metal.backends.base import Engine
-from immich_ml_metal.backends.selection import EnginePlan, Probe, choose_engines, create_engines
-from immich_ml_metal.backends.self_tests import SystemProbe
+from immich_ml_metal.backends.makers import Surroundings
 from immich_ml_metal.catalog import get_model
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.qualification.plan import Choices, EnginePlan, Machine, this_machine
+from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.state import StateFolder
 from immich_ml_metal.types import Part, Task
 from immich_ml_metal.worker.preload import key_of_setting
 from immich_ml_metal.worker.server import create_app
@@ -29,43 +30,51 @@ _MODEL_SETTINGS = MappingProxyType(
 )
 
 
-def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
+def build_app(settings: Settings, machine: Machine | None = None) -> ASGIApp:
     """The worker app as `serve` runs it; says which engines answer and which models are here.
+
+    It starts with what is remembered of its engines and tests none of them.
 
     Raises:
         ConfigError: an engine that was asked for by name cannot be used on this machine, or a
             setting names no official model.
     """
-    plan = choose_engines(settings, probe or SystemProbe())
-    _report_plan(plan)
     metrics = Metrics("worker")
     store = ModelStore(settings, on_download=metrics.count_download)
-    engines = create_engines(
-        plan,
-        settings,
-        files_of=store.ensure,
-        on_fallback=lambda reason: metrics.fallbacks.labels(reason).inc(),
+    record = Record(StateFolder(settings.state_folder))
+    choices = Choices(settings, machine or this_machine(), record.entries(), store)
+    plan = EnginePlan(
+        choices,
+        Surroundings(
+            settings,
+            files_of=store.ensure,
+            on_fallback=lambda reason: metrics.fallbacks.labels(reason).inc(),
+        ),
     )
+    _report_plan(plan)
     report_models(settings, store)
     return create_app(
         settings,
-        plan.bind(engines),
+        plan,
         store,
         metrics=metrics,
-        describe_engines=_describer(plan, engines),
+        describe_engines=_describer(plan, record.trouble),
     )
 
 
-def _describer(plan: EnginePlan, engines: Mapping[str, Engine]) -> Callable[[], dict[str, Any]]:
+def _describer(plan: EnginePlan, trouble: str) -> Callable[[], dict[str, Any]]:
     """What `/health` says of the engines: the plan, and what they know of themselves."""
 
     def describe() -> dict[str, Any]:
         details = {
-            name: tell()
-            for name, engine in engines.items()
+            engine.name: tell()
+            for engine in plan.engines()
             if (tell := getattr(engine, "describe", None)) is not None
         }
-        return {**plan.as_dict(), **details}
+        told = plan.as_dict()
+        if trouble:
+            told["warnings"] = [*told["warnings"], f"verdicts are not remembered: {trouble}"]
+        return {**told, **details}
 
     return describe
 

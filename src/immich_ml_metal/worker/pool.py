@@ -6,26 +6,24 @@ A model that is in use is never unloaded. Knows nothing about pictures or HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from immich_ml_metal.backends.base import AnyModel, Engine
+from immich_ml_metal.backends.base import AnyModel, Engine, EngineTable
 from immich_ml_metal.backends.batcher import Batcher
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.models.shelf import weight_bytes
 from immich_ml_metal.threads import CpuThreads
-from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+from immich_ml_metal.types import ModelFiles, ModelKey
 from immich_ml_metal.worker.memory import Backoff, MemoryRules
 
 log = logging.getLogger(__name__)
 
 _FETCHES_AT_ONCE = 4  # downloads side by side, so that one slow model does not block another
-
-EngineTable = Mapping[tuple[Task, Part], Engine]
 
 
 class Store(Protocol):
@@ -111,7 +109,7 @@ class Pool:
 
     def serves(self, key: ModelKey) -> bool:
         """Whether an engine is set for this half; Apple Vision reads text while detecting it."""
-        return (key.task, key.part) in self._engines
+        return self._engines.serves(key)
 
     def describe(self) -> list[dict[str, Any]]:
         """Every loaded model for `/health`: name, engine, size, use."""
@@ -175,7 +173,7 @@ class Pool:
                 return await self._threads.run(lambda: model.postprocess(raw, item))
 
     async def _load(self, key: ModelKey) -> Loaded:
-        engine = self._engines[key.task, key.part]
+        engine = self._engines.choose(key)
         outcome = "failed"
         try:
             await asyncio.sleep(self._backoff.wait_s(key, self._clock()))
@@ -275,7 +273,7 @@ class Pool:
         await asyncio.gather(*self._models.values(), return_exceptions=True)
         await self.unload_idle(float("-inf"))
         await asyncio.gather(*self._closing, return_exceptions=True)
-        for device in {engine.device for engine in self._engines.values()}:
+        for device in {engine.device for engine in self._engines.engines()}:
             await self._threads.run(device.close)
         await self._threads.run(self._files_threads.close)
 

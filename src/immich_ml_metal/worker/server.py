@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
+from immich_ml_metal.backends.base import EngineTable
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
@@ -25,7 +26,7 @@ from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import make_rules
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
-from immich_ml_metal.worker.pool import EngineTable, Pool, Store
+from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
 from immich_ml_metal.worker.wire import parse_entries, render
 
@@ -122,9 +123,9 @@ class Service:
         self._describe_engines()
 
     def _describe_engines(self) -> None:
-        for (task, part), engine in self._engines.items():
-            self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
-        for device in {engine.device for engine in self._engines.values()}:
+        for (task, part), name in self._engines.names().items():
+            self.metrics.engine_info.labels(f"{task}/{part}", name).set(1)
+        for device in {engine.device for engine in self._engines.engines()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "Service":
@@ -174,7 +175,7 @@ class Service:
                 "in_flight": self._in_flight,
                 "progress": self.pool.progress + self._answered,
                 "engines": {
-                    f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
+                    f"{task}/{part}": name for (task, part), name in self._engines.names().items()
                 },
                 "engine_plan": self._describe_plan(),
                 "models": self.pool.describe(),
