@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immich_ml_metal.logs import (
+    FILE_BYTES,
     cap_file,
     configure_logging,
     file_of,
     redact,
-    release_logging,
     request_scope,
     split_facts,
 )
@@ -25,14 +25,19 @@ log = logging.getLogger("immich_ml_metal.test")
 
 
 @contextmanager
-def logged(stream: io.StringIO, **settings: object) -> Iterator[io.StringIO]:
+def logged(
+    stream: io.StringIO, *, file_bytes: int = FILE_BYTES, **settings: object
+) -> Iterator[io.StringIO]:
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
-    handlers = configure_logging(Settings(**settings), "gateway", stream=stream)  # type: ignore[arg-type]
+    chosen = Settings(**settings)  # type: ignore[arg-type]
+    configure_logging(chosen, "gateway", stream=stream, file_bytes=file_bytes)
     try:
         yield stream
     finally:
-        release_logging(handlers)
+        for handler in list(root.handlers):
+            root.removeHandler(handler)
+            handler.close()
         root.setLevel(level)
         for handler in before:
             root.addHandler(handler)
@@ -116,11 +121,14 @@ def test_clients_do_not_log_addresses_at_info() -> None:
 
 def test_a_log_file_is_rotated_and_capped(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "service.log"
-    with logged(io.StringIO(), log_file=path, log_file_bytes=2000, log_file_keep=2) as out:
+    with logged(io.StringIO(), log_file=path, file_bytes=2000) as out:
         for number in range(200):
             log.info("event number=%d", number)
     files = sorted(path.parent.iterdir())
-    assert [file.name for file in files] == ["service.log", "service.log.1", "service.log.2"]
+    assert [file.name for file in files] == [
+        "service.log",
+        *(f"service.log.{n}" for n in (1, 2, 3)),
+    ]
     assert all(file.stat().st_size <= 2000 for file in files)
     assert "number=199" in path.read_text()
     assert out.getvalue() == ""

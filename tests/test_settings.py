@@ -10,7 +10,7 @@ from doubles.tiny_models import CLIP, FACES, OCR, draw_faces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.client.calls import standard_calls
+from immich_ml_metal.client.calls import configured_names, immich_calls
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.settings import MIB, Settings, env_names
 from immich_ml_metal.settings_sources import load_settings, resolve
@@ -81,7 +81,6 @@ def example(name: str) -> str:
         "log_level": "debug",
         "log_format": "json",
         "immich_compat": "3.2",
-        "mlx_memory_limit_bytes": "8GB",
         "hub_endpoint": "http://mirror",
         "modelscope_endpoint": "http://mirror",
         "immich_url": "http://nas:2283",
@@ -176,9 +175,9 @@ def test_names_of_other_programs_are_left_alone() -> None:
     ],
 )
 def test_sizes_are_bytes_or_have_a_unit(text: str, size: int) -> None:
-    environ = {"ML_MAX_IMAGE_SIZE": text, "ML_IMAGE_CACHE": text}
+    environ = {"ML_MAX_IMAGE_SIZE": text, "ML_MEMORY_LIMIT": text}
     settings = load_settings(environ=environ)
-    assert settings.max_image_size_bytes == settings.image_cache_bytes == size
+    assert settings.max_image_size_bytes == settings.memory_limit_bytes == size
 
 
 @given(st.integers(1, 2**40))
@@ -225,10 +224,6 @@ def test_every_setting_is_read_somewhere(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "entries", "status", "words"),
     [
-        ({"max_image_pixels": 307_199}, VISUAL, 413, "307200 pixels (640x480), limit 307199"),
-        ({"max_image_pixels": 307_200}, VISUAL, 200, ""),
-        ({"max_image_side_px": 639}, VISUAL, 413, "640 px, limit 639"),
-        ({"max_image_side_px": 640}, VISUAL, 200, ""),
         ({"max_image_size_bytes": len(PHOTO) - 1}, VISUAL, 413, f"limit {len(PHOTO) - 1}"),
         ({"max_image_size_bytes": len(PHOTO)}, VISUAL, 200, ""),
         ({"model_revision": "v9"}, VISUAL, 503, f"{CLIP}/v9"),
@@ -272,19 +267,16 @@ def test_a_request_without_a_score_gets_the_one_of_the_settings(models: Path) ->
     assert counts == [2, 1]
 
 
-@pytest.mark.parametrize(("limit", "is_kept"), [("64MB", True), ("0", False)])
-def test_decoded_pictures_are_kept_up_to_their_limit(
-    models: Path, limit: str, is_kept: bool
-) -> None:
-    environ = {"ML_IMAGE_CACHE": limit, "ML_MODELS_DIR": str(models), "ML_OFFLINE": "1"}
-    with serve(build_app(load_settings(environ=environ))) as url:
+def test_a_decoded_picture_is_kept_for_its_next_task(models: Path) -> None:
+    with serve(build_app(Settings(models_dir=models, offline=True))) as url:
         predict(url, VISUAL, image=PHOTO)
-        kept = httpx.get(f"{url}/health").json()["picture_cache_bytes"]
-    assert (kept > 0) == is_kept
+        assert httpx.get(f"{url}/health").json()["picture_cache_bytes"] > 0
 
 
 def test_the_models_of_demo_and_bench_are_settings() -> None:
-    calls = standard_calls(Settings(clip_model=CLIP, face_model=FACES, ocr_model=OCR))
+    calls = immich_calls(
+        configured_names(Settings(clip_model=CLIP, face_model=FACES, ocr_model=OCR))
+    )
     named = {key.name for call in calls.values() for key in call.keys}
     assert named == {CLIP, FACES, OCR}
     assert VISUAL_KEY in calls["clip image"].keys

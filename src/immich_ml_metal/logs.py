@@ -23,6 +23,9 @@ from immich_ml_metal.settings import Settings
 
 REQUEST_ID_HEADER = "X-Request-Id"  # from the gateway to the worker, and back to the caller
 STDERR_CAP_BYTES = 2**20
+# What a log file may grow to, and how many older ones are kept: some 100,000 lines each.
+FILE_BYTES = 10 * 2**20
+FILES_KEPT = 3
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
@@ -61,8 +64,12 @@ def request_scope(sent: str | None = None) -> Iterator[str]:
 
 
 def configure_logging(
-    settings: Settings, process: str, *, stream: TextIO | None = None
-) -> list[logging.Handler]:
+    settings: Settings,
+    process: str,
+    *,
+    stream: TextIO | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> None:
     """Send every logger's lines where the settings say; called once per process, by the CLI.
 
     With a log file, lines go to the stream as well only when that is a terminal: what a service
@@ -72,11 +79,10 @@ def configure_logging(
         settings: level, format, file.
         process: `gateway` or `worker`; names the lines, and the worker's own file.
         stream: standard error when None.
-
-    Returns:
-        The handlers now in place, for `release_logging`.
+        file_bytes: size at which a log file is rotated.
     """
-    handlers = _make_handlers(settings, process, sys.stderr if stream is None else stream)
+    chosen = sys.stderr if stream is None else stream
+    handlers = _make_handlers(settings, process, chosen, file_bytes)
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -85,11 +91,10 @@ def configure_logging(
     root.setLevel(settings.log_level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    return handlers
 
 
 def _make_handlers(
-    settings: Settings, process: str, stream: TextIO | None
+    settings: Settings, process: str, stream: TextIO | None, file_bytes: int
 ) -> list[logging.Handler]:
     """`stream` is None in a Python without a standard error."""
     known = [settings.immich_api_key.get_secret_value()] if settings.immich_api_key else []
@@ -101,15 +106,8 @@ def _make_handlers(
         handlers[0].setFormatter(_formatter(settings, process, known, colour=colour))
     if settings.log_file is not None:
         cap_file(stderr_of(settings.log_file))
-        handlers.append(_file_handler(settings, process, known))
+        handlers.append(_file_handler(settings, process, known, file_bytes))
     return handlers
-
-
-def release_logging(handlers: list[logging.Handler]) -> None:
-    """Undo `configure_logging`: detach the handlers and close their files."""
-    for handler in handlers:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
 
 
 def file_of(log_file: Path, process: str) -> Path:
@@ -141,14 +139,16 @@ def _formatter(
     return TextFormatter(process, known, colour=colour)
 
 
-def _file_handler(settings: Settings, process: str, known: list[str]) -> logging.Handler:
+def _file_handler(
+    settings: Settings, process: str, known: list[str], limit_bytes: int
+) -> logging.Handler:
     assert settings.log_file is not None
     path = file_of(settings.log_file, process)
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.handlers.RotatingFileHandler(
         path,
-        maxBytes=settings.log_file_bytes,
-        backupCount=settings.log_file_keep,
+        maxBytes=limit_bytes,
+        backupCount=FILES_KEPT,
         encoding="utf-8",
     )
     handler.setFormatter(_formatter(settings, process, known, colour=False))

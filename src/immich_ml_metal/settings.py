@@ -1,6 +1,7 @@
 """Every setting, once: its type, default, names and a line of help. Read by `settings_sources`."""
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, SecretStr
@@ -12,6 +13,20 @@ from immich_ml_metal.threads import core_count
 
 MIB = 2**20
 SECRET = frozenset({"immich_api_key"})  # settings whose value is never shown
+
+# Where each group of settings begins, in the order of the class.
+GROUPS = MappingProxyType(
+    {
+        "host": "Service",
+        "profile": "Answers",
+        "clip_engine": "Engines",
+        "offline": "Downloads",
+        "model_ttl_s": "Memory",
+        "max_concurrent_requests": "Limits",
+        "log_format": "Log",
+        "immich_url": "Immich",
+    }
+)
 
 
 class Settings(BaseModel):
@@ -26,7 +41,6 @@ class Settings(BaseModel):
     log_level: LogLevel = setting(
         "info", "ML_LOG_LEVEL", "IMMICH_LOG_LEVEL", help="error, warning, info or debug."
     )
-
     models_dir: Path = setting(
         Path("~/.cache/immich_ml"),
         "ML_MODELS_DIR",
@@ -38,22 +52,12 @@ class Settings(BaseModel):
         "ML_STATE_DIR",
         help="Folder for what the service remembers between starts; unset is the platform's own.",
     )
-    model_revision: str = setting(
-        "main",
-        "ML_MODEL_REVISION",
-        "MACHINE_LEARNING_MODEL_REVISION",
-        pattern=r"^[\w.-]+$",
-        help="Revision of Immich's model repositories: main, or v2 for the optimised exports.",
-    )
-    model_organization: str = setting(
-        "immich-app",
-        "ML_MODEL_ORGANIZATION",
-        "MACHINE_LEARNING_MODEL_ORGANIZATION",
-        pattern=r"^[\w.-]+$",
-        help="Hugging Face organisation that holds Immich's models.",
-    )
-    offline: bool = setting(
-        False, "ML_OFFLINE", "HF_HUB_OFFLINE", help="Never download; serve what is on disk."
+
+    profile: Literal["balanced", "native", "exact"] = setting(
+        "balanced",
+        "ML_PROFILE",
+        help="balanced: Apple reads text, Immich's models do the rest; native: Apple finds faces "
+        "too; exact: Immich's models for everything.",
     )
     clip_model: str = setting(
         "ViT-B-32__openai", "ML_CLIP_MODEL", help="CLIP model that demo, bench and pull use."
@@ -64,7 +68,18 @@ class Settings(BaseModel):
     ocr_model: str = setting(
         "PP-OCRv6_small", "ML_OCR_MODEL", help="Text model that demo, bench and pull use."
     )
-
+    model_revision: str = setting(
+        "main",
+        "ML_MODEL_REVISION",
+        "MACHINE_LEARNING_MODEL_REVISION",
+        pattern=r"^[\w.-]+$",
+        help="Revision of Immich's model repositories: main, or v2 for the optimised exports.",
+    )
+    immich_compat: Literal["3.3", "3.2"] = setting(
+        "3.3",
+        "ML_IMMICH_COMPAT",
+        help="Resize rule of the server that built the index; 3.2 crops where 3.3 squashes.",
+    )
     face_min_score: float = setting(
         0.7,
         "ML_FACE_MIN_SCORE",
@@ -72,74 +87,50 @@ class Settings(BaseModel):
         le=1,
         help="Lowest face score when a request names none (0..1).",
     )
-    immich_compat: Literal["3.3", "3.2"] = setting(
-        "3.3",
-        "ML_IMMICH_COMPAT",
-        help="Resize rule of the server that built the index; 3.2 crops where 3.3 squashes.",
+
+    clip_engine: Literal["auto", "mlx", "coreml", "cpu", "open_clip"] = setting(
+        "auto", "ML_CLIP_ENGINE", help="Engine for search: auto, mlx, coreml, cpu or open_clip."
+    )
+    face_detection_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = setting(
+        "auto",
+        "ML_FACE_DETECTION_ENGINE",
+        help="Engine that finds faces: auto, vision, mlx, coreml or cpu.",
+    )
+    face_recognition_engine: Literal["auto", "coreml", "mlx", "cpu"] = setting(
+        "auto",
+        "ML_FACE_RECOGNITION_ENGINE",
+        help="Engine that tells faces apart: auto, coreml, mlx or cpu.",
+    )
+    ocr_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = setting(
+        "auto", "ML_OCR_ENGINE", help="Engine for text: auto, vision, mlx, coreml or cpu."
+    )
+    use_coreml: bool = setting(
+        True, "ML_USE_COREML", help="Let auto choose Core ML where this Mac runs it correctly."
+    )
+    use_ane: bool = setting(
+        True, "ML_USE_ANE", help="Let Core ML use the Neural Engine; off means GPU and CPU only."
+    )
+    ocr_language_correction: bool = setting(
+        True,
+        "ML_OCR_LANGUAGE_CORRECTION",
+        help="Let Apple Vision correct text by its dictionaries; off suits codes and numbers.",
+    )
+    mlx_dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto",
+        "ML_MLX_DTYPE",
+        help="Number format of the mlx engine; auto is float16 on a GPU, float32 on a CPU.",
     )
 
-    max_concurrent_requests: int = setting(
-        0,
-        "ML_MAX_CONCURRENT_REQUESTS",
-        ge=0,
-        help="Requests worked on at once; more wait their turn. 0 is two per core, at least 4.",
+    offline: bool = setting(
+        False, "ML_OFFLINE", "HF_HUB_OFFLINE", help="Never download; serve what is on disk."
     )
-    request_timeout_s: float = setting(
-        120.0,
-        "ML_REQUEST_TIMEOUT",
-        "MACHINE_LEARNING_WORKER_TIMEOUT",
-        gt=0,
-        help="Seconds a request may take once its models are loaded.",
+    model_organization: str = setting(
+        "immich-app",
+        "ML_MODEL_ORGANIZATION",
+        "MACHINE_LEARNING_MODEL_ORGANIZATION",
+        pattern=r"^[\w.-]+$",
+        help="Hugging Face organisation that holds Immich's models.",
     )
-    max_image_size_bytes: Size = setting(
-        100 * MIB, "ML_MAX_IMAGE_SIZE", help="Largest upload, in bytes or as 64MB."
-    )
-    max_image_pixels: int = setting(
-        178_956_970,
-        "ML_MAX_IMAGE_PIXELS",
-        ge=1,
-        help="Most pixels of a picture (the official service stops at the same number).",
-    )
-    max_image_side_px: int = setting(
-        65_535, "ML_MAX_IMAGE_SIDE", ge=1, help="Longest side of a picture, in pixels."
-    )
-    image_cache_bytes: SizeOrZero = setting(
-        48 * MIB,
-        "ML_IMAGE_CACHE",
-        ge=0,
-        help="Memory for decoded pictures that come again for another task; 0 keeps none.",
-    )
-
-    request_threads: int = setting(
-        0,
-        "ML_REQUEST_THREADS",
-        "MACHINE_LEARNING_REQUEST_THREADS",
-        ge=0,
-        help="Threads that decode and prepare pictures; 0 is one per core.",
-    )
-    intra_op_threads: int = setting(
-        0,
-        "ML_INTRA_OP_THREADS",
-        "MACHINE_LEARNING_MODEL_INTRA_OP_THREADS",
-        ge=0,
-        help="Threads of one ONNX Runtime inference; 0 is one per core.",
-    )
-    model_ttl_s: float = setting(
-        300.0,
-        "ML_MODEL_TTL",
-        "MACHINE_LEARNING_MODEL_TTL",
-        ge=0,
-        help="Seconds after which an unused model is unloaded; 0 keeps models.",
-    )
-    keepalive_s: float = setting(
-        75.0,
-        "ML_HTTP_KEEPALIVE_TIMEOUT",
-        "MACHINE_LEARNING_HTTP_KEEPALIVE_TIMEOUT_S",
-        gt=0,
-        help="Seconds an idle connection stays open; longer than Node's own pool.",
-    )
-
-    # models: where they come from
     hub_endpoint: str | None = setting(
         None,
         "ML_HUB_ENDPOINT",
@@ -160,46 +151,13 @@ class Settings(BaseModel):
         gt=0,
         help="Seconds without a byte after which a download is tried again.",
     )
-    model_memory_limit_bytes: SizeOrZero = setting(
-        0,
-        "ML_MODEL_MEMORY_LIMIT",
-        help="Memory for all models, in bytes or as 4GB; 0 is half of the machine's memory.",
-    )
-    pin_text_model: bool = setting(
-        True,
-        "ML_PIN_TEXT_MODEL",
-        help="Keep the search text model once it is loaded, so that searching stays fast.",
-    )
 
-    # -- gateway: holding, replay, the worker's life
-    hold_limit_s: float = setting(
-        280.0,
-        "ML_HOLD_LIMIT",
-        gt=0,
-        help="Seconds a request is held before it is refused; under the 300 s of Node's fetch.",
-    )
-    hold_memory_bytes: Size = setting(
-        64 * MIB, "ML_HOLD_MEMORY", help="Memory for uploads that wait for their answer."
-    )
-    hold_spool_bytes: Size = setting(
-        1024 * MIB,
-        "ML_HOLD_SPOOL",
-        help="Disk for waiting uploads once the memory is full; beyond it clients are not read.",
-    )
-    client_timeout_s: float = setting(
-        30.0, "ML_CLIENT_TIMEOUT", gt=0, help="Seconds a client may send nothing in mid-upload."
-    )
-    drain_limit_s: float = setting(
-        30.0, "ML_DRAIN_LIMIT", gt=0, help="Seconds to answer what was accepted before a stop."
-    )
-    worker_max_crashes: int = setting(
-        5,
-        "ML_WORKER_MAX_CRASHES",
-        ge=1,
-        help="Worker deaths without an answer in between, after which /ping says 503.",
-    )
-    worker_crash_window_s: float = setting(
-        300.0, "ML_WORKER_CRASH_WINDOW", gt=0, help="Seconds over which worker deaths count."
+    model_ttl_s: float = setting(
+        300.0,
+        "ML_MODEL_TTL",
+        "MACHINE_LEARNING_MODEL_TTL",
+        ge=0,
+        help="Seconds after which an unused model is unloaded; 0 keeps models.",
     )
     memory_limit_bytes: SizeOrZero = setting(
         0,
@@ -247,13 +205,47 @@ class Settings(BaseModel):
         "MACHINE_LEARNING_PRELOAD__OCR__RECOGNITION",
         help="Text models whose reader is loaded at start.",
     )
-    preload_stays: bool = setting(
-        True,
-        "ML_PRELOAD_STAYS",
-        help="When idle, keep a worker with the preloaded models only; false stops it.",
+
+    max_concurrent_requests: int = setting(
+        0,
+        "ML_MAX_CONCURRENT_REQUESTS",
+        ge=0,
+        help="Requests worked on at once; more wait their turn. 0 is two per core, at least 4.",
+    )
+    request_threads: int = setting(
+        0,
+        "ML_REQUEST_THREADS",
+        "MACHINE_LEARNING_REQUEST_THREADS",
+        ge=0,
+        help="Threads that decode and prepare pictures; 0 is one per core.",
+    )
+    intra_op_threads: int = setting(
+        0,
+        "ML_INTRA_OP_THREADS",
+        "MACHINE_LEARNING_MODEL_INTRA_OP_THREADS",
+        ge=0,
+        help="Threads of one ONNX Runtime inference; 0 is one per core.",
+    )
+    max_image_size_bytes: Size = setting(
+        100 * MIB, "ML_MAX_IMAGE_SIZE", help="Largest upload, in bytes or as 64MB."
+    )
+    request_timeout_s: float = setting(
+        120.0,
+        "ML_REQUEST_TIMEOUT",
+        "MACHINE_LEARNING_WORKER_TIMEOUT",
+        gt=0,
+        help="Seconds a request may take once its models are loaded.",
+    )
+    hold_limit_s: float = setting(
+        280.0,
+        "ML_HOLD_LIMIT",
+        gt=0,
+        help="Seconds a request is held before it is refused; under the 300 s of Node's fetch.",
+    )
+    drain_limit_s: float = setting(
+        30.0, "ML_DRAIN_LIMIT", gt=0, help="Seconds to answer what was accepted before a stop."
     )
 
-    # operating: logs, and what we may do on the Immich server
     log_format: Literal["text", "json"] = setting(
         "text", "ML_LOG_FORMAT", help="text for people, json for log collectors."
     )
@@ -263,14 +255,7 @@ class Settings(BaseModel):
     log_file: Path | None = setting(
         None, "ML_LOG_FILE", help="Write the log to this file; the worker's goes beside it."
     )
-    log_file_bytes: Size = setting(
-        10 * MIB,
-        "ML_LOG_FILE_SIZE",
-        help="A log file is rotated at this size, in bytes or as 10MB.",
-    )
-    log_file_keep: int = setting(
-        3, "ML_LOG_FILE_KEEP", ge=0, help="Rotated log files that are kept."
-    )
+
     immich_url: str | None = setting(
         None,
         "ML_IMMICH_URL",
@@ -286,72 +271,6 @@ class Settings(BaseModel):
         False,
         "ML_IMMICH_REQUEUE",
         help="After an outage that failed answers, ask Immich once for its missing jobs.",
-    )
-
-    # -- which engine answers, and the Apple engines --
-    profile: Literal["balanced", "native", "exact"] = setting(
-        "balanced",
-        "ML_PROFILE",
-        help="balanced: Apple reads text, Immich's models do the rest; native: Apple finds faces "
-        "too; exact: Immich's models for everything.",
-    )
-    clip_engine: Literal["auto", "mlx", "coreml", "cpu", "open_clip"] = setting(
-        "auto", "ML_CLIP_ENGINE", help="Engine for search: auto, mlx, coreml, cpu or open_clip."
-    )
-    face_detection_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = setting(
-        "auto",
-        "ML_FACE_DETECTION_ENGINE",
-        help="Engine that finds faces: auto, vision, mlx, coreml or cpu.",
-    )
-    face_recognition_engine: Literal["auto", "coreml", "mlx", "cpu"] = setting(
-        "auto",
-        "ML_FACE_RECOGNITION_ENGINE",
-        help="Engine that tells faces apart: auto, coreml, mlx or cpu.",
-    )
-    ocr_engine: Literal["auto", "vision", "mlx", "coreml", "cpu"] = setting(
-        "auto", "ML_OCR_ENGINE", help="Engine for text: auto, vision, mlx, coreml or cpu."
-    )
-    use_coreml: bool = setting(
-        True, "ML_USE_COREML", help="Let auto choose Core ML where this Mac runs it correctly."
-    )
-    use_ane: bool = setting(
-        True, "ML_USE_ANE", help="Let Core ML use the Neural Engine; off means GPU and CPU only."
-    )
-    ocr_language_correction: bool = setting(
-        True,
-        "ML_OCR_LANGUAGE_CORRECTION",
-        help="Let Apple Vision correct text by its dictionaries; off suits codes and numbers.",
-    )
-    vision_face_scores: str | None = setting(
-        None,
-        "ML_VISION_FACE_SCORES",
-        help="Apple Vision's face confidence as official score; 0:0, 0.6:0.7, 1:1 unless set.",
-    )
-    vision_text_scores: str | None = setting(
-        None,
-        "ML_VISION_TEXT_SCORES",
-        help="Apple Vision's text confidence as official score; 0:0, .3:.6, .5:.85, 1:1.",
-    )
-
-    # mlx
-    mlx_dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto",
-        "ML_MLX_DTYPE",
-        help="Number format of the mlx engine; auto is float16 on a GPU, float32 on a CPU.",
-    )
-    mlx_max_batch: int = setting(
-        8, "ML_MLX_MAX_BATCH", ge=1, help="Most pictures, texts or lines in one run on MLX."
-    )
-    mlx_cache_limit_bytes: Size = setting(
-        512 * MIB, "ML_MLX_CACHE_LIMIT", help="Freed memory that MLX may keep for reuse."
-    )
-    mlx_memory_limit_bytes: Size | None = setting(
-        None,
-        "ML_MLX_MEMORY_LIMIT",
-        help="Memory from which on MLX waits; unset is MLX's own limit.",
-    )
-    mlx_prepared: bool = setting(
-        True, "ML_MLX_PREPARED", help="Keep converted weights beside the model, for faster loading."
     )
 
     @property
@@ -372,3 +291,13 @@ def env_names(field: FieldInfo) -> list[str]:
     """The environment names of a setting, the project's own first."""
     extra = field.json_schema_extra
     return [str(name) for name in extra["env"]] if isinstance(extra, dict) else []  # type: ignore[union-attr]
+
+
+def grouped() -> dict[str, list[str]]:
+    """The names of all settings, by their group."""
+    groups: dict[str, list[str]] = {}
+    title = ""
+    for name in Settings.model_fields:
+        title = GROUPS.get(name, title)
+        groups.setdefault(title, []).append(name)
+    return groups

@@ -8,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dotenv import dotenv_values
@@ -16,6 +17,16 @@ from pydantic.fields import FieldInfo
 
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.settings import SECRET, Settings, env_names
+
+# The official service dropped these in v3.0; each loads both halves.
+_OLD_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "MACHINE_LEARNING_PRELOAD__CLIP": "MACHINE_LEARNING_PRELOAD__CLIP__TEXTUAL and __VISUAL",
+        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION": (
+            "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__DETECTION and __RECOGNITION"
+        ),
+    }
+)
 
 
 def load_settings(
@@ -66,17 +77,31 @@ def resolve(
     return settings, {name: origin.get(name, "default") for name in Settings.model_fields}
 
 
-def ignored_names(
-    *, environ: Mapping[str, str] | None = None, env_file: Path | None = None
+def doubtful_names(
+    origin: Mapping[str, str],
+    *,
+    environ: Mapping[str, str] | None = None,
+    env_file: Path | None = None,
 ) -> list[str]:
-    """Official `MACHINE_LEARNING_*` names that are set but that no setting here reads."""
+    """A sentence for each official name that is set and is old, or has no meaning here.
+
+    Args:
+        origin: where each setting came from, as `resolve` says.
+        environ: as for `resolve`.
+        env_file: as for `resolve`.
+    """
+    old = [
+        f"{name} is an old name, which Immich's own service no longer reads; "
+        f"set {_OLD_NAMES[name]} instead"
+        for name in sorted(_OLD_NAMES.keys() & set(origin.values()))
+    ]
     env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
     known = {name for field in Settings.model_fields.values() for name in env_names(field)}
-    return sorted(
-        name
-        for name in env
+    return old + [
+        f"{name} is set, but it has no meaning here and is ignored"
+        for name in sorted(env)
         if name.upper().startswith("MACHINE_LEARNING_") and name.upper() not in known
-    )
+    ]
 
 
 def _candidates(

@@ -18,8 +18,9 @@ from immich_ml_metal.backends.coreml.engine import REFUSED, CoreMLEngine, create
 from immich_ml_metal.backends.coreml.graph import (
     CoreMLGraph,
     Refusal,
-    Report,
     Setup,
+    ShapeReport,
+    compiled_form,
 )
 from immich_ml_metal.backends.coreml.session import (
     PROVIDER,
@@ -30,9 +31,8 @@ from immich_ml_metal.backends.coreml.session import (
     provider_share,
 )
 from immich_ml_metal.backends.coreml.shapes import cut, pin
-from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
+from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import InferenceError, LoadFailed
-from immich_ml_metal.models.weights import digest_of
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
@@ -136,17 +136,20 @@ def open_graph(
     path: Path,
     factory: Factory,
     batches: tuple[int, ...] = (1, 4),
-    reports: list[Report] | None = None,
+    reports: list[ShapeReport] | None = None,
 ) -> CoreMLGraph:
     setup = Setup(use_ane=True, make_session=factory, environment="ort-test")
-    return CoreMLGraph(
-        path,
+    graph = CoreMLGraph(
+        compiled_form(path, setup),
         reference(path),
         setup,
         name="tiny",
         batches=batches,
         on_report=(reports if reports is not None else []).append,
     )
+    graph.keep_compiled()
+    graph.open_fixed_shapes()
+    return graph
 
 
 def pictures(rows: int) -> np.ndarray[Any, Any]:
@@ -238,7 +241,7 @@ def test_a_graph_of_which_core_ml_takes_nothing_is_refused(tmp_path: Path) -> No
 
 
 def test_share_and_parity_of_each_shape_are_reported(tmp_path: Path) -> None:
-    reports: list[Report] = []
+    reports: list[ShapeReport] = []
     open_graph(save_model(tmp_path), Factory(share=0.7), reports=reports)
     assert [(report.shape, report.share) for report in reports] == [
         ("1x3x8x8", 0.7),
@@ -282,14 +285,20 @@ def test_the_self_test_finds_a_provider_that_computes_wrongly(tmp_path: Path) ->
 # -- compiled forms --------------------------------------------------------------------------------
 
 
-def test_compiled_forms_are_kept_by_weights_shape_and_runtime(tmp_path: Path) -> None:
+def compiled_folders(path: Path) -> list[str]:
+    return sorted(folder.name for folder in (path.parent / "coreml").iterdir())
+
+
+def test_compiled_forms_are_kept_by_weights_runtime_units_and_shape(tmp_path: Path) -> None:
     path, factory = save_model(tmp_path), Factory()
     open_graph(path, factory)
+    [form] = compiled_folders(path)
+    assert form.startswith("model-")
+    assert form.endswith("-ort-test-all")
     folders = [Path(options["ModelCacheDirectory"]) for options in factory.options]
-    key = f"{digest_of(path)}-ort-test"
-    assert [folder.relative_to(tmp_path) for folder in folders] == [
-        Path("coreml", key, "1x3x8x8-all"),
-        Path("coreml", key, "4x3x8x8-all"),
+    assert [folder.relative_to(tmp_path / "coreml" / form).as_posix() for folder in folders] == [
+        "1x3x8x8",
+        "4x3x8x8",
     ]
     assert all(folder.is_dir() for folder in folders)
 
@@ -297,20 +306,34 @@ def test_compiled_forms_are_kept_by_weights_shape_and_runtime(tmp_path: Path) ->
 def test_forms_of_replaced_weights_are_removed(tmp_path: Path) -> None:
     path = save_model(tmp_path)
     open_graph(path, Factory())
-    old = digest_of(path)
+    old = compiled_folders(path)
     path.write_bytes(path.read_bytes() + b"\x72\x02hi")  # one more field: other bytes, same graph
-    assert digest_of(path) != old
     open_graph(path, Factory())
-    assert [folder.name for folder in (tmp_path / "coreml").iterdir()] == [
-        f"{digest_of(path)}-ort-test"
-    ]
+    assert len(compiled_folders(path)) == 1
+    assert compiled_folders(path) != old
 
 
-def test_weights_beside_the_graph_count_in_the_digest(tmp_path: Path) -> None:
+def test_what_finder_leaves_in_the_folder_does_not_cost_the_compiled_forms(tmp_path: Path) -> None:
     path = save_model(tmp_path)
-    before = digest_of(path)
-    (tmp_path / "model.data").write_bytes(b"weights")
-    assert digest_of(path) != before
+    open_graph(path, Factory())
+    compiled = tmp_path / "coreml" / compiled_folders(path)[0] / "1x3x8x8" / "kept"
+    compiled.write_text("compiled by Core ML in minutes")
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    open_graph(path, Factory())
+    assert compiled.exists()
+
+
+def test_opening_a_graph_closes_nothing_that_is_its_callers(tmp_path: Path) -> None:
+    path = save_model(tmp_path)
+    setup = Setup(use_ane=True, make_session=Factory(), environment="ort-test")
+    single = reference(path)
+    graph = CoreMLGraph(
+        compiled_form(path, setup), single, setup, name="tiny", batches=(1,), on_report=print
+    )
+    assert not (tmp_path / "coreml").exists()
+    graph.keep_compiled()
+    assert graph.open_fixed_shapes()
+    assert single.run({"x": pictures(1)})[0].shape == (1, 512)
 
 
 # Every key that ONNX Runtime 1.32's macOS wheel knows; another one would silently mean the CPU.

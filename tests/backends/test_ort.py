@@ -7,12 +7,8 @@ import pytest
 from doubles.tiny_models import CLIP, FLOAT, Net, make_textual, make_visual
 from onnx import TensorProto
 
-from immich_ml_metal.backends.ort.engine import (
-    OrtEngine,
-    OrtGraph,
-    disabled_optimizers,
-    session_options,
-)
+from immich_ml_metal.backends.ort.engine import OrtEngine
+from immich_ml_metal.backends.ort.session import OrtGraph, disabled_optimizers, session_options
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.settings import Settings

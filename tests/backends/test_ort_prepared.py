@@ -1,123 +1,160 @@
-import json
+"""Large weights prepared for the CPU: used where they fit, made anew where anything does not."""
+
 import logging
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from doubles.tiny_models import FLOAT, Net
 
-from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
-from immich_ml_metal.backends.ort.prepared import FOLDER, MIN_BYTES, prepared_graph
-from immich_ml_metal.models.weights import weight_files
+from immich_ml_metal.backends.ort import prepared
+from immich_ml_metal.backends.ort.engine import OrtEngine
+from immich_ml_metal.backends.ort.prepared import (
+    FOLDER,
+    GRAPH,
+    MIN_BYTES,
+    WEIGHTS,
+    prepare_in_child,
+    prepared_form,
+    worth_preparing,
+)
+from immich_ml_metal.backends.ort.session import OrtGraph, session_options
+from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
-SIDE = 3072  # a square of float32 that is just over the limit
+SIDE = 112
+FEATURES = 3 * SIDE * SIDE // 2  # times 512 outputs: just over the limit
+KEY = ModelKey(Task.FACES, Part.RECOGNITION, "buffalo_l")
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose weights are worth preparing, and its prepared form."""
-    folder = tmp_path_factory.mktemp("large")
+    """A recogniser whose weights are worth preparing, and its prepared form."""
+    path = tmp_path_factory.mktemp("large") / "model.onnx"
     net = Net()
-    weights = np.random.default_rng(0).normal(size=(SIDE, SIDE)).astype(np.float32)
-    net.add("MatMul", "x", net.const(weights), name="y")
-    net.save(folder / "model.onnx", ("x", FLOAT, ["n", SIDE]), [("y", FLOAT, ["n", SIDE])])
-    assert (folder / "model.onnx").stat().st_size >= MIN_BYTES
-    prepared_graph(folder / "model.onnx")
-    return folder
+    weights = np.random.default_rng(0).normal(size=(FEATURES, 512)).astype(np.float32)
+    half = net.add("MaxPool", "x", kernel_shape=[2, 1], strides=[2, 1])
+    net.add("MatMul", net.add("Flatten", half), net.const(weights), name="y")
+    net.save(path, ("x", FLOAT, ["n", 3, SIDE, SIDE]), [("y", FLOAT, ["n", 512])])
+    assert worth_preparing(path)
+    prepare_in_child(prepared_form(path))
+    return path
 
 
 @pytest.fixture
 def copy(large: Path, tmp_path: Path) -> Path:
     """The model and its prepared form, to be spoilt; the clock of its files as it was."""
-    shutil.copytree(large, tmp_path / "m", copy_function=shutil.copy2)
+    shutil.copytree(large.parent, tmp_path / "m", copy_function=shutil.copy2)
     return tmp_path / "m" / "model.onnx"
 
 
 def forms(path: Path) -> list[Path]:
-    return sorted((path.parent / FOLDER).iterdir()) if (path.parent / FOLDER).exists() else []
+    return sorted((path.parent / FOLDER).iterdir()) if (path.parent / FOLDER).is_dir() else []
+
+
+def load(path: Path) -> np.ndarray[Any, Any]:
+    """The engine's answer to one face from this file."""
+    engine = OrtEngine(Settings(intra_op_threads=1))
+    try:
+        model = engine.load(KEY, ModelFiles(path, path.parent, path.parent))
+        face = np.random.default_rng(1).normal(size=(3, SIDE, SIDE)).astype(np.float32)
+        (vector,) = model.infer([face])
+        model.close()
+        return np.asarray(vector)
+    finally:
+        engine.device.close()
+
+
+def plain(path: Path) -> np.ndarray[Any, Any]:
+    face = np.random.default_rng(1).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
+    (vectors,) = OrtGraph(path, options=session_options(1)).run({"x": face})
+    return np.asarray(vectors[0])
 
 
 def test_the_prepared_form_gives_the_same_numbers(large: Path) -> None:
-    original = large / "model.onnx"
-    prepared = prepared_graph(original)
-    assert prepared != original
-    x = np.random.default_rng(1).normal(size=(2, SIDE)).astype(np.float32)
-    one, two = (
-        OrtGraph(path, options=session_options(1)).run({"x": x})[0] for path in (original, prepared)
-    )
-    np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-6)
-    assert OrtGraph(prepared, options=session_options(1)).size_bytes > MIN_BYTES
+    form = prepared_form(large).find()
+    assert form is not None
+    np.testing.assert_allclose(plain(form / GRAPH), plain(large), rtol=1e-5, atol=1e-4)
 
 
 def test_its_size_is_that_of_the_weights_not_of_both_forms(large: Path) -> None:
-    original = large / "model.onnx"
-    graph = OrtGraph(prepared_graph(original), options=session_options(1), weights=original)
-    assert graph.size_bytes == original.stat().st_size
+    form = prepared_form(large).find()
+    assert form is not None
+    graph = OrtGraph(form / GRAPH, options=session_options(1), weights=large)
+    assert graph.size_bytes == large.stat().st_size
 
 
-def test_it_is_made_once(large: Path) -> None:
-    before = [(p, p.stat().st_mtime_ns) for p in forms(large / "model.onnx")]
-    assert len(before) == 1
-    prepared_graph(large / "model.onnx")
-    assert [(p, p.stat().st_mtime_ns) for p in forms(large / "model.onnx")] == before
-
-
-def test_the_weights_themselves_are_never_changed(large: Path) -> None:
-    assert weight_files(large / "model.onnx") == [large / "model.onnx"]
-    onnx.checker.check_model(onnx.load(large / "model.onnx"))
-    assert "sha256" in json.loads((forms(large / "model.onnx")[0] / "manifest.json").read_text())
+def test_it_is_made_once_and_the_weights_are_never_changed(large: Path) -> None:
+    before = [(p, p.stat().st_mtime_ns) for p in (large, *forms(large))]
+    assert len(before) == 2
+    load(large)
+    assert [(p, p.stat().st_mtime_ns) for p in (large, *forms(large))] == before
+    onnx.checker.check_model(onnx.load(large))
 
 
 def test_a_small_model_is_loaded_as_it_is(models: Path) -> None:
     path = models / "clip/ViT-B-32__openai/visual/model.onnx"
-    assert prepared_graph(path) == path
+    assert not worth_preparing(path)
+    engine = OrtEngine(Settings())
+    files = ModelFiles(path, path.parent, path.parents[1])
+    engine.load(ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai"), files).close()
+    engine.device.close()
     assert not (path.parent / FOLDER).exists()
 
 
 def damage_weights(form: Path) -> None:
-    with (form / "model.data").open("r+b") as file:
+    with (form / WEIGHTS).open("r+b") as file:
         file.truncate(1000)
 
 
-def damage_manifest(form: Path) -> None:
-    (form / "manifest.json").write_text("{")
+def damage_graph(form: Path) -> None:
+    (form / GRAPH).write_bytes(bytes((form / GRAPH).stat().st_size))
 
 
-def forget_manifest(form: Path) -> None:
-    (form / "manifest.json").write_text("[]")
-
-
-@pytest.mark.parametrize("spoil", [damage_weights, damage_manifest, forget_manifest])
-def test_a_form_that_is_not_whole_is_made_again(copy: Path, spoil: object) -> None:
+@pytest.mark.parametrize("spoil", [damage_weights, damage_graph])
+def test_a_form_that_cannot_be_opened_costs_no_answer_and_is_made_again(
+    copy: Path, spoil: Callable[[Path], None]
+) -> None:
     (form,) = forms(copy)
-    assert callable(spoil)
     spoil(form)
-    assert prepared_graph(copy) == form / "model.onnx"
-    assert (form / "model.data").stat().st_size > MIN_BYTES
+    np.testing.assert_allclose(load(copy), load(copy), rtol=1e-5)
+    assert (form / WEIGHTS).stat().st_size > MIN_BYTES
+    assert plain(form / GRAPH).shape == (512,)
 
 
-def test_new_weights_get_a_new_form_and_the_old_one_goes(copy: Path) -> None:
+@pytest.mark.parametrize("changed", ["runtime", "options", "weights"])
+def test_what_another_runtime_or_other_weights_made_is_replaced(
+    copy: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (old,) = forms(copy)
-    model = onnx.load(copy)
-    model.doc_string = "other"
-    onnx.save(model, copy)
-    prepared = prepared_graph(copy)
-    assert prepared.parent != old
-    assert forms(copy) == [prepared.parent]
+    if changed == "weights":
+        model = onnx.load(copy)
+        model.doc_string = "other"
+        onnx.save(model, copy)
+    elif changed == "runtime":
+        monkeypatch.setattr("onnxruntime.__version__", "99.0")
+    else:
+        monkeypatch.setattr(prepared, "disabled_optimizers", lambda: ["AnotherFusion"])
+    assert prepared_form(copy).find() is None
+    load(copy)
+    (new,) = forms(copy)
+    assert new != old
+    assert prepared_form(copy).find() == new
 
 
-def test_what_a_killed_process_left_is_removed_and_a_running_one_is_left_alone(copy: Path) -> None:
-    (form,) = forms(copy)
-    shutil.rmtree(form)
-    left, running = (copy.parent / FOLDER / name for name in (".staging-a", ".staging-b"))
-    left.mkdir()
-    running.mkdir()
-    os.utime(left, (1, 1))
-    prepared_graph(copy)
-    assert forms(copy) == [running, form]
+def test_the_form_of_another_processor_on_the_same_folder_stays(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,) = forms(copy)
+    monkeypatch.setattr(prepared, "_processor", lambda: "0badcafe")
+    load(copy)
+    assert len(forms(copy)) == 2
+    assert old in forms(copy)
 
 
 def test_where_preparing_is_not_possible_the_file_is_loaded_as_it_is_and_told(
@@ -126,17 +163,26 @@ def test_where_preparing_is_not_possible_the_file_is_loaded_as_it_is_and_told(
     shutil.rmtree(copy.parent / FOLDER)
     (copy.parent / FOLDER).write_text("a file in the way")
     with caplog.at_level(logging.WARNING):
-        assert prepared_graph(copy) == copy
+        assert load(copy).shape == (512,)
     (record,) = caplog.records
     assert "weights not prepared" in record.getMessage()
 
 
-def test_a_file_that_the_runtime_rejects_is_told_in_its_words(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_runtime_that_fails_to_prepare_is_told_in_its_words(
+    copy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(bytes(MIN_BYTES))
+    shutil.rmtree(copy.parent / FOLDER)
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
     with caplog.at_level(logging.WARNING):
-        assert prepared_graph(path) == path
-    assert "onnxruntime" in caplog.records[0].getMessage()
+        assert load(copy).shape == (512,)
+    assert "returned non-zero exit status 1" in caplog.records[0].getMessage()
+    assert forms(copy) == []
+
+
+@pytest.mark.parametrize("content", [bytes(MIN_BYTES), b""])
+def test_a_torn_file_fails_the_load(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(LoadFailed, match="ONNX Runtime rejects"):
+        load(path)
     assert forms(path) == []

@@ -10,17 +10,22 @@ from doubles.tiny_models import FACES, OCR, draw_faces, draw_text
 from rich.console import Console
 from typer.testing import CliRunner
 
-from immich_ml_metal.bench.load import Load, run_load, run_once
+from immich_ml_metal.bench.measure import (
+    BenchReport,
+    Load,
+    Measured,
+    Plan,
+    measure_all,
+    run_load,
+    run_once,
+)
 from immich_ml_metal.bench.raw import RawRate, _measure
-from immich_ml_metal.bench.report import render
-from immich_ml_metal.bench.run import Measured, Result, measure_all
 from immich_ml_metal.cli import app
-from immich_ml_metal.client.calls import BadAnswer, encode, read_pictures, standard_calls
+from immich_ml_metal.cli.bench import print_report
+from immich_ml_metal.client.calls import BadAnswer, configured_names, encode, immich_calls
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.worker.compose import build_app
-
-TASKS = ["clip image", "clip text", "faces", "text"]
 
 
 def small(models: Path) -> Settings:
@@ -91,7 +96,8 @@ def test_the_report_shows_figures_and_ratios() -> None:
     ours.first_answer_s, ours.resident_bytes = 1.25, 300 * 2**20
     raw = [RawRate("clip image", "ViT-B-32__openai", 8.0)]
     words = io.StringIO()
-    render(Result("a machine", 2, "1.0", 3, raw, ours, other), Console(file=words, width=160))
+    report = BenchReport("a machine", 2, "1.0", 3, raw, ours, other)
+    print_report(report, Console(file=words, width=160))
     text = words.getvalue()
     for part in (
         "on a machine, 2 cores, 3 pictures",
@@ -112,9 +118,7 @@ def test_the_report_shows_figures_and_ratios() -> None:
 
 def test_with_no_model_at_all_there_is_nothing_to_measure(tmp_path: Path, photos: Path) -> None:
     with pytest.raises(ServiceError, match="nothing to measure"):
-        measure_all(
-            small(tmp_path), photos=[photos], clients=(1,), seconds=0.1, against=None, say=print
-        )
+        measure_all(small(tmp_path), Plan([photos], (1,), 0.1, None, print))
 
 
 def test_what_is_not_here_has_no_raw_rate(tmp_path: Path) -> None:
@@ -122,8 +126,8 @@ def test_what_is_not_here_has_no_raw_rate(tmp_path: Path) -> None:
 
 
 async def test_a_closed_loop_sends_each_request_once_in_order(models: Path, service: str) -> None:
-    call = standard_calls(small(models))["clip text"]
-    requests = [encode(call, text=text) for text in ("dog", "cat", "sea")]
+    call = immich_calls(configured_names(small(models)))["clip text"]
+    requests = [encode(call, text) for text in ("dog", "cat", "sea")]
     load = await run_once(service, requests, clients=2)
     assert (load.clients, load.answers) == (2, 3)
 
@@ -138,20 +142,6 @@ async def test_a_wrong_answer_stops_the_measurement_and_is_told(service: str) ->
 async def test_a_service_that_is_not_there_is_told(models: Path) -> None:
     with serve(build_app(small(models))) as gone:
         pass
-    request = encode(standard_calls(small(models))["clip text"], text="a")
+    request = encode(immich_calls(configured_names(small(models)))["clip text"], "a")
     with pytest.raises(ServiceError, match=gone):
         await run_once(gone, [request], clients=1)
-
-
-def test_folders_stand_for_the_files_in_them(photos: Path) -> None:
-    one, two = read_pictures([photos])
-    assert read_pictures([photos / "b.png", photos / "a.png"]) == [two, one]
-
-
-def test_the_calls_are_those_of_immich() -> None:
-    calls = standard_calls(Settings())
-    assert list(calls) == TASKS
-    faces, text = (calls[name].entries() for name in ("faces", "text"))
-    assert faces["facial-recognition"]["detection"]["options"] == {"minScore": 0.7}
-    assert text["ocr"]["detection"]["options"] == {"minScore": 0.5, "maxResolution": 736}
-    assert calls["clip text"].form(text="x")["data"]["text"] == "x"

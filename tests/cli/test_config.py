@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from immich_ml_metal.cli import app
 from immich_ml_metal.cli.config import render_toml
 from immich_ml_metal.errors import ConfigError
-from immich_ml_metal.settings import Settings, env_names
-from immich_ml_metal.settings_sources import ignored_names, load_settings, resolve
+from immich_ml_metal.settings import GROUPS, Settings, env_names, grouped
+from immich_ml_metal.settings_sources import doubtful_names, load_settings, resolve
 
 run = CliRunner(env={"ML_CONFIG_FILE": None, "COLUMNS": "160"}).invoke
 
@@ -81,12 +81,36 @@ def test_show_prints_a_table_without_the_key(tmp_path: Path) -> None:
     assert any(line.split() == ["port", "4005", "ML_PORT"] for line in out.splitlines())
 
 
+def test_show_fits_a_screen_and_all_shows_every_setting(tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text("ML_MODEL_TTL=60\nML_IMMICH_URL=http://nas:2283\n")
+    short, full = (
+        run(app, ["config", "show", "--env-file", str(env), *more]).stdout.splitlines()
+        for more in ([], ["--all"])
+    )
+    shown = {line.split()[0] for line in short if line.startswith("   ")}
+    assert len(short) <= 24
+    assert {"host", "profile", "model_ttl_s", "immich_url"} <= shown
+    assert not {"hold_limit_s", "log_file"} & shown
+    assert short[-1].split()[0] == str(len(Settings.model_fields) - len(shown))
+    assert [line.split()[0] for line in full if line.startswith("   ")] == list(
+        Settings.model_fields
+    )
+
+
+def test_each_setting_is_in_one_group_that_begins_as_the_table_says() -> None:
+    groups = grouped()
+    assert [name for names in groups.values() for name in names] == list(Settings.model_fields)
+    assert {names[0]: title for title, names in groups.items()} == dict(GROUPS)
+
+
 def test_check_passes_and_mentions_names_without_meaning_here(tmp_path: Path) -> None:
     env = tmp_path / ".env"
-    env.write_text("MACHINE_LEARNING_WORKERS=4\n")
+    env.write_text("MACHINE_LEARNING_WORKERS=4\nMACHINE_LEARNING_HTTP_KEEPALIVE_TIMEOUT_S=2\n")
     result = run(app, ["config", "check", "--env-file", str(env)])
     assert result.exit_code == 0
-    assert "MACHINE_LEARNING_WORKERS is set" in result.stdout
+    for name in ("MACHINE_LEARNING_WORKERS", "MACHINE_LEARNING_HTTP_KEEPALIVE_TIMEOUT_S"):
+        assert f"{name} is set, but it has no meaning here" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -121,7 +145,9 @@ def test_check_stops_at_a_wrong_value(tmp_path: Path) -> None:
 
 def test_names_that_are_read_are_not_called_ignored() -> None:
     environ = {"MACHINE_LEARNING_MODEL_TTL": "1", "machine_learning_ann": "true", "HOME": "/"}
-    assert ignored_names(environ=environ) == ["machine_learning_ann"]
+    assert doubtful_names({}, environ=environ) == [
+        "machine_learning_ann is set, but it has no meaning here and is ignored"
+    ]
 
 
 def test_a_secret_is_not_repeated_in_an_error() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
-from immich_ml_metal.cli.demo_show import show_demo
+from immich_ml_metal.cli.demo import show_demo
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.worker.compose import build_app

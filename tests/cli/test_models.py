@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from immich_ml_metal.catalog import all_models
 from immich_ml_metal.cli import app
-from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.output import Exit
 from immich_ml_metal.errors import ModelUnavailable, UnknownModel
 
 

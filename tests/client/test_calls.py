@@ -1,10 +1,10 @@
-"""The calls that demo and bench make are those of Immich's server (contract §1.7)."""
+"""The calls that our commands make are those of Immich's server (contract §1.7)."""
 
 from pathlib import Path
 
 import pytest
 
-from immich_ml_metal.client.calls import Call, encode, read_pictures, standard_calls
+from immich_ml_metal.client.calls import Call, configured_names, encode, find_photos, immich_calls
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, TaskRequest
 from immich_ml_metal.worker.wire import parse_entries
@@ -13,11 +13,11 @@ from immich_ml_metal.worker.wire import parse_entries
 @pytest.fixture
 def calls() -> dict[str, Call]:
     names = {"clip_model": "RN50::openai", "face_model": "buffalo_s", "ocr_model": "PP-OCRv6_tiny"}
-    return standard_calls(Settings.model_validate(names))
+    return immich_calls(configured_names(Settings.model_validate(names)))
 
 
 def asked(call: Call) -> TaskRequest:
-    fields = call.form(image=b"x", text="y")
+    fields = call.form(b"x" if call.takes_image else "y")
     return parse_entries(fields["data"]["entries"], face_min_score=0.1)
 
 
@@ -44,7 +44,7 @@ def test_faces_and_text_are_asked_for_with_immichs_thresholds(calls: dict[str, C
 
 
 def test_a_picture_is_sent_as_an_unnamed_file(calls: dict[str, Call]) -> None:
-    request = encode(calls["faces"], image=b"\x00\xffpixels")
+    request = encode(calls["faces"], b"\x00\xffpixels")
     body = request.content
     assert request.url.path == "/predict"
     assert request.headers["content-type"].startswith("multipart/form-data; boundary=")
@@ -53,20 +53,16 @@ def test_a_picture_is_sent_as_an_unnamed_file(calls: dict[str, Call]) -> None:
 
 
 def test_a_text_is_sent_without_a_file(calls: dict[str, Call]) -> None:
-    request = encode(calls["clip text"], text="Gruß & Kuss")
+    request = encode(calls["clip text"], "Gruß & Kuss")
     assert b"text=Gru%C3%9F+%26+Kuss" in request.content
 
 
-def test_a_folder_stands_for_its_visible_files_by_name(tmp_path: Path) -> None:
+def test_folders_give_their_pictures_once_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
-    for name in ("b.jpg", "a.jpg", ".DS_Store"):
-        (folder / name).write_bytes(name.encode())
-    (tmp_path / "c.jpg").write_bytes(b"c.jpg")
-    assert read_pictures([tmp_path / "c.jpg", folder]) == [b"c.jpg", b"a.jpg", b"b.jpg"]
-    assert read_pictures([]) == []
-
-
-def test_a_missing_picture_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
-        read_pictures([tmp_path / "gone.jpg"])
+    for name in ("b.jpg", "a.JPG", "notes.md", ".DS_Store", "sub/c.png"):
+        (folder / name).write_bytes(b"")
+    (tmp_path / "x").write_bytes(b"")
+    found = find_photos([tmp_path / "x", folder, folder / "b.jpg"])
+    assert [path.name for path in found] == ["x", "a.JPG", "b.jpg", "c.png"]
+    assert find_photos([]) == []

@@ -1,22 +1,22 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from immich_ml_metal.doctor.checks import CHECKS
-from immich_ml_metal.doctor.facts import GIB, EngineTest, Facts, Machine, ModelFact, Port
-from immich_ml_metal.doctor.result import Level, Result, examine, first_cause
+from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
+from immich_ml_metal.doctor.facts import GIB, EngineTest, Facts, Machine, ModelFact, Outcome, Port
 from immich_ml_metal.immich.advice import Advice
+from immich_ml_metal.settings import Settings
 
 MAC = Machine("Darwin", "arm64", False, "15.2", (3, 12, 4), 24 * GIB, 12 * GIB, sleep_min=0)
 MODELS = tuple(ModelFact(name, True) for name in ("ViT-B-32__openai", "buffalo_l"))
 HEALTHY = Facts(
     version="0.1.0",
     machine=MAC,
-    host="0.0.0.0",
+    settings=Settings(models_dir=Path("/Users/me/.cache/immich_ml")),
     port=Port(3003, "ours", version="0.1.0"),
     packages={"mlx": "0.32.4", "onnxruntime": "1.32.0"},
-    models_dir="/Users/me/.cache/immich_ml",
     disk_free_bytes=100 * GIB,
     models=MODELS,
     tests=(EngineTest("clip", "mlx", "ViT-B-32__openai", 0.021),),
@@ -161,18 +161,18 @@ def test_a_broken_set_up_is_told_by_its_cause(name: str) -> None:
 @pytest.mark.parametrize("name", BROKEN)
 def test_every_other_failure_of_a_broken_set_up_points_to_the_cause(name: str) -> None:
     facts, check, _, _ = BROKEN[name]
-    failures = [r for r in examine(CHECKS, facts) if r.level is Level.FAIL]
+    failures = [r for r in examine(CHECKS, facts) if r.level is Outcome.FAIL]
     assert failures[0].name == check
     assert {r.follows for r in failures[1:]} <= {check}
 
 
-def result_of(facts: Facts, name: str) -> Result:
+def result_of(facts: Facts, name: str) -> Finding:
     return next(r for r in examine(CHECKS, facts) if r.name == name)
 
 
 def test_a_healthy_set_up_has_nothing_to_fix() -> None:
     results = examine(CHECKS, HEALTHY)
-    assert [r for r in results if r.level is not Level.OK] == []
+    assert [r for r in results if r.level is not Outcome.OK] == []
     assert first_cause(results) is None
     assert len(results) >= 18
 
@@ -180,7 +180,11 @@ def test_a_healthy_set_up_has_nothing_to_fix() -> None:
 @pytest.mark.parametrize(
     ("facts", "check", "words"),
     [
-        (replace(HEALTHY, host="127.0.0.1"), "address", "host.docker.internal:3003"),
+        (
+            replace(HEALTHY, settings=Settings(host="127.0.0.1")),
+            "address",
+            "host.docker.internal:3003",
+        ),
         (replace(HEALTHY, addresses=()), "address", "no network address"),
         (replace(HEALTHY, hub="timed out"), "hub", "all configured models are here"),
         (replace(HEALTHY, models=MISSING), "models", "fetched at first use: ViT-B-32__openai"),
@@ -189,14 +193,14 @@ def test_a_healthy_set_up_has_nothing_to_fix() -> None:
         (replace(HEALTHY, disk_free_bytes=3 * GIB), "disk", "3.0 GiB"),
         (replace(HEALTHY, clock_skew_s=90), "clock", "+90 s"),
         (replace(HEALTHY, service="none"), "start at boot", "does not start"),
-        (replace(HEALTHY, logs_bytes=2**30, log_limit_bytes=2**20), "logs", "1024.0 MiB"),
+        (replace(HEALTHY, logs_bytes=2**30), "logs", "1024.0 MiB"),
         (replace(HEALTHY, immich=(Advice("raise it to 8"),)), "immich", "raise it to 8"),
         (with_machine(arch="x86_64"), "architecture", "Intel Mac"),
     ],
 )
 def test_what_works_but_could_be_better_is_a_warning(facts: Facts, check: str, words: str) -> None:
     result = result_of(facts, check)
-    assert result.level is Level.WARN
+    assert result.level is Outcome.WARN
     assert words in result.text
 
 
@@ -207,7 +211,7 @@ def test_the_address_to_type_is_given_for_both_families() -> None:
 
 
 def test_a_full_disk_does_not_matter_once_the_models_are_here() -> None:
-    assert result_of(replace(HEALTHY, disk_free_bytes=GIB), "disk").level is Level.WARN
+    assert result_of(replace(HEALTHY, disk_free_bytes=GIB), "disk").level is Outcome.WARN
 
 
 def test_skipped_self_tests_say_why() -> None:

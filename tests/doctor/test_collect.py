@@ -4,6 +4,7 @@ import json
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from starlette.routing import Route
 from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
+from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.client.own_service import ask_health
 from immich_ml_metal.doctor import collect
-from immich_ml_metal.doctor.facts import Facts, Port
-from immich_ml_metal.doctor.result import Level, Result
+from immich_ml_metal.doctor.checks import Finding
+from immich_ml_metal.doctor.facts import Facts, Outcome, Port
 from immich_ml_metal.doctor.selftest import run_tests
 from immich_ml_metal.doctor.share import anonymise, known_private, write_bundle
-from immich_ml_metal.parity.client import ModelNames
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.network import url_host, usable
 from immich_ml_metal.system.programs import Completed
@@ -204,14 +205,17 @@ def test_only_addresses_others_can_use_are_told_ipv4_first() -> None:
 
 
 def fake_service(vector: list[float], lines: list[str]) -> Starlette:
+    read = {"text": lines, "box": [0.0] * 8 * len(lines), "textScore": [1.0] * len(lines)}
+
     async def predict(request: Request) -> Response:
         async with request.form() as form:
             (task,) = json.loads(str(form["entries"]))
         if task == "clip":
             return JSONResponse({"clip": json.dumps(vector)})
-        return JSONResponse({task: {"text": lines} if task == "ocr" else []})
+        return JSONResponse({task: read if task == "ocr" else []})
 
-    return Starlette(routes=[Route("/predict", predict, methods=["POST"])])
+    about = json_app(_={"message": "Immich ML"}, health={"engines": ENGINES})
+    return Starlette(routes=[*about.routes, Route("/predict", predict, methods=["POST"])])
 
 
 NAMES = ModelNames("ViT-B-32__openai", "buffalo_l", "PP-OCRv6_small")
@@ -220,7 +224,7 @@ ENGINES = {"clip/visual": "mlx", "clip/textual": "mlx", "facial-recognition/dete
 
 def test_every_task_is_asked_and_timed(loopback: Loopback) -> None:
     url = loopback(fake_service([0.6, 0.8], ["a"]))
-    tests = run_tests(url, ENGINES, (), NAMES, b"picture")
+    tests = run_tests(url, (), NAMES, b"picture")
     assert [(t.engine, t.error) for t in tests] == [
         ("mlx", ""),
         ("mlx", ""),
@@ -232,7 +236,7 @@ def test_every_task_is_asked_and_timed(loopback: Loopback) -> None:
 
 def test_wrong_answers_are_failures(loopback: Loopback) -> None:
     url = loopback(fake_service([3.0, 4.0], []))
-    pictures, texts, faces, text = run_tests(url, ENGINES, (), NAMES, b"picture")
+    pictures, texts, faces, text = run_tests(url, (), NAMES, b"picture")
     assert pictures.error == texts.error == "its vector has length 5, not 1"
     assert faces.error == ""
     assert text.error == "it read nothing"
@@ -243,7 +247,7 @@ def test_what_is_not_downloaded_is_skipped_unless_the_engine_needs_no_files(
 ) -> None:
     url = loopback(fake_service([1.0], ["a"]))
     missing = {"ViT-B-32__openai", "buffalo_l"}
-    pictures, _, faces, _ = run_tests(url, ENGINES, missing, NAMES, b"picture")
+    pictures, _, faces, _ = run_tests(url, missing, NAMES, b"picture")
     assert pictures.skipped == "not tested: ViT-B-32__openai is not downloaded"
     assert faces.skipped == ""
 
@@ -270,11 +274,12 @@ def test_the_bundle_holds_nothing_private(tmp_path: Path, machine_facts: Facts) 
         immich_api_key="s3cret-api-key",  # type: ignore[arg-type]
         models_dir=Path("/Volumes/Ada/models"),
     )
-    result = Result(
-        "hub", Level.FAIL, "http://nas.private.lan:9 and 192.168.7.31", "chown /home/ada/x"
+    result = Finding(
+        "hub", Outcome.FAIL, "http://nas.private.lan:9 and 192.168.7.31", "chown /home/ada/x"
     )
     bundle = tmp_path / "bundle.zip"
-    write_bundle(bundle, machine_facts, [result], settings, [log, tmp_path / "absent.log"])
+    facts = replace(machine_facts, settings=settings)
+    write_bundle(bundle, facts, [result], [log, tmp_path / "absent.log"])
     with zipfile.ZipFile(bundle) as opened:
         texts = {name: opened.read(name).decode() for name in opened.namelist()}
     assert set(texts) == {
@@ -296,9 +301,8 @@ def machine_facts() -> Facts:
     return Facts(
         version="0.1.0",
         machine=collect.read_machine(nothing),
-        host="0.0.0.0",
+        settings=Settings(),
         port=Port(3003, "taken", holder="node, process 1"),
-        models_dir="/Volumes/Ada/models",
         addresses=("192.168.7.31", "fd12:3456:789a::42"),
     )
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import httpx
 
+from immich_ml_metal.gateway.admission import Reception
 from immich_ml_metal.gateway.app import Gateway
 from immich_ml_metal.gateway.companions import Companions
+from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.process import WorkerProcess
 from immich_ml_metal.gateway.serving import GatewayServer
 from immich_ml_metal.gateway.supervisor import Order
@@ -121,10 +123,21 @@ class Service:
 
 @asynccontextmanager
 async def running_gateway(
-    folder: Path, *, companions: Companions | None = None, **changes: Any
+    folder: Path,
+    *,
+    companions: Companions | None = None,
+    crashes: CrashRecord | None = None,
+    reception: Reception | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Service]:
     chosen = settings(**changes)
-    gateway = Gateway(chosen, command=fake_worker(folder), companions=companions)
+    gateway = Gateway(
+        chosen,
+        command=fake_worker(folder),
+        companions=companions,
+        crashes=crashes,
+        reception=reception,
+    )
     server = GatewayServer(gateway)
     sockets = listen(chosen.host, chosen.port)
     port = sockets[0].getsockname()[1]
@@ -171,15 +184,19 @@ async def gateway_process(
     folder: Path,
     *,
     open_files: int | None = None,
+    hard_files: int | None = None,
     programs: Path | None = None,
     **changes: Any,
 ) -> AsyncIterator[GatewayProcess]:
-    """A process that finds `open_files` as its soft limit and `programs` first on its path."""
+    """A process that finds `open_files` as its soft limit and `programs` first on its path.
+
+    `hard_files` is its hard limit, this process's own if None.
+    """
 
     def limit_files() -> None:
         if open_files is not None:
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard_files or hard))
 
     port = free_port()
     process = await asyncio.create_subprocess_exec(

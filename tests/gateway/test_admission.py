@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 
-from immich_ml_metal.errors import ConfigError, ImageTooLarge
-from immich_ml_metal.gateway.admission import ClientGone, Reception, Room
+from immich_ml_metal.errors import ImageTooLarge
+from immich_ml_metal.gateway.admission import (
+    FORM_BYTES,
+    ClientGone,
+    Reception,
+    Room,
+    make_reception,
+)
 from immich_ml_metal.gateway.body import Body
 
 
@@ -106,9 +112,14 @@ async def test_a_failed_upload_gives_its_room_back(
     assert (here.room.held("memory"), here.room.held("spool")) == (0, 0)
 
 
-def test_settings_that_leave_no_room_for_one_upload_are_refused() -> None:
-    with pytest.raises(ConfigError, match="raise ML_HOLD_SPOOL"):
+def test_a_room_that_is_too_small_for_one_upload_is_refused() -> None:
+    with pytest.raises(ValueError, match="no room for 50 bytes"):
         reception(memory_bytes=49, spool_bytes=49)
+
+
+@pytest.mark.parametrize("limit_bytes", [1, 2**40])
+def test_the_largest_picture_always_finds_room(limit_bytes: int) -> None:
+    assert make_reception(limit_bytes).room.largest_bytes >= limit_bytes + FORM_BYTES
 
 
 @pytest.mark.parametrize("spooled", [False, True])

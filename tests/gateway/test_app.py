@@ -12,6 +12,8 @@ import httpx
 import pytest
 from doubles.gateway import is_alive, right_answer, running_gateway, until
 
+from immich_ml_metal.gateway.admission import Reception, Room
+from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.system.footprint import memory_bytes
 
 
@@ -117,7 +119,8 @@ async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_les
     tmp_path: Path,
 ) -> None:
     (tmp_path / "refuse").touch()
-    async with running_gateway(tmp_path, hold_limit_s=1.0, worker_max_crashes=2) as service:
+    crashes = CrashRecord(max_crashes=2)
+    async with running_gateway(tmp_path, hold_limit_s=1.0, crashes=crashes) as service:
         start_s = time.monotonic()
         answers = await asyncio.gather(*(service.predict(b"%d" % i) for i in range(5)))
         held_s = time.monotonic() - start_s
@@ -133,7 +136,7 @@ async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_les
 
 async def test_a_crash_loop_that_ends_serves_what_waited(tmp_path: Path) -> None:
     (tmp_path / "refuse").touch()
-    async with running_gateway(tmp_path, worker_max_crashes=2) as service:
+    async with running_gateway(tmp_path, crashes=CrashRecord(max_crashes=2)) as service:
         waiting = [asyncio.create_task(service.predict(b"%d" % i)) for i in range(79)]
         await until(lambda: not service.gateway.can_serve())
         (tmp_path / "refuse").unlink()
@@ -156,34 +159,38 @@ async def test_uploads_beyond_the_memory_lie_on_disk_and_are_replayed_from_there
     tmp_path: Path,
 ) -> None:
     bodies = [b"%d [sleep 0.3]" % i + bytes(3_000_000) for i in range(3)]
-    async with running_gateway(tmp_path, hold_memory_bytes=1_000_000) as service:
+    room = Room(memory_bytes=1_000_000, spool_bytes=10_000_000)
+    reception = Reception(room, max_body_bytes=10_000_000)
+    async with running_gateway(tmp_path, reception=reception) as service:
         await service.ready()
         tasks = [asyncio.create_task(service.predict(body)) for body in bodies]
         await service.started(3)
-        assert service.gateway.holding.reception.room.held("spool") == sum(map(len, bodies))
+        assert room.held("spool") == sum(map(len, bodies))
         service.kill_worker()
         answers = [await task for task in tasks]
     assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
 
 
 async def test_without_room_a_client_is_not_read_from_until_there_is_some(tmp_path: Path) -> None:
-    limits: dict[str, Any] = {"max_image_size_bytes": 1_000_000, "hold_memory_bytes": 1}
-    async with running_gateway(tmp_path, hold_spool_bytes=1_100_000, **limits) as service:
+    room = Room(memory_bytes=1, spool_bytes=1_100_000)
+    reception = Reception(room, max_body_bytes=1_000_000)
+    async with running_gateway(tmp_path, reception=reception) as service:
         first = asyncio.create_task(service.predict(b"[sleep 0.3]" + bytes(900_000)))
         await service.started(1)
         second = asyncio.create_task(service.predict(bytes(900_000)))
-        room = service.gateway.holding.reception.room
         await until(lambda: room.waiting == 1)
         assert room.held("spool") == 900_011
         assert [(await first).status_code, (await second).status_code] == [200, 200]
 
 
 async def test_a_client_that_stops_sending_is_let_go(tmp_path: Path) -> None:
-    async with running_gateway(tmp_path, client_timeout_s=0.2) as service:
+    room = Room(memory_bytes=10_000, spool_bytes=0)
+    reception = Reception(room, max_body_bytes=10_000, client_timeout_s=0.2)
+    async with running_gateway(tmp_path, reception=reception) as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 2000\r\n\r\nabc")
         assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
-        assert service.gateway.holding.reception.room.held("memory") == 0
+        assert room.held("memory") == 0
         writer.close()
 
 
@@ -286,13 +293,6 @@ async def test_preloaded_models_stay_through_an_idle_stop(tmp_path: Path) -> Non
         assert health["worker"]["health"]["preloaded"] == ["ViT-B-32__openai"]
         await asyncio.sleep(0.3)  # three times the TTL, and nothing was used: nothing to give back
         assert (service.state, service.gateway.dispatcher.supervisor.starts) == ("ready", 2)
-
-
-async def test_preloaded_models_go_too_if_asked(tmp_path: Path) -> None:
-    chosen: dict[str, Any] = {"preload_clip_textual": ("ViT-B-32__openai",), "preload_stays": False}
-    chosen["model_ttl_s"] = 0.1
-    async with running_gateway(tmp_path, **chosen) as service, service.watched_closely():
-        await until(lambda: service.state == "idle" and service.journal("born"))
 
 
 async def test_an_worker_over_its_memory_is_replaced_without_a_failure(tmp_path: Path) -> None:

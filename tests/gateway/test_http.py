@@ -92,12 +92,24 @@ async def test_other_requests_get_the_official_answers(
     response = await service.client.request(method, path)
     assert response.status_code == status
     assert body is None or response.json() == body
+    allowed = "POST" if path == "/predict" else "GET"
+    assert response.headers.get("allow") == (allowed if status == 405 else None)
 
 
 async def test_ping_is_pong_as_plain_text(service: Service) -> None:
     response = await service.client.get("/ping")
     assert (response.status_code, response.content) == (200, b"pong")
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+async def test_ping_that_says_no_says_when_to_ask_again(service: Service) -> None:
+    service.gateway.is_draining = True
+    try:
+        response = await service.client.get("/ping")
+    finally:
+        service.gateway.is_draining = False
+    assert (response.status_code, response.content) == (503, b"unavailable")
+    assert response.headers["retry-after"] == "30"
 
 
 async def test_metrics_of_both_processes_stand_side_by_side(service: Service) -> None:

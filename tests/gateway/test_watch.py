@@ -40,7 +40,7 @@ def test_the_time_that_the_machine_slept_does_not_count() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, False), ({"preload_stays": True}, False), ({"preload_ocr_detection": ("x",)}, True)],
+    [({}, False), ({"preload_ocr_detection": ("x",)}, True)],
 )
 def test_only_named_models_count_as_preload(changes: dict[str, object], expected: bool) -> None:
     assert has_preload(settings(**changes)) is expected

@@ -16,7 +16,7 @@ from immich_ml_metal.models.importing import (
     open_tree,
 )
 from immich_ml_metal.models.manifest import NAME
-from immich_ml_metal.models.shelf import Shelf, State
+from immich_ml_metal.models.shelf import FileState, Shelf
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
@@ -66,7 +66,7 @@ def test_an_immich_cache_is_imported_without_files_for_other_hardware(
     }
     store = ModelStore(Settings(models_dir=tmp_path / "m", offline=True))
     assert store.ensure(VISUAL).graph.read_bytes() == CLIP_FILES["visual/model.onnx"]()
-    assert store.status(TEXTUAL).state is State.UNVERIFIED
+    assert store.status(TEXTUAL).state is FileState.UNVERIFIED
     names = {path.name for path in (tmp_path / "m" / "clip").rglob("*") if path.is_file()}
     assert names == {
         "model.onnx",
@@ -169,7 +169,7 @@ def test_what_is_exported_is_imported_as_verified(tmp_path: Path, name: str) -> 
     import_all(tmp_path / name, tmp_path / "b")
     copy = ModelStore(Settings(models_dir=tmp_path / "b", offline=True))
     for key in (VISUAL, TEXTUAL):
-        assert copy.status(key, digests=True).state is State.VERIFIED
+        assert copy.status(key, digests=True).state is FileState.VERIFIED
 
 
 def test_a_record_that_does_not_fit_its_file_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from immich_ml_metal.models.download import Download
 from immich_ml_metal.models.manifest import load_manifest
 from immich_ml_metal.models.paddle import list_pinned
 from immich_ml_metal.models.progress import Tracker
-from immich_ml_metal.models.shelf import Shelf, State
+from immich_ml_metal.models.shelf import FileState, Shelf
 from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
@@ -43,7 +43,7 @@ def fetch(scope: FakeHub, folder: Path) -> Shelf:
     shelf.lock_path(key, "x").parent.mkdir(parents=True, exist_ok=True)
     retry = Retry(attempts=3, first_wait_s=0.001)
     Download(settings, shelf, spec, key, Tracker(key), retry).run()
-    assert shelf.status(spec, key.part, digests=True).state is State.VERIFIED
+    assert shelf.status(spec, key.part, digests=True).state is FileState.VERIFIED
     assert shelf.files(key).graph.read_bytes() == CONTENT
     return shelf
 

@@ -16,7 +16,7 @@ from doubles.hub import FakeHub, Fault, add_clip, add_faces, onnx_bytes, serve_h
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.models.manifest import load_manifest
-from immich_ml_metal.models.shelf import State
+from immich_ml_metal.models.shelf import FileState
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.models.transfer import RemoteFile, Retry, partial_path
 from immich_ml_metal.settings import Settings
@@ -110,7 +110,7 @@ def test_two_services_that_start_at_once_download_each_file_once(
         service.close()
     for path in (GRAPH, "visual/preprocess_cfg.json", "config.json"):
         assert len(hub.asked(path)) == 1
-    assert make_store(hub, tmp_path).status(KEY, digests=True).state is State.VERIFIED
+    assert make_store(hub, tmp_path).status(KEY, digests=True).state is FileState.VERIFIED
 
 
 def kill_again_and_again(hub: FakeHub, folder: Path, times: int) -> None:
@@ -136,7 +136,7 @@ def kill_again_and_again(hub: FakeHub, folder: Path, times: int) -> None:
     assert nursery.wait() == 0
     nursery.close()
     assert target(folder).read_bytes() == graph
-    assert make_store(hub, folder).status(KEY, digests=True).state is State.VERIFIED
+    assert make_store(hub, folder).status(KEY, digests=True).state is FileState.VERIFIED
     assert any(seen.range for seen in hub.asked(GRAPH)), "no download went on from a killed one"
 
 
@@ -163,7 +163,7 @@ def test_ended_between_two_renames_it_needs_no_second_download(
     target(tmp_path).replace(store.shelf.staging(KEY) / GRAPH)
     make_store(hub, tmp_path).ensure(KEY)
     assert len(hub.asked(GRAPH)) == 1
-    assert store.status(KEY, digests=True).state is State.VERIFIED
+    assert store.status(KEY, digests=True).state is FileState.VERIFIED
 
 
 def test_ended_after_the_last_byte_it_needs_no_second_download(

@@ -11,8 +11,8 @@ import pytest
 from doubles.hub import FakeHub, add_faces, onnx_bytes, serve_hub
 
 from immich_ml_metal.catalog import get_model, model_key
-from immich_ml_metal.models.rapidocr_wheel import find_in_wheel
-from immich_ml_metal.models.shelf import State
+from immich_ml_metal.models.paddle import find_in_wheel
+from immich_ml_metal.models.shelf import FileState
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
@@ -121,5 +121,5 @@ def test_the_installed_wheel_serves_the_small_text_model_without_network(tmp_pat
     for part in (Part.DETECTION, Part.RECOGNITION):
         key = model_key("PP-OCRv6_small", Task.OCR, part)
         assert store.ensure(key).graph.stat().st_size > 9_000_000
-        assert store.status(key).state is State.VERIFIED
+        assert store.status(key).state is FileState.VERIFIED
     assert not list(tmp_path.iterdir())

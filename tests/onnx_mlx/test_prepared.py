@@ -9,8 +9,9 @@ import onnx
 import pytest
 from doubles.onnx_models import FLOAT, assert_close, ints, make_model, node, randn, save, value
 
+from immich_ml_metal.onnx_mlx import prepared as prepared_module
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
-from immich_ml_metal.onnx_mlx.prepared import Prepared
+from immich_ml_metal.onnx_mlx.prepared import FILE, Prepared
 
 OPTIONS = Options(max_batch=4, compiled=False, prepared=True)
 X = randn(2, 6)
@@ -40,6 +41,10 @@ def path(tmp_path: Path) -> Path:
     return save(model(), tmp_path)
 
 
+def forms(path: Path) -> list[Path]:
+    return sorted((path.parent / "mlx").iterdir())
+
+
 def is_used(path: Path, dtype: mx.Dtype = mx.float32) -> bool:
     return Prepared(path, dtype).load() is not None
 
@@ -67,25 +72,46 @@ def test_each_number_format_has_its_own_file(path: Path) -> None:
     MlxGraph(path, OPTIONS)
     assert not is_used(path, mx.float16)
     MlxGraph(path, Options(dtype=mx.float16, compiled=False, prepared=True))
-    names = sorted(file.name for file in (path.parent / "mlx").iterdir())
-    assert names == ["model-float16.safetensors", "model-float32.safetensors"]
+    assert sorted(form.name.rpartition("-")[2] for form in forms(path)) == ["float16", "float32"]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1, -40])
 def test_a_truncated_file_is_ignored_and_replaced(path: Path, keep: int) -> None:
     expected = MlxGraph(path, OPTIONS).run({"x": X})
-    prepared = Prepared(path, mx.float32).path
+    prepared = forms(path)[0] / FILE
     prepared.write_bytes(prepared.read_bytes()[:keep])
     assert not is_used(path)
     assert_close(MlxGraph(path, OPTIONS).run({"x": X}), expected, 0)
     assert is_used(path)
 
 
-def test_a_file_of_another_kind_is_ignored(path: Path) -> None:
-    prepared = Prepared(path, mx.float32).path
-    prepared.parent.mkdir()
-    mx.save_safetensors(str(prepared), {"w": mx.zeros(3)}, {"by": "somebody else"})
+def test_a_file_of_the_right_size_with_other_content_is_thrown_away(path: Path) -> None:
+    expected = MlxGraph(path, OPTIONS).run({"x": X})
+    prepared = forms(path)[0] / FILE
+    prepared.write_bytes(bytes(prepared.stat().st_size))
     assert not is_used(path)
+    assert forms(path) == []
+    assert_close(MlxGraph(path, OPTIONS).run({"x": X}), expected, 0)
+    assert is_used(path)
+
+
+@pytest.mark.parametrize("changed", ["compiler_digest", "mlx", "onnx"])
+def test_what_another_compiler_or_library_made_is_replaced(
+    path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MlxGraph(path, OPTIONS)
+    old = forms(path)
+    if changed == "compiler_digest":
+        monkeypatch.setattr(prepared_module, "compiler_digest", lambda: "another")
+    elif changed == "mlx":
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
+    else:
+        monkeypatch.setattr("onnx.__version__", "99.0")
+    assert not is_used(path)
+    MlxGraph(path, OPTIONS)
+    assert is_used(path)
+    assert len(forms(path)) == 1
+    assert forms(path) != old
 
 
 def test_changed_external_weights_are_noticed(tmp_path: Path) -> None:
@@ -101,7 +127,8 @@ def test_changed_external_weights_are_noticed(tmp_path: Path) -> None:
 def test_nothing_is_left_behind_but_the_file(path: Path) -> None:
     MlxGraph(path, OPTIONS)
     MlxGraph(path, OPTIONS)
-    assert [file.name for file in (path.parent / "mlx").iterdir()] == ["model-float32.safetensors"]
+    (form,) = forms(path)
+    assert sorted(file.name for file in form.iterdir()) == ["manifest.json", FILE]
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_the_load(path: Path) -> None:

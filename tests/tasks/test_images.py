@@ -1,9 +1,7 @@
-import asyncio
 import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,10 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage
-from immich_ml_metal.tasks.images import ImageLimits, Picture, decode, resize
-from immich_ml_metal.threads import CpuThreads
+from immich_ml_metal.tasks.images import ImageLimits, decode, resize
 from immich_ml_metal.types import Bytes
-from immich_ml_metal.worker.picture_cache import PictureCache
 
 LIMITS = ImageLimits(max_pixels=178_956_970, max_side_px=65_535)
 
@@ -297,140 +293,6 @@ def test_a_picture_is_resized_across_then_down(
 def test_pixels_are_those_of_the_pillow_that_the_official_service_runs() -> None:
     resized = resize(Image.fromarray(noise(67, 33)), (32, 64), Image.Resampling.BICUBIC)
     assert zlib.crc32(resized.tobytes()) == 3382276884  # of Pillow 12.3.0
-
-
-# -- the cache -------------------------------------------------------------------------------------
-
-
-class Decoder:
-    """Counts its work, and holds it until it is let go. One picture is 10x10: 700 bytes."""
-
-    def __init__(self) -> None:
-        self.seen: list[bytes] = []
-        self.let_go = threading.Event()
-        self.let_go.set()
-
-    def __call__(self, data: bytes) -> Picture:
-        self.seen.append(data)
-        assert self.let_go.wait(timeout=10)
-        if data.startswith(b"bad"):
-            raise InvalidImage("bad")
-        side = 100 if data.startswith(b"large") else 10
-        return Picture(Image.new("RGB", (side, side)))
-
-
-@pytest.fixture
-def decoder() -> Iterator[Decoder]:
-    decoder = Decoder()
-    yield decoder
-    decoder.let_go.set()
-
-
-@pytest.fixture
-def threads() -> Iterator[CpuThreads]:
-    threads = CpuThreads(2)
-    yield threads
-    threads.close()
-
-
-async def until(condition: object) -> None:
-    assert callable(condition)
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-async def test_a_picture_comes_back_without_decoding(decoder: Decoder, threads: CpuThreads) -> None:
-    cache = PictureCache(decoder, threads, max_bytes=10_000)
-    first = await cache.get(b"a")
-    assert await cache.get(b"a") is first
-    assert await cache.get(b"b") is not first
-    assert (decoder.seen, cache.hits, cache.size_bytes) == ([b"a", b"b"], 1, 1400)
-
-
-async def test_callers_at_the_same_time_share_one_decoding(
-    decoder: Decoder, threads: CpuThreads
-) -> None:
-    cache = PictureCache(decoder, threads, max_bytes=10_000)
-    decoder.let_go.clear()
-    calls = [asyncio.create_task(cache.get(b"a")) for _ in range(5)]
-    await until(lambda: decoder.seen and cache.hits == 4)
-    decoder.let_go.set()
-    pictures = await asyncio.gather(*calls)
-    assert len({id(picture) for picture in pictures}) == 1
-    assert decoder.seen == [b"a"]
-
-
-async def test_the_least_recently_used_picture_goes_first(
-    decoder: Decoder, threads: CpuThreads
-) -> None:
-    cache = PictureCache(decoder, threads, max_bytes=1400)
-    for data in (b"a", b"b", b"a", b"c", b"a", b"b"):
-        await cache.get(data)
-        assert cache.size_bytes <= 1400
-    assert decoder.seen == [b"a", b"b", b"c", b"b"]
-
-
-async def test_a_picture_over_the_bound_is_answered_and_displaces_nothing(
-    decoder: Decoder, threads: CpuThreads
-) -> None:
-    cache = PictureCache(decoder, threads, max_bytes=1400)
-    await cache.get(b"a")
-    assert (await cache.get(b"large")).size == (100, 100)
-    await cache.get(b"a")
-    assert (decoder.seen, cache.size_bytes) == ([b"a", b"large"], 700)
-
-
-async def test_a_bound_of_zero_keeps_nothing(decoder: Decoder, threads: CpuThreads) -> None:
-    cache = PictureCache(decoder, threads, max_bytes=0)
-    await cache.get(b"a")
-    await cache.get(b"a")
-    assert (decoder.seen, cache.size_bytes) == ([b"a", b"a"], 0)
-
-
-async def test_a_failure_reaches_every_caller_and_is_not_kept(
-    decoder: Decoder, threads: CpuThreads
-) -> None:
-    cache = PictureCache(decoder, threads, max_bytes=10_000)
-    decoder.let_go.clear()
-    calls = [asyncio.create_task(cache.get(b"bad")) for _ in range(2)]
-    await until(lambda: cache.hits == 1)
-    decoder.let_go.set()
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert [type(result) for result in results] == [InvalidImage, InvalidImage]
-    with pytest.raises(InvalidImage):
-        await cache.get(b"bad")
-    assert (decoder.seen, cache.size_bytes) == ([b"bad", b"bad"], 0)
-
-
-async def test_a_caller_that_hangs_up_leaves_the_others_their_picture(
-    decoder: Decoder, threads: CpuThreads
-) -> None:
-    cache = PictureCache(decoder, threads, max_bytes=10_000)
-    decoder.let_go.clear()
-    first, second = (asyncio.create_task(cache.get(b"a")) for _ in range(2))
-    await until(lambda: decoder.seen and cache.hits == 1)
-    first.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await first
-    decoder.let_go.set()
-    assert (await second).size == (10, 10)
-    await cache.get(b"a")
-    assert decoder.seen == [b"a"]
-
-
-def test_a_stop_while_decoding_keeps_nothing(decoder: Decoder, threads: CpuThreads) -> None:
-    async def start() -> PictureCache:
-        cache = PictureCache(decoder, threads, max_bytes=10_000)
-        call = asyncio.create_task(cache.get(b"a"))
-        await until(lambda: decoder.seen)
-        assert not call.done()
-        return cache
-
-    decoder.let_go.clear()
-    cache = asyncio.run(start())  # which cancels what still runs
-    decoder.let_go.set()
-    assert cache.size_bytes == 0
 
 
 def test_postscript_is_refused_because_pillow_would_run_it() -> None:

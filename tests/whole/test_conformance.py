@@ -21,7 +21,7 @@ from doubles.live import TEXTUAL, VISUAL, face_entries, numbers, predict, text_e
 from doubles.shared_models import OTHER_FACES
 from PIL import Image
 
-from immich_ml_metal.client.child import running_service
+from immich_ml_metal.client.own_service import running_service
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(300)]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from immich_ml_metal.cli.exits import Exit
+from immich_ml_metal.cli.output import Exit
 from immich_ml_metal.metrics import Metrics, merge
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

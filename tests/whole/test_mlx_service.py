@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,11 @@ OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/libopenblas.so.0")
 PATIENCE_S = 60.0
 
 
+def own(folder: Path, models: Path) -> Path:
+    """The models under another root: MLX keeps its prepared weights beside them."""
+    return Path(shutil.copytree(models, folder / "models", copy_function=os.link))
+
+
 def environment() -> dict[str, str]:
     fast = {"LD_PRELOAD": str(OPENBLAS)} if OPENBLAS.exists() else {}
     return os.environ | fast
@@ -42,9 +48,7 @@ def service(
         port = probe.getsockname()[1]
     engines = "".join(f'{name} = "{engine}"\n' for name, engine in EVERYTHING_ON_MLX.items())
     config = folder / "settings.toml"
-    config.write_text(
-        f"models_dir = {str(models)!r}\noffline = true\nmlx_prepared = false\n{engines}"
-    )
+    config.write_text(f"models_dir = {str(own(folder, models))!r}\noffline = true\n{engines}")
     command = [sys.executable, "-m", "immich_ml_metal", "serve", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--config", str(config), *options]
     with (folder / "log").open("wb") as log:
@@ -89,7 +93,7 @@ def test_mlx_serves_every_task_and_the_service_ends_with_zero(
 
 def test_the_engine_process_ends_with_zero_after_mlx_ran(models: Path, tmp_path: Path) -> None:
     """The gateway hides its status: an abort at exit would show only here and in crash reports."""
-    settings = Settings(models_dir=models, offline=True, mlx_prepared=False, **EVERYTHING_ON_MLX)
+    settings = Settings(models_dir=own(tmp_path, models), offline=True, **EVERYTHING_ON_MLX)
     where = tmp_path / "e.sock"
     command = [sys.executable, "-m", "immich_ml_metal.worker.process", str(where)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

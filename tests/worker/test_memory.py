@@ -3,9 +3,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.types import ModelKey, Part, Task
-from immich_ml_metal.worker.memory import TEXT_TOWER, Backoff, MemoryRules, make_rules
+from immich_ml_metal.worker.memory import Backoff, MemoryRules
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
 TEXTUAL = ModelKey(Task.CLIP, Part.TEXTUAL, "ViT-B-32__openai")
@@ -33,20 +32,8 @@ def test_a_model_in_use_stays_even_when_the_limit_is_passed() -> None:
     assert MemoryRules(limit_bytes=5).choose_evictions([busy, idle], 10) == [idle]
 
 
-def test_a_pinned_half_stays() -> None:
-    text, other = Model(TEXTUAL, 10, 1.0), Model(VISUAL, 10, 2.0)
-    rules = MemoryRules(limit_bytes=15, pinned=frozenset({TEXT_TOWER}))
-    assert rules.choose_evictions([text, other], 5) == [other]
-
-
 def test_without_a_limit_nobody_goes() -> None:
     assert MemoryRules().choose_evictions([Model(VISUAL, 10**12, 1.0)], 10**12) == []
-
-
-def test_the_settings_make_the_rules() -> None:
-    assert make_rules(load_settings(environ={}), 1000) == MemoryRules(500, frozenset({TEXT_TOWER}))
-    environ = {"ML_MODEL_MEMORY_LIMIT": "4GB", "ML_PIN_TEXT_MODEL": "false"}
-    assert make_rules(load_settings(environ=environ), 1000) == MemoryRules(4 * 2**30)
 
 
 residents = st.lists(
@@ -65,12 +52,11 @@ residents = st.lists(
 def test_either_it_fits_or_everything_that_may_go_goes(
     everyone: list[Model], incoming: int, limit: int
 ) -> None:
-    rules = MemoryRules(limit, frozenset({TEXT_TOWER}))
-    chosen = rules.choose_evictions(everyone, incoming)
+    chosen = MemoryRules(limit).choose_evictions(everyone, incoming)
     left = [one for one in everyone if not any(one is gone for gone in chosen)]
     fits = incoming + sum(one.size_bytes for one in left) <= limit
-    assert fits or all(one.users or one.key == TEXTUAL for one in left)
-    assert all(not one.users and one.key != TEXTUAL for one in chosen)
+    assert fits or all(one.users for one in left)
+    assert all(not one.users for one in chosen)
 
 
 def test_pauses_double_up_to_a_limit_and_end_with_success() -> None:

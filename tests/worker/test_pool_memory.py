@@ -16,7 +16,7 @@ from immich_ml_metal.errors import DownloadFailed, LoadFailed, ModelUnavailable
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
-from immich_ml_metal.worker.memory import TEXT_TOWER, Backoff, MemoryRules
+from immich_ml_metal.worker.memory import Backoff, MemoryRules
 from immich_ml_metal.worker.pool import Pool
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
@@ -114,7 +114,7 @@ class World:
             self.threads,
             self.metrics,
             clock=lambda: self.now,
-            memory=MemoryRules(limit_bytes, frozenset({TEXT_TOWER})),
+            memory=MemoryRules(limit_bytes),
             backoff=self.backoff,
         )
 
@@ -155,13 +155,10 @@ async def test_an_evicted_model_comes_back_when_it_is_asked_for(world: World) ->
     assert world.here == {RECOGNISER, VISUAL}
 
 
-async def test_the_text_tower_stays_for_others_and_when_idle_but_not_at_the_end(
-    world: World,
-) -> None:
-    await world.use(TEXTUAL, VISUAL, DETECTOR, RECOGNISER)
-    assert world.here == {TEXTUAL, RECOGNISER}
+async def test_what_is_to_stay_stays_when_idle_but_not_at_the_end(world: World) -> None:
+    await world.use(TEXTUAL, RECOGNISER)
     world.now += 1e6
-    assert await world.pool.unload_idle(300.0) == [RECOGNISER]
+    assert await world.pool.unload_idle(300.0, keep=[TEXTUAL]) == [RECOGNISER]
     assert world.here == {TEXTUAL}
     await world.pool.close()
     assert all(model.closed == 1 for model in world.engine.models)

@@ -549,7 +549,7 @@ async def test_texts_are_never_logged(
 
 
 async def test_an_unused_model_is_unloaded_and_loaded_again() -> None:
-    rig = Rig(model_ttl_s=0.05, pin_text_model=False)
+    rig = Rig(model_ttl_s=0.05)
     with serve(rig.app) as url:
         async with httpx.AsyncClient(base_url=url) as client:
             await rig.ask(client)

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry(Generic[ItemT, ResultT]):
+class Waiting(Generic[ItemT, ResultT]):
     """One waiting item. `alone` marks an item whose batch failed: it is tried again by itself."""
 
     item: ItemT
@@ -66,7 +66,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self._infer = infer
         self._max_batch = max_batch
         self._watch = watch
-        self._queue: deque[Entry[ItemT, ResultT]] = deque()
+        self._queue: deque[Waiting[ItemT, ResultT]] = deque()
 
     def __repr__(self) -> str:
         return f"<Batcher {self.name}: {len(self._queue)} queued>"
@@ -77,13 +77,13 @@ class Batcher(Generic[ItemT, ResultT]):
     def add(self, item: ItemT) -> asyncio.Future[ResultT]:
         """Queue one item; the future gets its result or its InferenceError."""
         future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
-        entry: Entry[ItemT, ResultT] = Entry(item, future, time.perf_counter())
+        entry: Waiting[ItemT, ResultT] = Waiting(item, future, time.perf_counter())
         self._queue.append(entry)
         return future
 
-    def next_batch(self) -> list[Entry[ItemT, ResultT]]:
+    def next_batch(self) -> list[Waiting[ItemT, ResultT]]:
         """Pop up to `max_batch` entries whose callers still wait; empty when there are none."""
-        batch: list[Entry[ItemT, ResultT]] = []
+        batch: list[Waiting[ItemT, ResultT]] = []
         while self._queue and len(batch) < self._max_batch:
             if batch and batch[0].alone:  # those that failed are always in front
                 break
@@ -92,7 +92,7 @@ class Batcher(Generic[ItemT, ResultT]):
                 batch.append(entry)
         return batch
 
-    async def answer(self, batch: list[Entry[ItemT, ResultT]], run: Runner) -> None:
+    async def answer(self, batch: list[Waiting[ItemT, ResultT]], run: Runner) -> None:
         """Infer `batch` through `run` and settle its futures; a failed batch is split up."""
         items = [entry.item for entry in batch]
         started = time.perf_counter()
@@ -111,14 +111,14 @@ class Batcher(Generic[ItemT, ResultT]):
         if results != items:
             raise InferenceError(f"{self.name} gave {results} results for {items} items")
 
-    def _report(self, batch: list[Entry[ItemT, ResultT]], started: float) -> None:
+    def _report(self, batch: list[Waiting[ItemT, ResultT]], started: float) -> None:
         if self._watch is None:
             return
         for entry in batch:
             self._watch.waited(started - entry.queued_at)
         self._watch.ran(len(batch), time.perf_counter() - started)
 
-    def _fail(self, batch: list[Entry[ItemT, ResultT]], exc: Exception) -> None:
+    def _fail(self, batch: list[Waiting[ItemT, ResultT]], exc: Exception) -> None:
         if len(batch) > 1:  # one bad item must not fail its neighbours
             self._queue.extendleft(replace(entry, alone=True) for entry in reversed(batch))
             return

@@ -1,38 +1,81 @@
 """The command line: `immich-ml-metal COMMAND`.
 
-Command modules import only typer at the top; what a command needs is imported inside it, so that
-`serve` starts fast and `--help` never loads a model library.
+A command is the module of its name in this package: an `app` with commands of its own, or a
+function of that name. It is imported when it runs, in `load_command` and nowhere else, so that
+`--help` is quick and `serve` loads nothing that only `doctor` needs.
 """
 
 import sys
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli import config, immich, models, service
-from immich_ml_metal.cli.bench import bench
-from immich_ml_metal.cli.demo import demo
-from immich_ml_metal.cli.doctor import doctor
-from immich_ml_metal.cli.exits import Exit
-from immich_ml_metal.cli.parity import parity
-from immich_ml_metal.cli.serve import serve
+from immich_ml_metal.cli.output import Exit, print_error
 from immich_ml_metal.errors import ConfigError, ServiceError
+
+# Each command and the first sentence of its own help, in the order of `--help`.
+COMMANDS = MappingProxyType(
+    {
+        "serve": "Answer Immich's requests on port 3003.",
+        "demo": "Show what the service answers: search, faces and text of one picture.",
+        "doctor": "Check the installation and say what to do, the cause of the trouble first.",
+        "config": "Write, show and check the settings.",
+        "models": "Get, check, keep, move and choose models.",
+        "service": "Start at boot (launchd on macOS, systemd on Linux), stop, see, read the logs.",
+        "immich": "See the Immich server's settings and queues; bring back lost jobs.",
+        "parity": "Send the same pictures and texts to two services and say whether switching is "
+        "safe.",
+        "bench": "Measure requests per second, latency and memory; compare with the raw engine.",
+    }
+)
+
+
+def load_command(name: str) -> TyperCommand | TyperGroup:
+    """Import the module of a command and build the command."""
+    module = import_module(f"{__name__}.{name}")
+    holder = typer.Typer(add_completion=False)
+    holder.callback()(lambda: None)  # else a single command would take the holder's place
+    if (group := getattr(module, "app", None)) is not None:
+        holder.add_typer(group, name=name)
+    else:
+        holder.command(name)(getattr(module, name))
+    command: TyperCommand | TyperGroup = get_command(holder).commands[name]  # type: ignore[attr-defined]
+    return command
+
+
+class _Delayed(TyperCommand):
+    """Stands for a command in the list, and becomes it when it runs or explains itself."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        return load_command(str(self.name)).make_context(info_name, args, parent, **extra)
+
+
+class _Commands(TyperGroup):
+    """The group of all commands."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        own = dict(self.commands)
+        self.commands.clear()
+        for name, summary in COMMANDS.items():
+            self.add_command(_Delayed(name=name, help=summary))
+        self.commands.update(own)
+
 
 app = typer.Typer(
     name="immich-ml-metal",
+    cls=_Commands,
     help="Drop-in machine-learning service for Immich: native on Apple Silicon.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("serve")(serve)
-app.command("demo")(demo)
-app.command("bench")(bench)
-app.add_typer(config.app, name="config")
-app.add_typer(models.app, name="models")
-app.add_typer(immich.app, name="immich")
-app.add_typer(service.app, name="service")
-app.command("doctor")(doctor)
-app.command("parity")(parity)
 
 
 @app.callback()
@@ -51,5 +94,5 @@ def main() -> None:
     try:
         app()
     except ServiceError as exc:
-        typer.echo(f"immich-ml-metal: {exc}", err=True)
+        print_error(exc)
         sys.exit(Exit.USAGE if isinstance(exc, ConfigError) else Exit.FINDING)

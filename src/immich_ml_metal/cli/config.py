@@ -6,15 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from immich_ml_metal.cli.json_output import JsonOption, print_json
-from immich_ml_metal.old_names import old_names_used
-from immich_ml_metal.settings import SECRET, Settings, env_names
-from immich_ml_metal.settings_sources import ignored_names, resolve
+from immich_ml_metal.cli.output import JsonOption, print_json
+from immich_ml_metal.settings import SECRET, Settings, env_names, grouped
+from immich_ml_metal.settings_sources import doubtful_names, resolve
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
 
 DEFAULT_FILE = Path("~/.config/immich-ml-metal/config.toml")
 _UNITS = {"_s": "seconds", "_bytes": "bytes", "_px": "pixels", "_pixels": "pixels"}
+
+_ALWAYS_SHOWN = ("Service", "Answers")
 
 FileOption = Annotated[
     Path | None, typer.Option("--file", help="Settings file (TOML); ML_CONFIG_FILE names one too.")
@@ -52,9 +53,15 @@ def init(
 
 @app.command("show")
 def show(
-    file: FileOption = None, env_file: EnvFileOption = None, as_json: JsonOption = False
+    file: FileOption = None,
+    env_file: EnvFileOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every setting.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print every setting in force and where it came from."""
+    """Print the settings in force and where each came from: what matters most, and what is set.
+
+    As JSON, every setting.
+    """
     settings, origin = resolve(file=file, env_file=env_file)
     if as_json:
         rows = {
@@ -62,17 +69,15 @@ def show(
         }
         print_json(rows)
         return
-    _print_table(settings, origin)
+    _print_table(settings, origin, everything=everything)
 
 
 @app.command("check")
 def check(file: FileOption = None, env_file: EnvFileOption = None) -> None:
     """Validate the settings; exit 2 and name the setting when one is wrong."""
     _, origin = resolve(file=file, env_file=env_file)
-    for warning in old_names_used(origin):
+    for warning in doubtful_names(origin, env_file=env_file):
         typer.echo(warning)
-    for name in ignored_names(env_file=env_file):
-        typer.echo(f"{name} is set, but it has no meaning here and is ignored")
     typer.echo("The settings are valid.")
 
 
@@ -112,16 +117,32 @@ def plain_value(settings: Settings, name: str) -> Any:
     return value if isinstance(value, bool | int | float | tuple | None) else str(value)
 
 
-def _print_table(settings: Settings, origin: dict[str, str]) -> None:
+def _print_table(settings: Settings, origin: dict[str, str], *, everything: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("setting", "value", "from", box=None, header_style="bold")
-    for name, source in origin.items():
-        value = plain_value(settings, name)
-        shown = (
-            "-" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
-        )
-        style = "dim" if source == "default" else ""
-        table.add_row(name, shown, source, style=style)
-    Console().print(table)
+    hidden = 0
+    for group, names in grouped().items():
+        shown = [
+            name
+            for name in names
+            if everything or group in _ALWAYS_SHOWN or origin[name] != "default"
+        ]
+        hidden += len(names) - len(shown)
+        if shown:
+            table.add_row(f"[bold]{group}[/]")
+        for name in shown:
+            style = "dim" if origin[name] == "default" else ""
+            table.add_row(f"  {name}", _in_words(settings, name), origin[name], style=style)
+    console = Console()
+    console.print(table)
+    if hidden:
+        console.print(f"{hidden} more are at their defaults; --all shows them.")
+
+
+def _in_words(settings: Settings, name: str) -> str:
+    value = plain_value(settings, name)
+    if value is None:
+        return "-"
+    return (", ".join(value) or "-") if isinstance(value, tuple) else str(value)

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from immich_ml_metal.cli.exits import Exit
-from immich_ml_metal.cli.json_output import JsonOption, print_json
+from immich_ml_metal.cli.output import Exit, JsonOption, print_json
 
 if TYPE_CHECKING:
-    from immich_ml_metal.immich.advice import Advice, OurSide
+    from immich_ml_metal.immich.advice import Advice
     from immich_ml_metal.immich.api import QueueCounts, ServerSettings
     from immich_ml_metal.settings import Settings
     from immich_ml_metal.types import Task
@@ -33,6 +32,7 @@ def status(
     """
     from immich_ml_metal.immich.advice import advise
     from immich_ml_metal.immich.api import ImmichError, connect
+    from immich_ml_metal.immich.our_side import look_at_ours
     from immich_ml_metal.settings_sources import load_settings
 
     settings = load_settings()
@@ -42,7 +42,7 @@ def status(
     except ImmichError as exc:
         typer.echo(f"immich-ml-metal: {exc}", err=True)
         raise typer.Exit(Exit.UNREACHABLE) from exc
-    advice = advise(server, our_side(settings, server, measure=measure))
+    advice = advise(server, look_at_ours(settings, server, measure=measure))
     failed = _failed_answers(settings)
     if as_json:
         _print_json(server, queues, failed, advice)
@@ -79,54 +79,16 @@ def requeue(
             typer.echo(f"Asked Immich for the missing {QUEUES[one]} jobs.")
 
 
-def our_side(settings: "Settings", server: "ServerSettings", *, measure: bool) -> "OurSide":
-    """This service as Immich could see it; `measure` takes a minute."""
-    from immich_ml_metal.client.drawing import draw_preview
-    from immich_ml_metal.client.own_service import local_url
-    from immich_ml_metal.immich.advice import OurSide
-    from immich_ml_metal.immich.gain import measure_gains
-    from immich_ml_metal.system.network import names_of_this_machine
-
-    url = local_url(settings)
-    return OurSide(
-        port=settings.port,
-        hosts=names_of_this_machine(),
-        immich_compat=settings.immich_compat,
-        why_not_served=_why_not_served,
-        engines=_engines(url),
-        gains=measure_gains(url, server, draw_preview) if measure else None,
-    )
-
-
-def _engines(url: str) -> "dict[Task, str]":
-    from immich_ml_metal.client.own_service import NotServing, ask_health
-    from immich_ml_metal.types import Task
-
-    try:
-        table = ask_health(url).engines
-    except NotServing:
-        return {}
-    return {task: name for task in Task for key, name in table.items() if key.startswith(task)}
-
-
-def _why_not_served(task: "Task", name: str) -> str:
-    from immich_ml_metal.catalog import PARTS_OF, find_model
-    from immich_ml_metal.errors import UnknownModel
-
-    try:
-        find_model(name, task, PARTS_OF[task][0])
-    except UnknownModel as exc:
-        return str(exc)
-    return ""
-
-
 def _failed_answers(settings: "Settings") -> int | None:
-    from immich_ml_metal.client.own_service import NotServing, failed_answers, local_url
+    """How many `/predict` answers were failures of ours since the start; None not known."""
+    from immich_ml_metal.client.own_service import NotServing, answers_by_status, local_url
+    from immich_ml_metal.immich.requeue import LOST_FROM_STATUS
 
     try:
-        return failed_answers(local_url(settings))
+        counts = answers_by_status(local_url(settings))
     except NotServing:
         return None
+    return sum(count for status, count in counts.items() if status >= LOST_FROM_STATUS)
 
 
 def _print_json(

@@ -1,24 +1,36 @@
 """`models …`: get, check, keep, move and choose models."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import psutil
 import typer
 
-from immich_ml_metal.cli.exits import Exit
-from immich_ml_metal.cli.json_output import JsonOption, print_json
-
-if TYPE_CHECKING:
-    from immich_ml_metal.models.prune import Waste
-    from immich_ml_metal.models.shelf import Shelf
-    from immich_ml_metal.models.store import ModelStore
-    from immich_ml_metal.settings import Settings
+from immich_ml_metal.catalog import Family, all_models, clean_name, find_by_name
+from immich_ml_metal.cli import models_show as show
+from immich_ml_metal.cli.models_pull import pull_models, verify_models
+from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_json
+from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.models import prune as waste
+from immich_ml_metal.models.advice import reads
+from immich_ml_metal.models.advice import recommend as suitable
+from immich_ml_metal.models.importing import export_models, find_models, import_model, open_tree
+from immich_ml_metal.models.manifest import load_manifest
+from immich_ml_metal.models.progress import format_bytes
+from immich_ml_metal.models.shelf import FileState, Shelf
+from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.qualification.plan import Choices, this_machine
+from immich_ml_metal.qualification.record import Record
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.state import StateFolder
+from immich_ml_metal.worker.preload import preload_keys
 
 app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_help=True)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Model names, as in Immich's settings.")]
 SomeNames = Annotated[list[str], typer.Argument(help="Model names, as in Immich's settings.")]
-FolderOption = Annotated[Path | None, typer.Option("--models-dir", help="Model folder.")]
 DeletedJsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON for scripts; deletes only with --yes.")
 ]
@@ -44,13 +56,6 @@ def list_models(
     as_json: JsonOption = False,
 ) -> None:
     """Every official model: what it is, and what is here of it."""
-    from immich_ml_metal.catalog import all_models
-    from immich_ml_metal.cli.models_show import print_list
-    from immich_ml_metal.models.advice import reads
-    from immich_ml_metal.qualification.plan import Choices, this_machine
-    from immich_ml_metal.qualification.record import Record
-    from immich_ml_metal.state import StateFolder
-
     settings, store = _open(models_dir)
     rows = [
         (spec, [store.status(spec.key(part)) for part in spec.parts])
@@ -62,7 +67,7 @@ def list_models(
         rows = [row for row in rows if any(status.is_usable for status in row[1])]
     record = Record(StateFolder(settings.state_folder))
     choices = Choices(settings, this_machine(), record.entries(), store)
-    print_list(rows, choices, as_json=as_json)
+    show.print_list(rows, choices, as_json=as_json)
 
 
 @app.command("pull")
@@ -76,10 +81,6 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Download models; what is here already is not fetched again."""
-    from immich_ml_metal.catalog import Family, all_models, find_by_name
-    from immich_ml_metal.cli.models_pull import pull_models
-    from immich_ml_metal.cli.models_show import print_pulled
-
     settings, store = _open(models_dir)
     wanted = [find_by_name(name) for name in names or []]
     if configured:
@@ -91,7 +92,7 @@ def pull(
     keys = dict.fromkeys(spec.key(part) for spec in wanted for part in spec.parts)
     failures = pull_models(store, list(keys))
     if as_json:
-        print_pulled([store.status(key) for key in keys], failures)
+        show.print_pulled([store.status(key) for key in keys], failures)
     if failures:
         raise typer.Exit(Exit.UNREACHABLE)
 
@@ -107,16 +108,11 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Read every file and compare its digest; exit 1 when something is damaged."""
-    from immich_ml_metal.catalog import all_models, find_by_name
-    from immich_ml_metal.cli.models_pull import verify_models
-    from immich_ml_metal.cli.models_show import print_verified
-    from immich_ml_metal.models.shelf import State
-
     _, store = _open(models_dir)
     specs = [find_by_name(name) for name in names] if names else all_models()
     statuses = verify_models(store, specs, online=online, repair=repair)
-    print_verified(statuses, as_json=as_json)
-    if any(status.state is State.DAMAGED for status in statuses):
+    show.print_verified(statuses, as_json=as_json)
+    if any(status.state is FileState.DAMAGED for status in statuses):
         raise typer.Exit(Exit.FINDING)
 
 
@@ -128,17 +124,13 @@ def remove(
     as_json: DeletedJsonOption = False,
 ) -> None:
     """Delete models from the disk, every revision of them."""
-    from immich_ml_metal.catalog import find_by_name
-    from immich_ml_metal.errors import ModelUnavailable
-    from immich_ml_metal.models.prune import folder_of
-
     _, store = _open(models_dir)
     found = []
     for name in names:
-        waste = folder_of(store.shelf, find_by_name(name))
-        if waste is None:
+        folder = waste.folder_of(store.shelf, find_by_name(name))
+        if folder is None:
             raise ModelUnavailable(f"{name} is not on disk")
-        found.append(waste)
+        found.append(folder)
     _delete(store.shelf, found, yes=yes, as_json=as_json)
 
 
@@ -152,12 +144,9 @@ def prune(
     as_json: DeletedJsonOption = False,
 ) -> None:
     """Delete unfinished downloads and files for other hardware."""
-    from immich_ml_metal.catalog import clean_name
-    from immich_ml_metal.models.prune import find_waste
-
     settings, store = _open(models_dir)
     keep = frozenset(map(clean_name, _configured(settings))) if unused else None
-    _delete(store.shelf, find_waste(store.shelf, keep), yes=yes, as_json=as_json)
+    _delete(store.shelf, waste.find_waste(store.shelf, keep), yes=yes, as_json=as_json)
 
 
 @app.command("import")
@@ -167,17 +156,13 @@ def import_(
     as_json: JsonOption = False,
 ) -> None:
     """Copy models from an Immich cache, an InsightFace pack or an export."""
-    from immich_ml_metal.cli.models_show import print_imported
-    from immich_ml_metal.errors import ModelUnavailable
-    from immich_ml_metal.models.importing import find_models, import_model, open_tree
-
     _, store = _open(models_dir)
     with open_tree(source.expanduser().absolute()) as tree:
         found = find_models(tree)
         if not found:
             raise ModelUnavailable(f"no official model found in {source}")
         done = [import_model(store.shelf, half) for half in found]
-    print_imported(done, as_json=as_json)
+    show.print_imported(done, as_json=as_json)
     if any(half.outcome == "refused" for half in done):
         raise typer.Exit(Exit.FINDING)
 
@@ -190,9 +175,6 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Copy models for another machine, which takes them with `models import`."""
-    from immich_ml_metal.catalog import find_by_name
-    from immich_ml_metal.models.importing import export_models
-
     _, store = _open(models_dir)
     cleaned = [find_by_name(name).name for name in names]
     files = export_models(store.shelf, cleaned, to.expanduser())
@@ -209,15 +191,11 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """What a model is, what it needs, and what changing to it means."""
-    from immich_ml_metal.catalog import find_by_name
-    from immich_ml_metal.cli.models_info import print_info
-    from immich_ml_metal.models.manifest import load_manifest
-
     settings, store = _open(models_dir)
     spec = find_by_name(name)
     statuses = [store.status(spec.key(part)) for part in spec.parts]
     records = load_manifest(store.shelf.root(spec.key(spec.parts[0]))).files
-    print_info(spec, statuses, records, settings, as_json=as_json)
+    show.print_info(spec, statuses, records, settings, as_json=as_json)
 
 
 @app.command("recommend")
@@ -229,49 +207,38 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """Models that suit this machine's memory and your users' languages."""
-    import sys
-
-    import psutil
-
-    from immich_ml_metal.cli.models_show import print_advice
-    from immich_ml_metal.models import advice
-
     engine = "mlx" if sys.platform == "darwin" else "cpu"
     memory = psutil.virtual_memory().total
-    print_advice(advice.recommend(memory, language or ["en"], engine), memory, as_json=as_json)
+    show.print_advice(suitable(memory, language or ["en"], engine), memory, as_json=as_json)
 
 
-def _open(models_dir: Path | None) -> "tuple[Settings, ModelStore]":
-    from immich_ml_metal.models.store import ModelStore
-    from immich_ml_metal.settings_sources import load_settings
+def _open(models_dir: Path | None) -> tuple[Settings, ModelStore]:
 
     settings = load_settings({"models_dir": models_dir})
     return settings, ModelStore(settings)
 
 
-def _configured(settings: "Settings") -> tuple[str, ...]:
+def _configured(settings: Settings) -> tuple[str, ...]:
     """Every name in the settings: what the service answers with, and what it preloads."""
-    from immich_ml_metal.worker.preload import preload_keys
-
     preloaded = (key.name for key in preload_keys(settings))
     named = (settings.clip_model, settings.face_model, settings.ocr_model, *preloaded)
     return tuple(dict.fromkeys(named))
 
 
-def _delete(shelf: "Shelf", found: "list[Waste]", *, yes: bool, as_json: bool) -> None:
-    from immich_ml_metal.cli.models_show import print_deletable, print_deleted
-    from immich_ml_metal.models.progress import format_bytes
-    from immich_ml_metal.models.prune import remove as remove_one
-
-    total = format_bytes(sum(waste.size_bytes for waste in found))
+def _delete(shelf: Shelf, found: list[waste.Waste], *, yes: bool, as_json: bool) -> None:
+    total = format_bytes(sum(one.size_bytes for one in found))
     if not as_json:
-        print_deletable(found)
+        show.print_waste(found)
         if found and not yes:
             typer.confirm(f"Delete these, {total}?", abort=True)
     is_agreed = yes or not as_json
-    for waste in found if is_agreed else ():
-        remove_one(shelf, waste)
+    for one in found if is_agreed else ():
+        waste.remove(shelf, one)
     if as_json:
-        print_deleted(found, deleted=is_agreed)
+        rows = [
+            {"path": str(one.path), "reason": one.reason, "size_bytes": one.size_bytes}
+            for one in found
+        ]
+        print_json({"deleted": is_agreed, "found": rows})
     elif found:
         typer.echo(f"Freed {total}.")

@@ -17,7 +17,7 @@ from rich.progress import (
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.errors import ModelError
 from immich_ml_metal.models.progress import DownloadProgress, Listener, Phase, format_bytes
-from immich_ml_metal.models.shelf import PartStatus, State
+from immich_ml_metal.models.shelf import FileState, PartStatus
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.types import ModelKey
 
@@ -39,7 +39,7 @@ def verify_models(
     with _bars(console) as bars:
         for key in [spec.key(part) for spec in specs for part in spec.parts]:
             status = store.status(key)
-            if all(state is State.MISSING for state in status.files.values()):
+            if all(state is FileState.MISSING for state in status.files.values()):
                 continue
             bar = bars.add_task(f"checking {key}", total=status.size_bytes)
             status = store.verify(key, online=online)

@@ -1,6 +1,8 @@
-"""The tables and JSON of `models list|verify|import|recommend`."""
+"""What the `models` commands print: a table or lines for people, or rows as JSON."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 import typer
@@ -8,25 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
-from immich_ml_metal.cli.json_output import print_json
+from immich_ml_metal.cli.output import print_json
 from immich_ml_metal.errors import ModelError
-from immich_ml_metal.models.advice import Advice
+from immich_ml_metal.models.advice import Recommendation, memory_bytes
 from immich_ml_metal.models.importing import Imported
+from immich_ml_metal.models.manifest import FileRecord
 from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.prune import Waste
-from immich_ml_metal.models.shelf import PartStatus, State
+from immich_ml_metal.models.shelf import FileState, PartStatus
 from immich_ml_metal.qualification.plan import Choices
-from immich_ml_metal.types import ModelKey
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.types import ModelKey, Task
 
 _STYLE = {
-    State.VERIFIED: "green",
-    State.UNVERIFIED: "yellow",
-    State.DAMAGED: "red",
-    State.MISSING: "dim",
+    FileState.VERIFIED: "green",
+    FileState.UNVERIFIED: "yellow",
+    FileState.DAMAGED: "red",
+    FileState.MISSING: "dim",
 }
 _COLUMNS = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
 _NARROW_COLUMNS = ("model", "dim", "size", "here")
 _WIDEST = 1000  # characters; more than any row has
+_MOST_FILES = 12  # M-CLIP has some 390
 _MANY = 4  # languages named one by one; more are counted
 
 
@@ -65,7 +70,7 @@ def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
         size = format_bytes(status.size_bytes)
         console.print(f"{_styled(status.state)}  {status.key}  {size}", soft_wrap=True)
         for path, state in status.files.items():
-            if state in (State.DAMAGED, State.MISSING) and status.elsewhere is None:
+            if state in (FileState.DAMAGED, FileState.MISSING) and status.elsewhere is None:
                 console.print(f"    {path} is {state}", soft_wrap=True)
     if not statuses:
         console.print("No model is on disk.")
@@ -73,32 +78,16 @@ def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
 
 def print_pulled(statuses: Sequence[PartStatus], failures: Mapping[ModelKey, ModelError]) -> None:
     """What is here of each half that was asked for, and why it is not, as JSON."""
-    print_json(
-        [
-            {
-                **_status(status),
-                "error": str(failures[status.key]) if status.key in failures else None,
-            }
-            for status in statuses
-        ]
-    )
+    errors = {key: str(failure) for key, failure in failures.items()}
+    print_json([{**_status(status), "error": errors.get(status.key)} for status in statuses])
 
 
-def print_deletable(found: Sequence[Waste]) -> None:
+def print_waste(found: Sequence[Waste]) -> None:
     """What is about to go, one line each."""
     if not found:
         typer.echo("Nothing to delete.")
     for waste in found:
         typer.echo(f"{format_bytes(waste.size_bytes):>8}  {waste.path}  ({waste.reason})")
-
-
-def print_deleted(found: Sequence[Waste], *, deleted: bool) -> None:
-    """What went, or would go, as JSON."""
-    rows = [
-        {"path": str(waste.path), "reason": waste.reason, "size_bytes": waste.size_bytes}
-        for waste in found
-    ]
-    print_json({"deleted": deleted, "found": rows})
 
 
 def print_imported(done: Sequence[Imported], *, as_json: bool) -> None:
@@ -121,7 +110,9 @@ def print_imported(done: Sequence[Imported], *, as_json: bool) -> None:
         typer.echo(f"{half.outcome:9} {half.found.key}{reason}")
 
 
-def print_advice(advice: Sequence[Advice], memory_total_bytes: int, *, as_json: bool) -> None:
+def print_advice(
+    advice: Sequence[Recommendation], memory_total_bytes: int, *, as_json: bool
+) -> None:
     """The recommended models and why."""
     if as_json:
         print_json([{"model": item.spec.name, "reason": item.reason} for item in advice])
@@ -132,6 +123,32 @@ def print_advice(advice: Sequence[Advice], memory_total_bytes: int, *, as_json: 
     names = " ".join(item.spec.name for item in advice)
     typer.echo(f"Fetch them with: immich-ml-metal models pull {names}")
     typer.echo("Then choose them in Immich: Administration, Settings, Machine Learning.")
+
+
+def print_info(
+    spec: ModelSpec,
+    statuses: Sequence[PartStatus],
+    records: Mapping[str, FileRecord],
+    settings: Settings,
+    *,
+    as_json: bool,
+) -> None:
+    """One model, with what changing to it means."""
+    row = describe_model(spec, statuses)
+    row["origin"] = {path: asdict(record) for path, record in records.items()}
+    row["memory_bytes"] = memory_bytes(spec)
+    row["changing"] = what_changing_means(spec, settings)
+    if as_json:
+        print_json(row)
+        return
+    table = Table(show_header=False, box=None)
+    for label, value in _facts(spec, statuses).items():
+        table.add_row(f"[bold]{label}[/]", value)
+    console = Console()
+    console.print(table)
+    if any(status.size_bytes for status in statuses):
+        console.print(_files_table(statuses, records))
+    console.print(row["changing"])
 
 
 def describe_model(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str, Any]:
@@ -187,7 +204,7 @@ def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
 
 def describe_presence(statuses: Sequence[PartStatus]) -> str:
     """What is here of a model, in a word or two."""
-    if all(status.state is State.MISSING and not status.size_bytes for status in statuses):
+    if all(status.state is FileState.MISSING and not status.size_bytes for status in statuses):
         return "[dim]-[/]"
     if all(status.elsewhere is not None for status in statuses):
         return "[green]in the rapidocr wheel[/]"
@@ -196,7 +213,7 @@ def describe_presence(statuses: Sequence[PartStatus]) -> str:
     return ", ".join(f"{status.key.part} {_styled(status.state)}" for status in statuses)
 
 
-def _styled(state: State) -> str:
+def _styled(state: FileState) -> str:
     return f"[{_STYLE[state]}]{state}[/]"
 
 
@@ -206,3 +223,55 @@ def _languages(spec: ModelSpec) -> str:
     if len(spec.languages) > _MANY:
         return f"{len(spec.languages)} languages"
     return " ".join(spec.languages) or "-"
+
+
+def what_changing_means(spec: ModelSpec, settings: Settings) -> str:
+    """What a user has to do in Immich after choosing this model."""
+    if spec.task is Task.OCR:
+        return "Changing the text model: run the text recognition job for all assets."
+    if spec.task is Task.FACES:
+        return (
+            "Changing the face model: run face detection and facial recognition for all assets; "
+            "vectors of two face models cannot be compared, although both have 512 numbers."
+        )
+    if spec.name == settings.clip_model:
+        return f"This is the configured search model; its vectors have {spec.dim} numbers."
+    return (
+        f"Changing the search model: its vectors have {spec.dim} numbers. Immich rebuilds the "
+        "search index, and smart search must be run for all assets; until then search finds only "
+        "what has been done. Vectors of two models cannot be compared, even of equal length."
+    )
+
+
+def _facts(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str, str]:
+    parts = ", ".join(f"{part} {format_bytes(size)}" for part, size in spec.part_bytes.items())
+    memory = ", ".join(f"{engine} {format_bytes(n)}" for engine, n in memory_bytes(spec).items())
+    facts = {
+        "model": spec.name,
+        "family": f"{spec.family} ({spec.task})",
+        "on disk": describe_presence(statuses),
+        "size": f"about {parts}",
+        "memory": f"about {memory}, for the weights",
+        "vector": f"{spec.dim} numbers" if spec.dim else "none",
+        "input": f"{spec.input_px} px, {spec.resize_mode or 'letterbox'}" if spec.input_px else "",
+        "tokenizer": f"{spec.tokenizer}, {spec.context_length} tokens" if spec.tokenizer else "",
+        "languages": ", ".join(spec.languages),
+        "licence": spec.licence,
+    }
+    return {label: value for label, value in facts.items() if value}
+
+
+def _files_table(statuses: Sequence[PartStatus], records: Mapping[str, FileRecord]) -> Table:
+    states = {path: state for status in statuses for path, state in status.files.items()}
+    table = Table("file", "state", "size", "from", "verified", box=None)
+    for path, state in list(states.items())[:_MOST_FILES]:
+        record = records.get(path)
+        if record is None:
+            table.add_row(path, state, "", "placed by hand", "")
+            continue
+        day = datetime.fromtimestamp(record.verified_at).strftime("%Y-%m-%d")
+        origin = f"{record.source} {record.revision[:12]}"
+        table.add_row(path, state, format_bytes(record.size_bytes), origin, day)
+    if len(states) > _MOST_FILES:
+        table.add_row(f"and {len(states) - _MOST_FILES} more")
+    return table

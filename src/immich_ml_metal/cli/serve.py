@@ -6,42 +6,46 @@ from typing import Annotated
 
 import typer
 
+from immich_ml_metal.logs import configure_logging
+from immich_ml_metal.settings_sources import doubtful_names, resolve
+
 log = logging.getLogger(__name__)
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="TCP port; 0 picks one.")]
+Folder = Annotated[Path | None, typer.Option(help="Model folder, as Immich's.")]
+LogLevel = Annotated[str | None, typer.Option(help="error, warning, info or debug.")]
+Config = Annotated[Path | None, typer.Option(help="Settings file (TOML).")]
+EnvFile = Annotated[Path | None, typer.Option(help="An Immich .env file.")]
+Gateway = Annotated[
+    bool,
+    typer.Option(
+        "--gateway/--no-gateway",
+        help="Hold requests in a small process before the worker, or run it alone.",
+    ),
+]
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="TCP port; 0 picks one.")] = None,
-    models_dir: Annotated[Path | None, typer.Option(help="Model folder, as Immich's.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="error, warning, info or debug.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings file (TOML).")] = None,
-    env_file: Annotated[Path | None, typer.Option(help="An Immich .env file.")] = None,
-    gateway: Annotated[
-        bool,
-        typer.Option(
-            "--gateway/--no-gateway",
-            help="Hold requests in a small process before the worker, or run it alone.",
-        ),
-    ] = True,
+    host: Host = None,
+    port: Port = None,
+    models_dir: Folder = None,
+    log_level: LogLevel = None,
+    config: Config = None,
+    env_file: EnvFile = None,
+    gateway: Gateway = True,
 ) -> None:
     """Answer Immich's requests on port 3003."""
-    from immich_ml_metal.logs import configure_logging
-    from immich_ml_metal.old_names import old_names_used
-    from immich_ml_metal.settings_sources import resolve
-
-    settings, origin = resolve(
-        {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level},
-        file=config,
-        env_file=env_file,
-    )
+    given = {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level}
+    settings, origin = resolve(given, file=config, env_file=env_file)
     configure_logging(settings, "gateway" if gateway else "worker")
-    for warning in old_names_used(origin):
+    for warning in doubtful_names(origin, env_file=env_file):
         log.warning("%s", warning)
-    if gateway:
+    if gateway:  # one process must not load what only the other needs
         from immich_ml_metal.gateway import serving
 
         serving.run(settings)
     else:
-        from immich_ml_metal.worker import process as worker
+        from immich_ml_metal.worker import process
 
-        worker.run(settings)
+        process.run(settings)

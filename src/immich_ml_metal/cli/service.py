@@ -8,8 +8,7 @@ import typer
 
 from immich_ml_metal import __version__
 from immich_ml_metal.cli.config import default_file
-from immich_ml_metal.cli.exits import Exit
-from immich_ml_metal.cli.json_output import JsonOption, print_json
+from immich_ml_metal.cli.output import Exit, JsonOption, print_json
 
 if TYPE_CHECKING:
     from immich_ml_metal.service.plan import Manager, ServicePlan

@@ -1,8 +1,43 @@
-"""The checks in the order of cause and effect: what comes earlier explains what comes later."""
+"""Every check in the order of cause and effect, and which failure is the cause of the others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from immich_ml_metal.doctor import machine_checks as machine
 from immich_ml_metal.doctor import service_checks as service
-from immich_ml_metal.doctor.result import Check
+from immich_ml_metal.doctor.facts import Answer, Facts, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: of the check.
+        text: what was found.
+        fix: what to do, a command where there is one.
+        follows: name of the failed check that explains this failure; empty for a cause.
+    """
+
+    name: str
+    level: Outcome
+    text: str
+    fix: str = ""
+    follows: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A question about the facts.
+
+    Attributes:
+        after: checks whose failure explains a failure of this one.
+    """
+
+    name: str
+    ask: Callable[[Facts], Answer]
+    after: tuple[str, ...] = ()
+
 
 _BASE = ("architecture", "system", "python", "packages", "settings")
 
@@ -31,3 +66,28 @@ CHECKS = (
     Check("sleep", service.check_sleep),
     Check("logs", service.check_logs),
 )
+
+
+def examine(checks: Sequence[Check], facts: Facts) -> list[Finding]:
+    """Ask every check in order; a failure that an earlier one explains points to it."""
+    findings: dict[str, Finding] = {}
+    for check in checks:
+        level, text, fix = check.ask(facts)
+        finding = Finding(check.name, level, text, fix)
+        if level is Outcome.FAIL:
+            finding = replace(finding, follows=_cause(check, findings))
+        findings[check.name] = finding
+    return list(findings.values())
+
+
+def first_cause(findings: Sequence[Finding]) -> Finding | None:
+    """The failure to fix first: the first that no other explains."""
+    return next((f for f in findings if f.level is Outcome.FAIL and not f.follows), None)
+
+
+def _cause(check: Check, findings: dict[str, Finding]) -> str:
+    for name in check.after:
+        earlier = findings.get(name)
+        if earlier is not None and earlier.level is Outcome.FAIL:
+            return earlier.follows or name
+    return ""

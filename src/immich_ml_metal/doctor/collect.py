@@ -4,27 +4,117 @@ import platform
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import psutil
+from huggingface_hub.constants import ENDPOINT
 
+from immich_ml_metal import __version__
 from immich_ml_metal.catalog import find_by_name
+from immich_ml_metal.client.calls import ModelNames, configured_names
 from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
-from immich_ml_metal.doctor.facts import Machine, ModelFact, Port
-from immich_ml_metal.errors import UnknownModel
-from immich_ml_metal.models.shelf import State, check_part
+from immich_ml_metal.doctor.facts import Facts, Machine, ModelFact, Port
+from immich_ml_metal.errors import ConfigError, UnknownModel
+from immich_ml_metal.immich.advice import Advice, advise
+from immich_ml_metal.immich.api import ImmichError, ServerSettings, connect
+from immich_ml_metal.immich.our_side import look_at_ours
+from immich_ml_metal.logs import file_of, stderr_of
+from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.service.choose import choose_manager, log_folder
+from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.system.network import lan_addresses
 from immich_ml_metal.system.programs import Runner
+from immich_ml_metal.types import Task
 
 CONNECT_TIMEOUT_S = 2.0
 HUB_TIMEOUT_S = 5.0
 _EVERYWHERE = ("onnxruntime", "numpy", "pillow", "opencv-python-headless", "tokenizers")
 _APPLE_SILICON = ("mlx", "pyobjc-framework-Vision", "pyobjc-framework-CoreML")
+
+
+def collect_facts(run: Runner, *, file: Path | None, env_file: Path | None, digests: bool) -> Facts:
+    """All facts but the self-test's; `digests` reads every model file to its end."""
+    settings, config_error = _read_settings(file, env_file)
+    machine = read_machine(run)
+    folder_error, free_bytes = read_models_dir(settings)
+    server, immich, immich_error = ask_immich(settings)
+    names = _names(settings, server)
+    hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
+    return Facts(
+        version=__version__,
+        machine=machine,
+        settings=settings,
+        port=read_port(settings, run),
+        packages=read_packages(machine),
+        config_error=config_error,
+        models_dir_error=folder_error,
+        disk_free_bytes=free_bytes,
+        models=read_models(settings, (names.clip, names.faces, names.ocr), digests=digests),
+        names=names,
+        hub=hub,
+        addresses=tuple(lan_addresses()),
+        service=read_service(run),
+        immich=immich,
+        immich_error=immich_error,
+        clock_skew_s=skew_s,
+        logs_bytes=size_of_logs(log_files(settings)),
+    )
+
+
+def _read_settings(file: Path | None, env_file: Path | None) -> tuple[Settings, str]:
+    """The settings, or the defaults and why the settings are refused."""
+    try:
+        return load_settings(file=file, env_file=env_file), ""
+    except ConfigError as exc:
+        return Settings(), str(exc)
+
+
+def ask_immich(
+    settings: Settings,
+) -> tuple[ServerSettings | None, tuple[Advice, ...] | None, str]:
+    """Immich's settings and the advice on them; why it could not be asked."""
+    if settings.immich_url is None or settings.immich_api_key is None:
+        return None, None, ""
+    try:
+        with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
+            server = api.settings()
+    except ImmichError as exc:
+        return None, None, str(exc)
+    return server, tuple(advise(server, look_at_ours(settings, server, measure=False))), ""
+
+
+def _names(settings: Settings, server: ServerSettings | None) -> ModelNames:
+    """The models that will really be asked for: Immich's, where it could be asked."""
+    ours, asked = configured_names(settings), server.models if server is not None else {}
+    return ModelNames(
+        clip=asked.get(Task.CLIP, ours.clip),
+        faces=asked.get(Task.FACES, ours.faces),
+        ocr=asked.get(Task.OCR, ours.ocr),
+    )
+
+
+def read_service(run: Runner) -> Literal["running", "stopped", "none"]:
+    """Whether the service is installed to start at boot, and runs."""
+    try:
+        return choose_manager(run).status().state
+    except ServiceFailed:
+        return "none"
+
+
+def log_files(settings: Settings) -> list[Path]:
+    """The logs of both processes, and of what they could not log."""
+    log = settings.log_file or log_folder() / "service.log"
+    return [file_of(log, "gateway"), file_of(log, "worker"), stderr_of(log)]
 
 
 def read_machine(run: Runner) -> Machine:
@@ -141,7 +231,7 @@ def _read_model(store: ModelStore, name: str, *, digests: bool) -> ModelFact:
     for part in spec.parts:
         key = spec.key(part)
         states = check_part(store.shelf.root(key), spec, part, digests=digests)
-        damaged = [path for path, state in states.items() if state is State.DAMAGED]
+        damaged = [path for path, state in states.items() if state is FileState.DAMAGED]
         if damaged:
             return ModelFact(spec.name, is_present=True, problem=f"{damaged[0]} is damaged")
         is_present = is_present and store.locate(key) is not None

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal
 
+from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.immich.advice import Advice
-from immich_ml_metal.parity.client import ModelNames
+from immich_ml_metal.settings import Settings
 
 GIB = 2**30
 
@@ -68,6 +70,7 @@ class Facts:
     """All there is to know.
 
     Attributes:
+        settings: in force; the defaults where they are refused.
         config_error: why the settings are refused; empty when they are not.
         packages: needed package → installed version; None when missing.
         models_dir_error: why the model folder cannot be written; empty when it can.
@@ -83,11 +86,10 @@ class Facts:
 
     version: str
     machine: Machine
-    host: str
+    settings: Settings
     port: Port
     packages: Mapping[str, str | None] = field(default_factory=dict)
     config_error: str = ""
-    models_dir: str = ""
     models_dir_error: str = ""
     disk_free_bytes: int = 0
     models: tuple[ModelFact, ...] = ()
@@ -100,4 +102,16 @@ class Facts:
     immich_error: str = ""
     clock_skew_s: float | None = None
     logs_bytes: int = 0
-    log_limit_bytes: int = 0
+
+
+class Outcome(StrEnum):
+    """How a check came out."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+# What a check answers: how it came out, what was found, and what to do.
+Answer = tuple[Outcome, str, str]

@@ -1,9 +1,6 @@
-"""Checks of the machine, the installation and the disk. Each answers (level, finding, fix)."""
+"""Checks of the machine, the installation and the disk. Each answers (outcome, finding, fix)."""
 
-from immich_ml_metal.doctor.facts import GIB, Facts
-from immich_ml_metal.doctor.result import Level
-
-Answer = tuple[Level, str, str]
+from immich_ml_metal.doctor.facts import GIB, Answer, Facts, Outcome
 
 MIN_PYTHON = (3, 11)
 MIN_MACOS = 14  # MLX's wheels
@@ -18,25 +15,25 @@ def check_architecture(facts: Facts) -> Answer:
     machine = facts.machine
     if machine.is_translated:
         return (
-            Level.FAIL,
+            Outcome.FAIL,
             "this Python runs under Rosetta (x86_64 on Apple Silicon): no GPU, no Neural Engine",
             "install a native Python and reinstall: "
             "arch -arm64 uv tool install --force --python 3.12 immich-ml-metal",
         )
     if machine.system == "Darwin" and machine.arch != "arm64":
-        return Level.WARN, f"an Intel Mac ({machine.arch}): the CPU engine only", ""
-    return Level.OK, f"{machine.system} {machine.arch}", ""
+        return Outcome.WARN, f"an Intel Mac ({machine.arch}): the CPU engine only", ""
+    return Outcome.OK, f"{machine.system} {machine.arch}", ""
 
 
 def check_system(facts: Facts) -> Answer:
     """MLX needs macOS 14."""
     machine = facts.machine
     if machine.system != "Darwin":
-        return Level.OK, f"{machine.system}: the CPU engine", ""
+        return Outcome.OK, f"{machine.system}: the CPU engine", ""
     major = machine.release.partition(".")[0]
     if major.isdigit() and int(major) < MIN_MACOS:
-        return Level.FAIL, f"macOS {machine.release}, needs {MIN_MACOS}", "update macOS"
-    return Level.OK, f"macOS {machine.release}", ""
+        return Outcome.FAIL, f"macOS {machine.release}, needs {MIN_MACOS}", "update macOS"
+    return Outcome.OK, f"macOS {machine.release}", ""
 
 
 def check_python(facts: Facts) -> Answer:
@@ -45,8 +42,8 @@ def check_python(facts: Facts) -> Answer:
     if facts.machine.python[:2] < MIN_PYTHON:
         needed = ".".join(map(str, MIN_PYTHON))
         fix = "uv tool install --force --python 3.12 immich-ml-metal"
-        return Level.FAIL, f"Python {shown}, needs {needed}", fix
-    return Level.OK, f"Python {shown}", ""
+        return Outcome.FAIL, f"Python {shown}, needs {needed}", fix
+    return Outcome.OK, f"Python {shown}", ""
 
 
 def check_packages(facts: Facts) -> Answer:
@@ -54,16 +51,16 @@ def check_packages(facts: Facts) -> Answer:
     missing = [name for name, version in facts.packages.items() if version is None]
     if missing:
         fix = "uv tool install --force immich-ml-metal"
-        return Level.FAIL, f"not installed: {', '.join(missing)}", fix
+        return Outcome.FAIL, f"not installed: {', '.join(missing)}", fix
     shown = ", ".join(f"{name} {version}" for name, version in facts.packages.items())
-    return Level.OK, shown, ""
+    return Outcome.OK, shown, ""
 
 
 def check_settings(facts: Facts) -> Answer:
     """The settings are valid."""
     if facts.config_error:
-        return Level.FAIL, facts.config_error, "correct it, then: immich-ml-metal config check"
-    return Level.OK, "valid", ""
+        return Outcome.FAIL, facts.config_error, "correct it, then: immich-ml-metal config check"
+    return Outcome.OK, "valid", ""
 
 
 def check_memory(facts: Facts) -> Answer:
@@ -72,10 +69,14 @@ def check_memory(facts: Facts) -> Answer:
     shown = f"{free / GIB:.1f} of {total / GIB:.0f} GiB free"
     if free < MIN_FREE_MEMORY_BYTES:
         needed = f"{MIN_FREE_MEMORY_BYTES / GIB:.0f} GiB"
-        return Level.FAIL, f"{shown}, needs {needed}", "close other programs, or use smaller models"
+        return (
+            Outcome.FAIL,
+            f"{shown}, needs {needed}",
+            "close other programs, or use smaller models",
+        )
     if free < GOOD_FREE_MEMORY_BYTES:
-        return Level.WARN, shown, "large search models may not fit; ViT-B-32__openai does"
-    return Level.OK, shown, ""
+        return Outcome.WARN, shown, "large search models may not fit; ViT-B-32__openai does"
+    return Outcome.OK, shown, ""
 
 
 def check_disk(facts: Facts) -> Answer:
@@ -83,33 +84,33 @@ def check_disk(facts: Facts) -> Answer:
     shown = f"{facts.disk_free_bytes / GIB:.1f} GiB free for models"
     if facts.disk_free_bytes < MIN_FREE_DISK_BYTES and not _all_present(facts):
         fix = "free some space, or point models_dir (ML_MODELS_DIR) at another disk"
-        return Level.FAIL, f"{shown}, needs {MIN_FREE_DISK_BYTES / GIB:.0f} GiB", fix
+        return Outcome.FAIL, f"{shown}, needs {MIN_FREE_DISK_BYTES / GIB:.0f} GiB", fix
     if facts.disk_free_bytes < GOOD_FREE_DISK_BYTES:
-        return Level.WARN, shown, "the largest search models need up to 10 GiB"
-    return Level.OK, shown, ""
+        return Outcome.WARN, shown, "the largest search models need up to 10 GiB"
+    return Outcome.OK, shown, ""
 
 
 def check_models_dir(facts: Facts) -> Answer:
     """The model folder can be written."""
     if facts.models_dir_error:
-        fix = f"chown or chmod {facts.models_dir}, or set models_dir (ML_MODELS_DIR)"
-        return Level.FAIL, f"{facts.models_dir}: {facts.models_dir_error}", fix
-    return Level.OK, facts.models_dir, ""
+        fix = f"chown or chmod {facts.settings.models_dir}, or set models_dir (ML_MODELS_DIR)"
+        return Outcome.FAIL, f"{facts.settings.models_dir}: {facts.models_dir_error}", fix
+    return Outcome.OK, str(facts.settings.models_dir), ""
 
 
 def check_hub(facts: Facts) -> Answer:
     """Models can be fetched, or need not be."""
     if not facts.hub:
-        return Level.OK, "reachable", ""
+        return Outcome.OK, "reachable", ""
     if facts.hub == "offline":
         if _all_present(facts):
-            return Level.OK, "offline by setting; all configured models are here", ""
+            return Outcome.OK, "offline by setting; all configured models are here", ""
         fix = "unset offline (ML_OFFLINE, HF_HUB_OFFLINE), or copy a model folder here"
-        return Level.FAIL, "offline by setting, and models are missing", fix
+        return Outcome.FAIL, "offline by setting, and models are missing", fix
     if _all_present(facts):
-        return Level.WARN, f"{facts.hub}; all configured models are here", ""
+        return Outcome.WARN, f"{facts.hub}; all configured models are here", ""
     fix = "check the network, or name a mirror or proxy (HF_ENDPOINT, HTTPS_PROXY)"
-    return Level.FAIL, facts.hub, fix
+    return Outcome.FAIL, facts.hub, fix
 
 
 def check_models(facts: Facts) -> Answer:
@@ -118,14 +119,14 @@ def check_models(facts: Facts) -> Answer:
     if damaged:
         names = " ".join(m.name for m in facts.models if m.problem)
         fix = f"immich-ml-metal models pull {names}"
-        return Level.FAIL, f"damaged: {', '.join(damaged)}", fix
+        return Outcome.FAIL, f"damaged: {', '.join(damaged)}", fix
     missing = [m.name for m in facts.models if not m.is_present]
     if missing:
         fix = f"immich-ml-metal models pull {' '.join(missing)}"
         if facts.hub:
-            return Level.FAIL, f"not here: {', '.join(missing)}", fix
-        return Level.WARN, f"fetched at first use: {', '.join(missing)}", fix
-    return Level.OK, ", ".join(m.name for m in facts.models), ""
+            return Outcome.FAIL, f"not here: {', '.join(missing)}", fix
+        return Outcome.WARN, f"fetched at first use: {', '.join(missing)}", fix
+    return Outcome.OK, ", ".join(m.name for m in facts.models), ""
 
 
 def _all_present(facts: Facts) -> bool:

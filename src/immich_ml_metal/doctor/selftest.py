@@ -3,13 +3,31 @@
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from immich_ml_metal.doctor.facts import EngineTest
-from immich_ml_metal.parity.client import ModelNames, Refused, Service
-from immich_ml_metal.parity.compare import FaceAnswer
+from immich_ml_metal.client.calls import (
+    CLIP_IMAGE,
+    CLIP_TEXT,
+    FACES,
+    TEXT,
+    BadAnswer,
+    FaceAnswer,
+    ImmichClient,
+    ModelNames,
+    TextAnswer,
+)
+from immich_ml_metal.client.own_service import (
+    NotServing,
+    ServiceDidNotStart,
+    ask_health,
+    local_url,
+    running_service,
+)
+from immich_ml_metal.doctor.facts import EngineTest, Facts
+from immich_ml_metal.drawing import draw_preview
 from immich_ml_metal.types import Floats, Part, Task
 
 NORM_TOLERANCE = 1e-2  # search vectors are unit vectors
@@ -17,82 +35,95 @@ NO_FILES = frozenset({"vision"})  # engines that need no model on disk
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """One task to ask for; `ask` gives what is wrong with the answer, or nothing."""
+class SelfTest:
+    """One task to ask for.
+
+    Attributes:
+        engine_key: where `/health` names the engine.
+        fault: what is wrong with an answer; empty when nothing is.
+    """
 
     title: str
     engine_key: str
     model: str
-    ask: Callable[[Service], str]
+    call: str
+    payload: bytes | str
+    fault: Callable[[Any], str]
 
 
-def probes(names: ModelNames, picture: bytes) -> tuple[Probe, ...]:
+def self_tests(names: ModelNames, picture: bytes) -> tuple[SelfTest, ...]:
     """The four kinds of request that Immich makes."""
+
+    def test(title: str, key: tuple[Task, Part], *rest: Any) -> SelfTest:
+        return SelfTest(title, "/".join(key), *rest)
+
+    visual, textual = (Task.CLIP, Part.VISUAL), (Task.CLIP, Part.TEXTUAL)
+    faces, text = (Task.FACES, Part.DETECTION), (Task.OCR, Part.DETECTION)
     return (
-        Probe(
-            "search pictures",
-            f"{Task.CLIP}/{Part.VISUAL}",
-            names.clip,
-            lambda service: _not_unit(service.embed_image(picture).answer),
-        ),
-        Probe(
-            "search texts",
-            f"{Task.CLIP}/{Part.TEXTUAL}",
-            names.clip,
-            lambda service: _not_unit(service.embed_text("a self-test").answer),
-        ),
-        Probe(
-            "faces",
-            f"{Task.FACES}/{Part.DETECTION}",
-            names.faces,
-            lambda service: _not_finite(service.find_faces(picture).answer),
-        ),
-        Probe(
-            "text",
-            f"{Task.OCR}/{Part.DETECTION}",
-            names.ocr,
-            lambda service: "" if service.read_text(picture).answer else "it read nothing",
-        ),
+        test("search pictures", visual, names.clip, CLIP_IMAGE, picture, _not_unit),
+        test("search texts", textual, names.clip, CLIP_TEXT, "a self-test", _not_unit),
+        test("faces", faces, names.faces, FACES, picture, _not_finite),
+        test("text", text, names.ocr, TEXT, picture, _nothing_read),
     )
 
 
+def run_self_test(facts: Facts, options: Mapping[str, str]) -> tuple[EngineTest, ...]:
+    """Ask the running service, or one started with `options` in a process of its own."""
+    missing = {model.name for model in facts.models if model.problem or not model.is_present}
+    picture = draw_preview(0)
+    try:
+        if facts.port.state == "ours":
+            return run_tests(local_url(facts.settings), missing, facts.names, picture)
+        with running_service(options) as started:
+            return run_tests(started.url, missing, facts.names, picture)
+    except (ServiceDidNotStart, NotServing) as exc:
+        return (EngineTest("service", "-", "-", error=str(exc)),)
+
+
 def run_tests(
-    url: str,
-    engines: Mapping[str, str],
-    missing: Collection[str],
-    names: ModelNames,
-    picture: bytes,
+    url: str, missing: Collection[str], names: ModelNames, picture: bytes
 ) -> tuple[EngineTest, ...]:
     """Ask each task twice and time the second time. Nothing is downloaded.
 
+    What is on disk is asked first: that starts a worker that was stopped for being idle, and only
+    a worker tells its engines. Then those without files are asked whose engine needs none.
+
     Args:
         url: of the service.
-        engines: `clip/visual` → engine name, as `/health` says.
-        missing: names of models that are not on disk; engines that need none are asked anyway.
+        missing: names of models that are not on disk.
         names: the models to ask for.
         picture: an encoded picture with text on it.
+
+    Raises:
+        NotServing: the service does not say what it is.
     """
-    tests = []
-    with closing(Service(url, names)) as service:
-        for probe in probes(names, picture):
-            engine = engines.get(probe.engine_key, "?")
-            if probe.model in missing and engine not in NO_FILES:
-                why = f"not tested: {probe.model} is not downloaded"
-                tests.append(EngineTest(probe.title, engine, probe.model, skipped=why))
-            else:
-                tests.append(_test(service, probe, engine))
-    return tuple(tests)
+    tests = self_tests(names, picture)
+    with closing(ImmichClient(url, names)) as client:
+        found = {t: _run(client, t) for t in tests if t.model not in missing}
+        engines = ask_health(url).engines
+        for test in tests:
+            engine = engines.get(test.engine_key, "?")
+            if test not in found and engine in NO_FILES:
+                found[test] = _run(client, test)
+            elif test not in found:
+                why = f"not tested: {test.model} is not downloaded"
+                found[test] = EngineTest(test.title, engine, test.model, skipped=why)
+    return tuple(replace(found[test], engine=engines.get(test.engine_key, "?")) for test in tests)
 
 
-def _test(service: Service, probe: Probe, engine: str) -> EngineTest:
+def _run(client: ImmichClient, test: SelfTest) -> EngineTest:
+    result = EngineTest(test.title, "?", test.model)
     try:
-        error = probe.ask(service)  # the first time loads the model
+        error = test.fault(client.ask(test.call, test.payload).answer)  # loads the model
         started_s = time.perf_counter()
-        error = error or probe.ask(service)
-    except (Refused, KeyError, ValueError) as exc:
-        return EngineTest(probe.title, engine, probe.model, error=str(exc))
-    elapsed_s = time.perf_counter() - started_s
-    return EngineTest(probe.title, engine, probe.model, seconds=elapsed_s, error=error)
+        error = error or test.fault(client.ask(test.call, test.payload).answer)
+    except (BadAnswer, KeyError, TypeError, ValueError) as exc:
+        return replace(result, error=exc.what if isinstance(exc, BadAnswer) else str(exc))
+    return replace(result, seconds=time.perf_counter() - started_s, error=error)
+
+
+def _nothing_read(text: TextAnswer) -> str:
+    return "" if text.lines else "it read nothing"
 
 
 def _not_unit(vector: Floats) -> str:

@@ -1,8 +1,7 @@
-"""Checks of the running service and of what surrounds it. Each answers (level, finding, fix)."""
+"""Checks of the running service and of what surrounds it. Each answers (outcome, finding, fix)."""
 
-from immich_ml_metal.doctor.facts import Facts
-from immich_ml_metal.doctor.machine_checks import Answer
-from immich_ml_metal.doctor.result import Level
+from immich_ml_metal.doctor.facts import Answer, Facts, Outcome
+from immich_ml_metal.logs import FILE_BYTES, FILES_KEPT
 from immich_ml_metal.system.network import url_host
 
 MIB = 2**20
@@ -16,37 +15,37 @@ def check_port(facts: Facts) -> Answer:
     """Our port is free, or it is us who hold it."""
     port = facts.port
     if port.state == "free":
-        return Level.OK, f"{port.number} is free; the service is not running", ""
+        return Outcome.OK, f"{port.number} is free; the service is not running", ""
     if port.state == "ours":
-        return Level.OK, f"{port.number} answers: version {port.version}", ""
+        return Outcome.OK, f"{port.number} answers: version {port.version}", ""
     who = port.holder or "another program"
     if port.state == "other_ml":
         what = f"{port.number} is held by another machine-learning service ({who})"
         fix = "stop the container's published port, or set port (ML_PORT)"
-        return Level.FAIL, what, fix
-    return Level.FAIL, f"{port.number} is held by {who}", "stop it, or set port (ML_PORT)"
+        return Outcome.FAIL, what, fix
+    return Outcome.FAIL, f"{port.number} is held by {who}", "stop it, or set port (ML_PORT)"
 
 
 def check_version(facts: Facts) -> Answer:
     """The serving process is the installed version."""
     if facts.port.state != "ours":
-        return Level.SKIP, "the service is not running", ""
+        return Outcome.SKIP, "the service is not running", ""
     if facts.port.version != facts.version:
         return (
-            Level.FAIL,
+            Outcome.FAIL,
             f"{facts.port.version} is still serving, {facts.version} is installed",
             "immich-ml-metal service restart",
         )
-    return Level.OK, f"{facts.version} is installed and serving", ""
+    return Outcome.OK, f"{facts.version} is installed and serving", ""
 
 
 def check_service(facts: Facts) -> Answer:
     """It comes back after a restart of the machine."""
     if facts.service == "none":
-        return Level.WARN, "does not start at boot", "immich-ml-metal service install"
+        return Outcome.WARN, "does not start at boot", "immich-ml-metal service install"
     if facts.service == "stopped":
-        return Level.FAIL, "installed but not running", "immich-ml-metal service logs"
-    return Level.OK, "starts at boot", ""
+        return Outcome.FAIL, "installed but not running", "immich-ml-metal service logs"
+    return Outcome.OK, "starts at boot", ""
 
 
 def check_engines(facts: Facts) -> Answer:
@@ -54,42 +53,43 @@ def check_engines(facts: Facts) -> Answer:
     failed = [f"{t.task} on {t.engine}: {t.error}" for t in facts.tests if t.error]
     if failed:
         fix = "immich-ml-metal doctor --share, and attach the bundle to an issue"
-        return Level.FAIL, "; ".join(failed), fix
+        return Outcome.FAIL, "; ".join(failed), fix
     told = [
         f"{t.task} on {t.engine} {t.skipped or f'{t.seconds * 1000:.0f} ms'}" for t in facts.tests
     ]
     if not told:
-        return Level.SKIP, "not tested", ""
-    return Level.OK, ", ".join(told), ""
+        return Outcome.SKIP, "not tested", ""
+    return Outcome.OK, ", ".join(told), ""
 
 
 def check_address(facts: Facts) -> Answer:
     """What to type into Immich."""
     port = facts.port.number
-    if facts.host in _LOOPBACK:
+    host = facts.settings.host
+    if host in _LOOPBACK:
         return (
-            Level.WARN,
-            f"listens on {facts.host}: only this machine and its Docker Desktop can connect "
+            Outcome.WARN,
+            f"listens on {host}: only this machine and its Docker Desktop can connect "
             f"(http://host.docker.internal:{port})",
             "set host (ML_HOST) to 0.0.0.0 for Immich on another machine",
         )
     if not facts.addresses:
-        return Level.WARN, "this machine has no network address", "connect it to the network"
+        return Outcome.WARN, "this machine has no network address", "connect it to the network"
     urls = [f"http://{url_host(address)}:{port}" for address in facts.addresses[:3]]
     shown = f"{' or '.join(urls)}; from Docker on this machine http://host.docker.internal:{port}"
-    return Level.OK, shown, ""
+    return Outcome.OK, shown, ""
 
 
 def check_immich(facts: Facts) -> Answer:
     """Immich's settings do not hold us back."""
     if facts.immich_error:
         fix = "set immich_url and immich_api_key right: immich-ml-metal immich status"
-        return Level.FAIL, facts.immich_error, fix
+        return Outcome.FAIL, facts.immich_error, fix
     if facts.immich is None:
-        return Level.SKIP, "no immich_url is set, so Immich's settings are not seen", ""
+        return Outcome.SKIP, "no immich_url is set, so Immich's settings are not seen", ""
     if not facts.immich:
-        return Level.OK, "its settings suit this service", ""
-    level = Level.FAIL if any(item.is_fault for item in facts.immich) else Level.WARN
+        return Outcome.OK, "its settings suit this service", ""
+    level = Outcome.FAIL if any(item.is_fault for item in facts.immich) else Outcome.WARN
     return level, facts.immich[0].text, "immich-ml-metal immich status"
 
 
@@ -97,35 +97,36 @@ def check_clock(facts: Facts) -> Answer:
     """The clock is right."""
     skew_s = facts.clock_skew_s
     if skew_s is None:
-        return Level.SKIP, "no server told the time", ""
+        return Outcome.SKIP, "no server told the time", ""
     if abs(skew_s) > SKEW_WARN_S:
-        level = Level.FAIL if abs(skew_s) > SKEW_FAIL_S else Level.WARN
+        level = Outcome.FAIL if abs(skew_s) > SKEW_FAIL_S else Outcome.WARN
         return level, f"the clock is off by {skew_s:+.0f} s", "switch on automatic time"
-    return Level.OK, f"within {max(abs(skew_s), 1):.0f} s", ""
+    return Outcome.OK, f"within {max(abs(skew_s), 1):.0f} s", ""
 
 
 def check_sleep(facts: Facts) -> Answer:
     """A Mac that sleeps is not reached."""
     minutes = facts.machine.sleep_min
     if minutes is None:
-        return Level.SKIP, "not known on this system", ""
+        return Outcome.SKIP, "not known on this system", ""
     if minutes:
         return (
-            Level.WARN,
+            Outcome.WARN,
             f"sleeps after {minutes} min; kept awake while work is queued, but not reached asleep",
             "sudo pmset -c sleep 0",
         )
-    return Level.OK, "does not sleep on mains power", ""
+    return Outcome.OK, "does not sleep on mains power", ""
 
 
 def check_logs(facts: Facts) -> Answer:
     """The logs stay within their cap."""
     shown = f"{facts.logs_bytes / MIB:.1f} MiB"
-    if facts.log_limit_bytes and facts.logs_bytes > LOGS_WARN_FACTOR * facts.log_limit_bytes:
+    limit_bytes = 2 * FILE_BYTES * (FILES_KEPT + 1)  # of two processes
+    if facts.logs_bytes > LOGS_WARN_FACTOR * limit_bytes:
         fix = "immich-ml-metal service restart empties the capture of standard error"
         return (
-            Level.WARN,
-            f"{shown}, more than the cap of {facts.log_limit_bytes / MIB:.0f} MiB",
+            Outcome.WARN,
+            f"{shown}, more than the cap of {limit_bytes / MIB:.0f} MiB",
             fix,
         )
-    return Level.OK, shown, ""
+    return Outcome.OK, shown, ""

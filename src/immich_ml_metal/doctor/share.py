@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from immich_ml_metal.doctor.checks import Finding
 from immich_ml_metal.doctor.facts import Facts
-from immich_ml_metal.doctor.result import Result
 from immich_ml_metal.logs import redact
 from immich_ml_metal.settings import SECRET, Settings
 
@@ -38,13 +38,15 @@ _PUBLIC = frozenset({"127.0.0.1", "0.0.0.0", "::1", "::", "localhost", "host.doc
 
 
 def write_bundle(
-    path: Path, facts: Facts, results: Iterable[Result], settings: Settings, logs: Iterable[Path]
+    path: Path, facts: Facts, findings: Iterable[Finding], logs: Iterable[Path]
 ) -> None:
     """Write the zip file; look into it before you attach it, it is plain text."""
+    settings = facts.settings
     known = known_private(settings)
+    told = {name: fact for name, fact in asdict(facts).items() if name != "settings"}
     members = {
-        "doctor.json": _json([asdict(result) for result in results]),
-        "facts.json": _json(asdict(facts)),
+        "doctor.json": _json([asdict(finding) for finding in findings]),
+        "facts.json": _json(told),
         "settings.json": _json(_settings(settings)),
         "README.txt": _README,
     }

@@ -10,12 +10,17 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.errors import ConfigError, ImageTooLarge, Overloaded, TimedOut
+from immich_ml_metal.errors import ImageTooLarge, Overloaded, TimedOut
 from immich_ml_metal.gateway.body import Body
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 FORM_BYTES = 64 * 1024  # what a form adds to its picture: entries, boundaries, part headers
+CLIENT_TIMEOUT_S = 30.0  # in mid-upload; Immich reads its pictures from a disk and pauses never
+# For uploads that wait: some hundred previews in memory, a thousand more on disk. Beyond that
+# clients are not read from; nothing is refused.
+_MEMORY_BYTES = 64 * 2**20
+_SPOOL_BYTES = 1024 * 2**20
 
 
 class ClientGone(Exception):
@@ -100,13 +105,21 @@ class Room:
             self._waiters.popleft()
 
 
+def make_reception(max_image_bytes: int) -> "Reception":
+    """The reception of a service that takes pictures of so many bytes; the largest always fits."""
+    largest_bytes = max_image_bytes + FORM_BYTES
+    room = Room(memory_bytes=_MEMORY_BYTES, spool_bytes=max(_SPOOL_BYTES, largest_bytes))
+    return Reception(room, max_body_bytes=largest_bytes)
+
+
 class Reception:
     """Takes uploads in under the limits."""
 
-    def __init__(self, room: Room, *, max_body_bytes: int, client_timeout_s: float) -> None:
+    def __init__(
+        self, room: Room, *, max_body_bytes: int, client_timeout_s: float = CLIENT_TIMEOUT_S
+    ) -> None:
         if max_body_bytes > room.largest_bytes:
-            limits = f"{max_body_bytes} bytes, but there is room for {room.largest_bytes} bytes"
-            raise ConfigError(f"an upload may have {limits}: raise ML_HOLD_SPOOL")
+            raise ValueError(f"no room for {max_body_bytes} bytes, only {room.largest_bytes}")
         self.room = room
         self._max_body_bytes = max_body_bytes
         self._client_timeout_s = client_timeout_s

@@ -18,7 +18,7 @@ from immich_ml_metal.errors import (
     Overloaded,
     TimedOut,
 )
-from immich_ml_metal.gateway.admission import FORM_BYTES, ClientGone, Reception, Room
+from immich_ml_metal.gateway.admission import ClientGone, Reception, make_reception
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
@@ -49,10 +49,7 @@ _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's par
 
 
 class Gateway:
-    """The ASGI app; its lifespan is the worker's.
-
-    `pages` are apps that answer GET on further paths: the path itself and all below it.
-    """
+    """The ASGI app; its lifespan is the worker's."""
 
     def __init__(
         self,
@@ -60,8 +57,9 @@ class Gateway:
         *,
         command: Sequence[str] = WORKER_COMMAND,
         check_command: Sequence[str] = CHECK_COMMAND,
-        pages: Mapping[str, App] | None = None,
         companions: Companions | None = None,
+        crashes: CrashRecord | None = None,
+        reception: Reception | None = None,
     ) -> None:
         self.settings = settings
         self.is_draining = False
@@ -70,27 +68,28 @@ class Gateway:
         self.on_broken: Callable[[], None] = lambda: None
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
-        self.crashes = _crash_record(settings)
+        self.crashes = crashes or CrashRecord()
         self.dispatcher = _dispatcher(settings, command, self.crashes, self.metrics)
-        self.holding = Holding(
-            self.dispatcher, _reception(settings), hold_limit_s=settings.hold_limit_s
-        )
+        reception = reception or make_reception(settings.max_image_size_bytes)
+        self.holding = Holding(self.dispatcher, reception, hold_limit_s=settings.hold_limit_s)
         self.watch = Watch(settings, self.dispatcher)
-        self.qualifier = Qualifier(
-            settings.model_dump_json(),
-            ask=self.watch.ask_news,
-            on_chosen=lambda: self.dispatcher.recycle(Order("engines were chosen")),
-            command=check_command,
-        )
+        self.qualifier = self._make_qualifier(check_command)
         self.companions = companions or make_companions(settings, self.metrics)
         self._pages: dict[str, App] = {
             "/": self._root,
             "/ping": self._ping,
             "/health": self._health,
             "/metrics": self._metrics_page,
-            **(pages or {}),
         }
         self._feed_gauges()
+
+    def _make_qualifier(self, command: Sequence[str]) -> Qualifier:
+        return Qualifier(
+            self.settings.model_dump_json(),
+            ask=self.watch.ask_news,
+            on_chosen=lambda: self.dispatcher.recycle(Order("engines were chosen")),
+            command=command,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the server's life."""
@@ -160,7 +159,7 @@ class Gateway:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         path, method = scope["path"], scope["method"]
-        page = self._find_page(path)
+        page = self._pages.get(path)
         if path == "/predict" and method == "POST":
             await self._predict(headers, receive, send)
         elif page is not None and method == "GET":
@@ -170,14 +169,6 @@ class Gateway:
             await reply_json(send, 405, {"detail": "Method Not Allowed"}, (b"allow", allowed))
         else:
             await reply_json(send, 404, {"detail": "Not Found"})
-
-    def _find_page(self, path: str) -> App | None:
-        if path in self._pages:
-            return self._pages[path]
-        below = (
-            page for at, page in self._pages.items() if at != "/" and path.startswith(at + "/")
-        )
-        return next(below, None)
 
     async def _root(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply_json(send, 200, {"message": "Immich ML"})
@@ -195,6 +186,7 @@ class Gateway:
             crashes=self.crashes,
             holding=self.holding,
             watch=self.watch,
+            qualifier=self.qualifier,
             started_s=self.started_s,
             is_draining=self.is_draining,
         )
@@ -266,12 +258,6 @@ class _Upload:
         return message
 
 
-def _crash_record(settings: Settings) -> CrashRecord:
-    return CrashRecord(
-        max_crashes=settings.worker_max_crashes, window_s=settings.worker_crash_window_s
-    )
-
-
 def _dispatcher(
     settings: Settings, command: Sequence[str], crashes: CrashRecord, metrics: Metrics
 ) -> Dispatcher:
@@ -281,15 +267,6 @@ def _dispatcher(
         limit=settings.concurrency,
         crashes=crashes,
         metrics=metrics,
-    )
-
-
-def _reception(settings: Settings) -> Reception:
-    room = Room(memory_bytes=settings.hold_memory_bytes, spool_bytes=settings.hold_spool_bytes)
-    return Reception(
-        room,
-        max_body_bytes=settings.max_image_size_bytes + FORM_BYTES,
-        client_timeout_s=settings.client_timeout_s,
     )
 
 

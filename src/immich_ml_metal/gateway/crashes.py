@@ -7,6 +7,10 @@ from datetime import UTC, datetime
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 _FAILURES_KEPT = 50
+# With the pauses between them five deaths take 3.5 s at least: longer than something is busy for a
+# moment, and little of the 280 s for which a request is held.
+MAX_CRASHES = 5
+WINDOW_S = 300.0  # as long as Immich waits for an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class CrashRecord:
     replayed. One that only dies is tried again after longer and longer pauses.
     """
 
-    def __init__(self, *, max_crashes: int, window_s: float) -> None:
+    def __init__(self, *, max_crashes: int = MAX_CRASHES, window_s: float = WINDOW_S) -> None:
         self._max_crashes = max_crashes
         self._window_s = window_s
         self._fruitless: deque[float] = deque()

@@ -53,6 +53,7 @@ class Qualifier:
         self._command = command
         self._tick_s = tick_s
         self._again_s = again_s
+        self._plan: Mapping[str, Any] = {}  # as the worker told it last
         self._not_before: dict[str, float] = {}
         self.settled: dict[str, str] = {}  # model → who was chosen, in this process's life
         self.checking: tuple[str, ...] = ()
@@ -70,17 +71,16 @@ class Qualifier:
     async def look(self) -> None:
         """Have checked what waits for it."""
         health = await self._ask()
-        if health is None:
-            return
-        plan = health.get("engine_plan", {})
+        if health is not None:
+            self._plan = health.get("engine_plan", {})
         now_s = asyncio.get_running_loop().time()
         names = [
             name
-            for name in plan.get("pending", [])
+            for name in self._plan.get("pending", [])
             if name not in self.settled and self._not_before.get(name, 0.0) <= now_s
         ]
         if names:
-            await self._check(names, plan.get("serving", {}))
+            await self._check(names, self._plan.get("serving", {}))
 
     async def _check(self, names: Sequence[str], serving: Mapping[str, str]) -> None:
         self.checking = tuple(names)

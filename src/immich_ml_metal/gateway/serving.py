@@ -5,17 +5,17 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
 
-from immich_ml_metal.gateway.app import WORKER_COMMAND, App, Gateway
-from immich_ml_metal.gateway.patient import PatientProtocol
+from immich_ml_metal.gateway.app import WORKER_COMMAND, Gateway
+from immich_ml_metal.gateway.patient import limited
 from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.system.listen import listen
+from immich_ml_metal.system.listen import KEEPALIVE_S, listen
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ _QUIET_S = 0.5
 _POLL_S = 0.05
 # launchd allows 256; every held request has a connection, and a file once memory is full.
 _OPEN_FILES = 8192
+_OWN_FILES = 64  # listeners, pipes, logs, probes
 
 
 class GatewayServer(uvicorn.Server):
@@ -43,9 +44,9 @@ class GatewayServer(uvicorn.Server):
                 log_level="warning",  # its start and stop lines repeat ours
                 access_log=False,
                 ws="none",
-                http=PatientProtocol,
+                http=limited(_connections(gateway.settings.concurrency)),
                 server_header=False,
-                timeout_keep_alive=max(1, round(gateway.settings.keepalive_s)),
+                timeout_keep_alive=KEEPALIVE_S,
                 timeout_graceful_shutdown=1,
             )
         )
@@ -103,7 +104,6 @@ def run(
     *,
     command: Sequence[str] = WORKER_COMMAND,
     check_command: Sequence[str] = CHECK_COMMAND,
-    pages: Mapping[str, App] | None = None,
 ) -> None:
     """Serve until a signal ends it.
 
@@ -111,7 +111,7 @@ def run(
         ConfigError: the address cannot be listened on, or two settings contradict each other.
     """
     _allow_many_files()
-    gateway = Gateway(settings, command=command, check_command=check_command, pages=pages)
+    gateway = Gateway(settings, command=command, check_command=check_command)
     sockets = listen(settings.host, settings.port)
     for listener in sockets:
         host, port = listener.getsockname()[:2]
@@ -126,3 +126,10 @@ def _allow_many_files() -> None:
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _connections(with_worker: int) -> int:
+    """How many clients fit: each may need a file for its upload, some one to the worker."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(8, (files - _OWN_FILES - with_worker) // 2)

@@ -60,7 +60,7 @@ class Watch:
         self._dispatcher = dispatcher
         self._told: object = None  # what the worker had done when it was last asked for news
         self._progress = ProgressWatch(settings.request_timeout_s)
-        self._keeps_preloaded = settings.preload_stays and has_preload(settings)
+        self._keeps_preloaded = has_preload(settings)
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
@@ -158,7 +158,5 @@ def progress_mark(health: Mapping[str, Any]) -> tuple[Any, ...]:
 def has_preload(settings: Settings) -> bool:
     """Whether any model is to be loaded at start."""
     return any(
-        getattr(settings, name)
-        for name in Settings.model_fields
-        if name.startswith("preload_") and name != "preload_stays"
+        getattr(settings, name) for name in Settings.model_fields if name.startswith("preload_")
     )

@@ -3,15 +3,24 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 
+from immich_ml_metal.client.calls import (
+    CLIP_IMAGE,
+    FACES,
+    TEXT,
+    BadAnswer,
+    ImmichClient,
+    ModelNames,
+)
 from immich_ml_metal.immich.advice import GOOD_CONCURRENCY
 from immich_ml_metal.immich.api import ServerSettings
-from immich_ml_metal.parity.client import ModelNames, Refused, Service
 from immich_ml_metal.types import Task
 
 PICTURES = 8
 ROUNDS = 2
+_CALLS = {Task.CLIP: CLIP_IMAGE, Task.FACES: FACES, Task.OCR: TEXT}
 TURNS = 2  # a machine busy with something else for a moment must not decide
 
 
@@ -27,26 +36,17 @@ def measure_gains(
         server: names the models and the concurrency now.
         draw: a picture like Immich's previews, another one for each number.
     """
-    names = ModelNames(
-        clip=server.models.get(Task.CLIP, ""),
-        faces=server.models.get(Task.FACES, ""),
-        ocr=server.models.get(Task.OCR, ""),
-    )
-    gains = {}
+    models = server.models
+    names = ModelNames(*(models.get(task, "") for task in (Task.CLIP, Task.FACES, Task.OCR)))
     pictures = [draw(seed) for seed in range(PICTURES)]
-    with closing(Service(url, names)) as service:
-        asks = {
-            Task.CLIP: service.embed_image,
-            Task.FACES: service.find_faces,
-            Task.OCR: service.read_text,
-        }
-        for task in server.models:
+    gains = {}
+    with closing(ImmichClient(url, names)) as client:
+        for task in models:
+            ask = partial(client.ask, _CALLS[task])
             low, high = server.concurrency.get(task, 1), GOOD_CONCURRENCY[task]
-            try:
-                asks[task](pictures[0])  # loads the model
-                gains[task] = _gain(asks[task], pictures, low, high)
-            except Refused:
-                continue
+            with suppress(BadAnswer):
+                ask(pictures[0])  # loads the model
+                gains[task] = _gain(ask, pictures, low, high)
     return gains
 
 

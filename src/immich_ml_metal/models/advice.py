@@ -18,7 +18,7 @@ _EXPORT_WEIGHT_BYTES = 4  # Immich's files are fp32
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class Recommendation:
     """One recommended model and why."""
 
     spec: ModelSpec
@@ -36,7 +36,9 @@ def memory_bytes(spec: ModelSpec) -> dict[str, int]:
     }
 
 
-def recommend(memory_total_bytes: int, languages: Iterable[str], engine: str) -> list[Advice]:
+def recommend(
+    memory_total_bytes: int, languages: Iterable[str], engine: str
+) -> list[Recommendation]:
     """A search model, a face model and a text model for this machine and these languages.
 
     Args:
@@ -47,7 +49,9 @@ def recommend(memory_total_bytes: int, languages: Iterable[str], engine: str) ->
     wanted = frozenset(code.partition("-")[0].lower() for code in languages) or frozenset({"en"})
     return [
         _search_model(memory_total_bytes, wanted, engine),
-        Advice(find_by_name("buffalo_l"), "Immich's default; the largest detector and recogniser"),
+        Recommendation(
+            find_by_name("buffalo_l"), "Immich's default; the largest detector and recogniser"
+        ),
         _text_model(wanted),
     ]
 
@@ -57,7 +61,7 @@ def reads(spec: ModelSpec, languages: frozenset[str]) -> bool:
     return MULTILINGUAL in spec.languages or languages <= set(spec.languages)
 
 
-def _search_model(memory_total_bytes: int, wanted: frozenset[str], engine: str) -> Advice:
+def _search_model(memory_total_bytes: int, wanted: frozenset[str], engine: str) -> Recommendation:
     budget = int(memory_total_bytes * _SEARCH_SHARE)
     shortlist = _shortlists()["english" if wanted == {"en"} else "multilingual"]
     specs = [find_by_name(name) for name in shortlist]
@@ -69,10 +73,10 @@ def _search_model(memory_total_bytes: int, wanted: frozenset[str], engine: str) 
     reason = f"best of Immich's short list that reads {read}; {need} on {engine}"
     if not fitting:
         reason += f", more than the advised {format_bytes(budget)}"
-    return Advice(spec, reason)
+    return Recommendation(spec, reason)
 
 
-def _text_model(wanted: frozenset[str]) -> Advice:
+def _text_model(wanted: frozenset[str]) -> Recommendation:
     order = (
         "PP-OCRv6_small",
         "ESLAV__PP-OCRv5_mobile",
@@ -82,10 +86,12 @@ def _text_model(wanted: frozenset[str]) -> Advice:
     )
     for spec in map(find_by_name, order):
         if reads(spec, wanted):
-            return Advice(spec, f"reads {', '.join(sorted(wanted))}")
+            return Recommendation(spec, f"reads {', '.join(sorted(wanted))}")
     covered = max(map(find_by_name, order), key=lambda spec: len(wanted & set(spec.languages)))
     missing = ", ".join(sorted(wanted - set(covered.languages)))
-    return Advice(covered, f"no official text model reads all of them; this one lacks {missing}")
+    return Recommendation(
+        covered, f"no official text model reads all of them; this one lacks {missing}"
+    )
 
 
 @functools.cache

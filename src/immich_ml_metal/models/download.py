@@ -18,7 +18,7 @@ from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.manifest import describe_file, load_manifest, save_manifest
 from immich_ml_metal.models.paddle import list_pinned
 from immich_ml_metal.models.progress import Tracker, format_bytes
-from immich_ml_metal.models.shelf import GRAPH, Shelf, State, check_part
+from immich_ml_metal.models.shelf import GRAPH, FileState, Shelf, check_part
 from immich_ml_metal.models.transfer import (
     Listing,
     RemoteFile,
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PARALLEL_FILES = 4  # M-CLIP keeps its weights in some 390 files; one by one the round trips add up
 SPARE_BYTES = 64 * 2**20  # left free on the disk beyond the download itself
-_GOOD = (State.VERIFIED, State.UNVERIFIED)
+_GOOD = (FileState.VERIFIED, FileState.UNVERIFIED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ _PACK_RECOGNISERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class SourceFile:
     """One file of a folder or ZIP."""
 
     size_bytes: int
@@ -56,7 +56,7 @@ class Found:
 
     key: ModelKey
     revision: str
-    files: Mapping[str, Entry]
+    files: Mapping[str, SourceFile]
 
     @property
     def size_bytes(self) -> int:
@@ -74,7 +74,7 @@ class Imported:
 
 
 @contextmanager
-def open_tree(source: Path) -> Iterator[dict[PurePosixPath, Entry]]:
+def open_tree(source: Path) -> Iterator[dict[PurePosixPath, SourceFile]]:
     """The files of a folder or ZIP by path.
 
     Raises:
@@ -97,7 +97,7 @@ def open_tree(source: Path) -> Iterator[dict[PurePosixPath, Entry]]:
         raise ModelUnavailable(f"{source} is neither a folder nor a ZIP file")
 
 
-def find_models(tree: Mapping[PurePosixPath, Entry]) -> list[Found]:
+def find_models(tree: Mapping[PurePosixPath, SourceFile]) -> list[Found]:
     """Every half of an official model in a tree, wherever it lies in it."""
     found = [
         half
@@ -155,7 +155,7 @@ def export_models(shelf: Shelf, names: list[str], target: Path) -> list[Path]:
 # -- finding ---------------------------------------------------------------------------------------
 
 
-def _cached(graph: PurePosixPath, tree: Mapping[PurePosixPath, Entry]) -> Found | None:
+def _cached(graph: PurePosixPath, tree: Mapping[PurePosixPath, SourceFile]) -> Found | None:
     """The half whose graph lies at `<name>[/<revision>]/<part>/model.onnx`."""
     part, *above = graph.parent.parts[::-1]
     if part not in tuple(Part) or not above:
@@ -176,7 +176,7 @@ def _cached(graph: PurePosixPath, tree: Mapping[PurePosixPath, Entry]) -> Found 
     return Found(spec.key(Part(part)), revision, wanted)
 
 
-def _find_packs(tree: Mapping[PurePosixPath, Entry]) -> list[Found]:
+def _find_packs(tree: Mapping[PurePosixPath, SourceFile]) -> list[Found]:
     found = []
     for path, entry in tree.items():
         pack = _PACK_DETECTORS.get(path.name)
@@ -191,7 +191,7 @@ def _find_packs(tree: Mapping[PurePosixPath, Entry]) -> list[Found]:
     return found
 
 
-def _face(pack: str, part: Part, entry: Entry) -> Found:
+def _face(pack: str, part: Part, entry: SourceFile) -> Found:
     return Found(ModelKey(Task.FACES, part, pack), "main", {f"{part}/{GRAPH}": entry})
 
 
@@ -270,7 +270,7 @@ def _write_zip(files: Mapping[Path, Path], target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _copy(entry: Entry, target: Path) -> None:
+def _copy(entry: SourceFile, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     try:
@@ -281,9 +281,9 @@ def _copy(entry: Entry, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _on_disk(path: Path) -> Entry:
-    return Entry(path.stat().st_size, lambda: path.open("rb"))
+def _on_disk(path: Path) -> SourceFile:
+    return SourceFile(path.stat().st_size, lambda: path.open("rb"))
 
 
-def _in_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
-    return Entry(info.file_size, lambda: archive.open(info))
+def _in_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> SourceFile:
+    return SourceFile(info.file_size, lambda: archive.open(info))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from immich_ml_metal.catalog import Family, ModelSpec
 from immich_ml_metal.models.manifest import FileRecord, load_manifest, sha256_of
-from immich_ml_metal.models.onnx_files import NotOnnx, external_files
+from immich_ml_metal.onnx_files.references import NotOnnx, external_files
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 STAGING = ".incoming"  # beside the target, so that a rename never crosses a file system
@@ -25,7 +25,7 @@ GRAPH = "model.onnx"
 _NOT_OURS = re.compile(r"(\.armnn|\.rknn)$|(^|/)(rknpu|fp16)/|(^|/)\.|^README\.md$")
 
 
-class State(StrEnum):
+class FileState(StrEnum):
     """What is known of a file."""
 
     VERIFIED = "verified"  # as downloaded: size and, when asked for, digest match the record
@@ -46,22 +46,22 @@ class PartStatus:
     """
 
     key: ModelKey
-    files: Mapping[str, State]
+    files: Mapping[str, FileState]
     size_bytes: int
-    elsewhere: State | None = None
+    elsewhere: FileState | None = None
 
     @property
-    def state(self) -> State:
+    def state(self) -> FileState:
         """The half as a whole: usable only when every file is, verified only when every file is."""
         if self.elsewhere is not None:
             return self.elsewhere
         found = set(self.files.values())
-        if found == {State.VERIFIED}:
-            return State.VERIFIED
-        for state in (State.DAMAGED, State.MISSING):
+        if found == {FileState.VERIFIED}:
+            return FileState.VERIFIED
+        for state in (FileState.DAMAGED, FileState.MISSING):
             if state in found:
                 return state
-        return State.UNVERIFIED
+        return FileState.UNVERIFIED
 
     @property
     def is_usable(self) -> bool:
@@ -105,7 +105,7 @@ class Shelf:
 
 def check_part(
     root: Path, spec: ModelSpec, part: Part, *, digests: bool = False
-) -> Mapping[str, State]:
+) -> Mapping[str, FileState]:
     """The state of every file of one half, by path relative to `root`.
 
     Args:
@@ -131,15 +131,9 @@ def is_for_us(path: str, part: Part) -> bool:
     return wanted and not _NOT_OURS.search(path)
 
 
-def weight_bytes(files: ModelFiles) -> int:
-    """Size of a half's graph with its side files: about what it takes in memory once loaded."""
-    sides = _side_files(files.graph)
-    return sum(_size(path) for path in (files.graph, *(files.folder / name for name in sides)))
-
-
-def is_usable(states: Mapping[str, State]) -> bool:
+def is_usable(states: Mapping[str, FileState]) -> bool:
     """Whether a half in these states can be loaded."""
-    return all(state in (State.VERIFIED, State.UNVERIFIED) for state in states.values())
+    return all(state in (FileState.VERIFIED, FileState.UNVERIFIED) for state in states.values())
 
 
 def _required(spec: ModelSpec, part: Part) -> tuple[str, ...]:
@@ -160,16 +154,18 @@ def _side_files(graph: Path) -> dict[str, int]:
         return {}  # absent or torn: `_state` says so of the graph itself
 
 
-def _state(path: Path, record: FileRecord | None, min_bytes: int | None, digests: bool) -> State:
+def _state(
+    path: Path, record: FileRecord | None, min_bytes: int | None, digests: bool
+) -> FileState:
     if not path.is_file():
-        return State.MISSING
+        return FileState.MISSING
     size = _size(path)
     if record is not None and size == record.size_bytes:
         intact = not digests or sha256_of(path) == record.sha256
-        return State.VERIFIED if intact else State.DAMAGED
+        return FileState.VERIFIED if intact else FileState.DAMAGED
     if size < (min_bytes or 0) or not _is_sound(path):
-        return State.DAMAGED
-    return State.UNVERIFIED
+        return FileState.DAMAGED
+    return FileState.UNVERIFIED
 
 
 def _size(path: Path) -> int:

@@ -16,9 +16,9 @@ from immich_ml_metal.catalog import ModelSpec, find_model
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
 from immich_ml_metal.models.download import Download
 from immich_ml_metal.models.manifest import FileRecord, describe_file, load_manifest, save_manifest
+from immich_ml_metal.models.paddle import find_in_wheel
 from immich_ml_metal.models.progress import DownloadProgress, Downloads, Listener, Tracker
-from immich_ml_metal.models.rapidocr_wheel import find_in_wheel
-from immich_ml_metal.models.shelf import PartStatus, Shelf, State
+from immich_ml_metal.models.shelf import FileState, PartStatus, Shelf
 from immich_ml_metal.models.transfer import Retry, explain_os_error
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
@@ -91,7 +91,7 @@ class ModelStore:
         shared = None if older is None else self.status(older)
         if shared is not None and shared.is_usable:
             return replace(status, elsewhere=shared.state)
-        return replace(status, elsewhere=State.VERIFIED)
+        return replace(status, elsewhere=FileState.VERIFIED)
 
     def verify(self, key: ModelKey, *, online: bool = False) -> PartStatus:
         """Read every file of a half and compare digests; remember what was found intact.
@@ -107,9 +107,9 @@ class ModelStore:
         """
         status = self.status(key, digests=True)
         records = {}
-        if online and State.UNVERIFIED in status.files.values():
+        if online and FileState.UNVERIFIED in status.files.values():
             records = self._official_records(key, status)
-        intact = [path for path, state in status.files.items() if state is State.VERIFIED]
+        intact = [path for path, state in status.files.items() if state is FileState.VERIFIED]
         if intact or records:
             self._remember(key, intact, records)
         return self.status(key, digests=True) if records else status
@@ -169,7 +169,7 @@ class ModelStore:
         """Records for the files placed by hand that are the official ones."""
         spec, root = find_model(key.name, key.task, key.part), self.shelf.root(key)
         listing = self._download(spec, key, Tracker(key)).list_files()
-        placed = {path for path, state in status.files.items() if state is State.UNVERIFIED}
+        placed = {path for path, state in status.files.items() if state is FileState.UNVERIFIED}
         return {
             file.path: describe_file(root / file.path, listing.source, listing.revision)
             for file in listing.files
@@ -201,9 +201,9 @@ class ModelStore:
         finally:
             lock.release()
 
-    def _how_to_place(self, spec: ModelSpec, key: ModelKey, state: State) -> str:
+    def _how_to_place(self, spec: ModelSpec, key: ModelKey, state: FileState) -> str:
         """What a person can do about a model that is not here."""
-        found = "damaged" if state is State.DAMAGED else "not on disk"
+        found = "damaged" if state is FileState.DAMAGED else "not on disk"
         return (
             f"model {key} is {found} and downloads are switched off; fetch "
             f"{self._settings.model_organization}/{spec.name} with "

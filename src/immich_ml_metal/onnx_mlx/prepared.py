@@ -1,8 +1,8 @@
 """The compiled form of a model on disk: a second load maps weights instead of converting them.
 
-One safetensors file beside the model, in a folder of its own: the weights as the device wants them,
-and in its header the program and a key made of the model's digest, the number format and the
-compiler's own source. Anything that does not match is ignored and replaced. Safe to delete.
+One safetensors file, kept as a derived form of the model: the weights as the device wants them, and
+in its header the program. The form depends on the weights, the number format, the version of MLX
+and of what folds constants, and the compiler's own source. Safe to delete.
 """
 
 import base64
@@ -10,91 +10,70 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import onnx
 
+from immich_ml_metal.onnx_files.derived import DerivedForm
+from immich_ml_metal.onnx_files.references import NotOnnx
 from immich_ml_metal.onnx_mlx.graph import Node, Program
 from immich_ml_metal.onnx_mlx.lower import Lowered
 from immich_ml_metal.onnx_mlx.ops.call import Value
-from immich_ml_metal.onnx_mlx.reader import external_files
 from immich_ml_metal.types import Tensor, TensorSpec
 
 log = logging.getLogger(__name__)
 
 FOLDER = "mlx"
-READABLE = 0o644  # by every user, like the model
+FILE = "model.safetensors"
 
 
 class Prepared:
     """The prepared form of one model in one number format."""
 
     def __init__(self, model: Path, dtype: mx.Dtype) -> None:
-        self._model = model
         format_name = str(dtype).rsplit(".", maxsplit=1)[-1]
-        self.path = model.parent / FOLDER / f"{model.stem}-{format_name}.safetensors"
-        self._format = format_name
+        libraries = f"mlx{metadata.version('mlx')}-onnx{onnx.__version__}"
+        version = f"{libraries}-{compiler_digest()}"
+        self._form = DerivedForm(model, FOLDER, version=version, variant=format_name)
 
     def load(self) -> tuple[Lowered, dict[str, Value]] | None:
-        """The program and its constants, on the device; None if there is no good file."""
-        if not self.path.is_file():
+        """The program and its constants, on the device; None if there is no good form."""
+        try:
+            found = self._form.find()
+        except (OSError, NotOnnx):
+            return None  # the reader tells what is wrong with the model
+        if found is None:
             return None
         try:
-            arrays, header = _read(self.path)  # refuses a file shorter than its header says
-            if header["key"] != self._key(json.loads(header["sources"])):
-                return None
+            arrays, header = _read(found / FILE)
             lowered, constants = _decode(json.loads(header["program"]))
             mx.eval(arrays)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
-            log.warning("prepared weights ignored: path=%s reason=%s", self.path, exc)
+            log.warning("prepared weights thrown away: folder=%s reason=%s", found, exc)
+            self._form.discard(found)
             return None
         return lowered, {**constants, **arrays}
 
     def save(self, lowered: Lowered, constants: Mapping[str, Value]) -> None:
-        """Write the file, replacing an older one at once or not at all.
+        """Write the form in place of an older one.
 
         A folder that cannot be written is no reason to fail: the model is loaded already.
         """
         arrays = {name: v for name, v in constants.items() if isinstance(v, mx.array)}
+        header = {"program": json.dumps(_encode(lowered, constants))}
         try:
-            sources = [self._model.name, *(file.name for file in external_files(self._model))]
-            header = {
-                "key": self._key(sources),
-                "sources": json.dumps(sources),
-                "program": json.dumps(_encode(lowered, constants)),
-            }
-            self.path.parent.mkdir(exist_ok=True)
-            handle, name = tempfile.mkstemp(suffix=".safetensors", dir=self.path.parent)
-            os.close(handle)
-            staged = Path(name)
-            try:
-                mx.save_safetensors(str(staged), arrays, header)
-                _flush(staged)
-                staged.chmod(READABLE)
-                staged.replace(self.path)
-            finally:
-                staged.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as exc:  # MLX reports a full disk as RuntimeError
-            log.warning("weights not prepared: path=%s reason=%s", self.path, exc)
+            folder = self._form.make(
+                lambda staging: mx.save_safetensors(str(staging / FILE), arrays, header)
+            )
+        except (OSError, RuntimeError, NotOnnx) as exc:  # MLX reports a full disk as RuntimeError
+            log.warning("weights not prepared: model=%s reason=%s", self._form.model, exc)
         else:
-            log.info("weights prepared: path=%s", self.path)
-
-    def _key(self, sources: list[str]) -> str:
-        """What the file depends on: the content of the sources, the format, this compiler.
-
-        The list of sources may come from the prepared file itself: it can only change with the
-        model file, which is always one of them.
-        """
-        digest = hashlib.sha256(f"{self._format} {compiler_digest()}".encode())
-        for name in sources:
-            with (self._model.parent / name).open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+            log.info("weights prepared: folder=%s", folder)
 
 
 @functools.cache
@@ -103,7 +82,7 @@ def compiler_digest() -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:8]
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -111,12 +90,6 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     loaded: Any = mx.load(str(path), return_metadata=True)  # Any: the type depends on the format
     arrays, header = loaded
     return arrays, header
-
-
-def _flush(path: Path) -> None:
-    """Bring the content to the disk before the name: a power cut must not leave a hollow file."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 # -- the program as JSON --------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from onnx.inliner import inline_local_functions
 from onnx.numpy_helper import to_array
 
 from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.onnx_files.references import check_location
 from immich_ml_metal.onnx_mlx.graph import Attribute, Node, Program
 from immich_ml_metal.types import Tensor, TensorSpec
 
@@ -43,13 +44,6 @@ def read(path: Path) -> Program:
         return _program(model, path)
     except (ValueError, KeyError, TypeError) as exc:
         raise LoadFailed(f"{path} is damaged: {exc}") from exc
-
-
-def external_files(path: Path) -> list[Path]:
-    """The weight files that belong to the ONNX file `path`, by name."""
-    model = onnx.load(path, load_external_data=False)
-    names = {_location(tensor) for tensor in _tensors(model) if _is_external(tensor)}
-    return [path.parent / name for name in sorted(names)]
 
 
 def _program(model: ModelProto, path: Path) -> Program:
@@ -108,20 +102,13 @@ def _constant(attributes: dict[str, Attribute]) -> Tensor:
     return np.asarray(value)
 
 
-def _tensors(model: ModelProto) -> Iterable[TensorProto]:
-    yield from model.graph.initializer
-    for node in model.graph.node:
-        yield from (a.t for a in node.attribute if a.type == AttributeProto.TENSOR)
-
-
 def _is_external(tensor: TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 
 
 def _location(tensor: TensorProto) -> str:
     name = str(ExternalDataInfo(tensor).location)
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise LoadFailed(f"tensor {tensor.name!r} points outside the model's folder: {name}")
+    check_location(name)
     return name
 
 

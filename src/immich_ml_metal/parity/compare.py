@@ -6,17 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from immich_ml_metal.client.calls import FaceAnswer
 from immich_ml_metal.types import Floats
 
 MIN_IOU = 0.5  # Immich matches a face to a stored one above this
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FaceAnswer:
-    """One picture's faces: `boxes` (N, 4) xyxy in pixels as sent, `embeddings` (N, D)."""
-
-    boxes: Floats
-    embeddings: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)

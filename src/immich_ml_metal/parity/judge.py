@@ -21,7 +21,7 @@ FACE_MIX_MEDIAN = 0.9
 TEXT_SAFE = 0.9
 
 
-class Level(IntEnum):
+class Difference(IntEnum):
     """How bad a difference is."""
 
     SAFE = 0
@@ -41,7 +41,7 @@ class TaskSummary:
     p5: float | None
     median: float | None
     speed: float | None  # their median time over ours: above 1 we are faster
-    level: Level
+    level: Difference
     reason: str
     faces_both: int = 0
     faces_only_ours: int = 0
@@ -53,13 +53,13 @@ class TaskSummary:
 class Verdict:
     """The judgement over all tasks, in words."""
 
-    level: Level
+    level: Difference
     words: str
     reasons: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ParityReport:
     """Everything one run found: the two addresses, each comparison, the figures, the judgement."""
 
     ours: str
@@ -72,34 +72,23 @@ class Report:
 
 def summarise(task: str, comparisons: Sequence[Comparison]) -> TaskSummary:
     """The figures of one task and what they mean."""
-    values = [c.value for c in comparisons if c.value is not None]
+    answered = [c for c in comparisons if c.value is not None]
     matches = [c.faces for c in comparisons if c.faces is not None]
+    values = [c.value for c in comparisons if c.value is not None]
     if task == "faces":
         values = [value for match in matches for value in match.cosines]
     problems = tuple(f"{c.subject}: {c.problem}" for c in comparisons if c.problem)
     ious = [value for match in matches for value in match.ious]
-    both = len(ious)
-    only_ours = sum(match.only_ours for match in matches)
-    only_theirs = sum(match.only_theirs for match in matches)
-    answered = [c for c in comparisons if c.value is not None]
-    minimum, p5, median = _spread(values)
-    level, reason = _judge(
-        task, (minimum, p5, median), len(problems), (both, only_ours, only_theirs), len(answered)
+    faces = (
+        len(ious),
+        sum(match.only_ours for match in matches),
+        sum(match.only_theirs for match in matches),
     )
+    spread = _spread(values)
+    level, reason = _judge(task, spread, len(problems), faces, len(answered))
+    speed, iou = _speed(answered), float(np.median(ious)) if ious else None
     return TaskSummary(
-        task=task,
-        count=len(answered),
-        problems=problems,
-        minimum=minimum,
-        p5=p5,
-        median=median,
-        speed=_speed(answered),
-        level=level,
-        reason=reason,
-        faces_both=both,
-        faces_only_ours=only_ours,
-        faces_only_theirs=only_theirs,
-        iou_median=float(np.median(ious)) if ious else None,
+        task, len(answered), problems, *spread, speed, level, reason, *faces, iou_median=iou
     )
 
 
@@ -108,15 +97,21 @@ def judge(summaries: Iterable[TaskSummary]) -> Verdict:
     summaries = list(summaries)
     reasons = tuple(f"{s.task}: {s.reason}" for s in summaries if s.reason)
     if not any(s.count for s in summaries):
-        return Verdict(Level.UNKNOWN, "nothing could be compared", reasons)
-    worst = max((s.level for s in summaries if s.level is not Level.UNKNOWN), default=Level.SAFE)
-    if worst is Level.UNSAFE:
-        return Verdict(Level.UNSAFE, "do not mix", reasons)
-    if worst is Level.SAFE:
-        return Verdict(Level.SAFE, "safe to switch", reasons)
+        return Verdict(Difference.UNKNOWN, "nothing could be compared", reasons)
+    worst = max(
+        (s.level for s in summaries if s.level is not Difference.UNKNOWN), default=Difference.SAFE
+    )
+    if worst is Difference.UNSAFE:
+        return Verdict(Difference.UNSAFE, "do not mix", reasons)
+    if worst is Difference.SAFE:
+        return Verdict(Difference.SAFE, "safe to switch", reasons)
     kinds = {"faces": "people", "text": "text"}
-    differing = [kinds[s.task] for s in summaries if s.level is Level.DIFFERS and s.task in kinds]
-    return Verdict(Level.DIFFERS, f"safe for search; {' and '.join(differing)} may differ", reasons)
+    differing = [
+        kinds[s.task] for s in summaries if s.level is Difference.DIFFERS and s.task in kinds
+    ]
+    return Verdict(
+        Difference.DIFFERS, f"safe for search; {' and '.join(differing)} may differ", reasons
+    )
 
 
 def _judge(
@@ -125,10 +120,10 @@ def _judge(
     problems: int,
     faces: tuple[int, int, int],
     answered: int,
-) -> tuple[Level, str]:
+) -> tuple[Difference, str]:
     refused = f"{problems} answered by one side only" if problems else ""
     if not answered:
-        return (Level.UNSAFE, refused) if problems else (Level.UNKNOWN, "not compared")
+        return (Difference.UNSAFE, refused) if problems else (Difference.UNKNOWN, "not compared")
     minimum, p5, median = spread
     if task == "faces":
         level, reason = _judge_faces(median, *faces)
@@ -137,17 +132,17 @@ def _judge(
     else:
         level, reason = _judge_clip(minimum, p5)
     if problems:
-        level = max(level, Level.UNSAFE if task.startswith("clip") else Level.DIFFERS)
+        level = max(level, Difference.UNSAFE if task.startswith("clip") else Difference.DIFFERS)
     return level, "; ".join(filter(None, (reason, refused)))
 
 
-def _judge_clip(minimum: float | None, p5: float | None) -> tuple[Level, str]:
+def _judge_clip(minimum: float | None, p5: float | None) -> tuple[Difference, str]:
     assert minimum is not None
     assert p5 is not None
     if minimum >= CLIP_SAFE_MIN and p5 >= CLIP_SAFE_P5:
-        return Level.SAFE, ""
+        return Difference.SAFE, ""
     return (
-        Level.UNSAFE,
+        Difference.UNSAFE,
         f"vectors differ: lowest cosine {minimum:.4f} (needs {CLIP_SAFE_MIN}), "
         f"5th percentile {p5:.5f} (needs {CLIP_SAFE_P5})",
     )
@@ -155,25 +150,25 @@ def _judge_clip(minimum: float | None, p5: float | None) -> tuple[Level, str]:
 
 def _judge_faces(
     median: float | None, both: int, only_ours: int, only_theirs: int
-) -> tuple[Level, str]:
+) -> tuple[Difference, str]:
     total = both + only_ours + only_theirs
     if not total:
-        return Level.UNKNOWN, "no face in any of these pictures"
+        return Difference.UNKNOWN, "no face in any of these pictures"
     if median is not None and median < FACE_MIX_MEDIAN:
-        return Level.UNSAFE, f"median face cosine {median:.3f} (needs {FACE_MIX_MEDIAN})"
+        return Difference.UNSAFE, f"median face cosine {median:.3f} (needs {FACE_MIX_MEDIAN})"
     reasons = []
     if both / total < FACE_SAFE_MATCHED:
         reasons.append(f"{both} of {total} faces found by both (needs {FACE_SAFE_MATCHED:.0%})")
     if median is not None and median < FACE_SAFE_MEDIAN:
         reasons.append(f"median face cosine {median:.4f} (needs {FACE_SAFE_MEDIAN})")
-    return (Level.DIFFERS if reasons else Level.SAFE), "; ".join(reasons)
+    return (Difference.DIFFERS if reasons else Difference.SAFE), "; ".join(reasons)
 
 
-def _judge_text(median: float | None) -> tuple[Level, str]:
+def _judge_text(median: float | None) -> tuple[Difference, str]:
     assert median is not None
     if median >= TEXT_SAFE:
-        return Level.SAFE, ""
-    return Level.DIFFERS, f"{median:.0%} of lines agree (needs {TEXT_SAFE:.0%})"
+        return Difference.SAFE, ""
+    return Difference.DIFFERS, f"{median:.0%} of lines agree (needs {TEXT_SAFE:.0%})"
 
 
 def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:

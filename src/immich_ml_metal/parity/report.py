@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from immich_ml_metal.parity.compare import Comparison, FaceMatch
-from immich_ml_metal.parity.judge import Report, TaskSummary
+from immich_ml_metal.parity.judge import ParityReport, TaskSummary
 
 WORST = 6  # pairs pictured per task
 SAME = 1 - 1e-6  # float32 noise of a cosine
@@ -31,7 +31,7 @@ ul.lines { padding-left: 1rem; margin: .2rem 0; }
 """
 
 
-def render_html(report: Report) -> str:
+def render_html(report: ParityReport) -> str:
     """The whole page; pictures are embedded as small JPEGs, so keep it as private as they are."""
     verdict = report.verdict
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.reasons)

@@ -1,13 +1,19 @@
 """Put the same pictures and texts to two services, one after the other, and compare."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
-from typing import Protocol
 
-from immich_ml_metal.parity.client import Refused, Timed
+from immich_ml_metal.client.calls import (
+    CALL_NAMES,
+    CLIP_TEXT,
+    FACES,
+    TEXT,
+    BadAnswer,
+    ImmichClient,
+    Timed,
+)
 from immich_ml_metal.parity.compare import (
     Comparison,
     cosine,
@@ -15,9 +21,9 @@ from immich_ml_metal.parity.compare import (
     line_agreement,
     match_faces,
 )
+from immich_ml_metal.parity.explain import find_cause
+from immich_ml_metal.parity.judge import ParityReport, judge, summarise
 
-TASKS = ("clip image", "clip text", "faces", "text")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 TEXTS = (
     "a dog on the beach",
     "sunset over the mountains",
@@ -32,66 +38,30 @@ TEXTS = (
 )
 
 
-class Answering(Protocol):
-    """What a comparison needs of a service."""
-
-    def embed_image(self, image: bytes) -> Timed:
-        """The picture's search vector."""
-        ...
-
-    def embed_text(self, text: str) -> Timed:
-        """The text's search vector."""
-        ...
-
-    def find_faces(self, image: bytes) -> Timed:
-        """The picture's faces."""
-        ...
-
-    def read_text(self, image: bytes) -> Timed:
-        """The picture's text lines."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One thing to ask both: which task, what about, and how to ask a service."""
+    """One thing to ask both: which call, what about as a person names it, and what is sent."""
 
     task: str
     subject: str
-    ask: Callable[[Answering], Timed]
-
-
-def find_photos(paths: Iterable[Path]) -> list[Path]:
-    """The given files, and the pictures in the given folders, in order and each once."""
-    found: dict[Path, None] = {}
-    for path in paths:
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in inside:
-            if file == path or (file.is_file() and file.suffix.lower() in SUFFIXES):
-                found[file] = None
-    return list(found)
+    payload: bytes | str
 
 
 def questions(
     photos: Iterable[Path], texts: Sequence[str], tasks: Sequence[str]
 ) -> Iterator[Question]:
     """Everything to ask, one picture at a time."""
-    if "clip text" in tasks:
+    if CLIP_TEXT in tasks:
         for text in texts:
-            yield Question("clip text", text, methodcaller("embed_text", text))
+            yield Question(CLIP_TEXT, text, text)
     for photo in photos:
         image = photo.read_bytes()
-        asks: dict[str, Callable[[Answering], Timed]] = {
-            "clip image": methodcaller("embed_image", image),
-            "faces": methodcaller("find_faces", image),
-            "text": methodcaller("read_text", image),
-        }
-        for task, ask in asks.items():
-            if task in tasks:
-                yield Question(task, str(photo), ask)
+        for task in tasks:
+            if task != CLIP_TEXT:
+                yield Question(task, str(photo), image)
 
 
-def compare(question: Question, ours: Answering, theirs: Answering) -> Comparison:
+def compare(question: Question, ours: ImmichClient, theirs: ImmichClient) -> Comparison:
     """Ask both and compare; where both refuse, they agree."""
     first, second = _ask(question, ours), _ask(question, theirs)
     if isinstance(first, str) or isinstance(second, str):
@@ -104,7 +74,7 @@ def compare(question: Question, ours: Answering, theirs: Answering) -> Compariso
     return _measure(question, first, second)
 
 
-def warm_up(first: Iterable[Question], services: Iterable[Answering]) -> None:
+def warm_up(first: Iterable[Question], services: Iterable[ImmichClient]) -> None:
     """Ask each task's first question unrecorded, so that loading a model is not timed."""
     seen: set[str] = set()
     services = list(services)
@@ -113,15 +83,29 @@ def warm_up(first: Iterable[Question], services: Iterable[Answering]) -> None:
             seen.add(question.task)
             for service in services:
                 _ask(question, service)
-        if len(seen) == len(TASKS):
+        if len(seen) == len(CALL_NAMES):
             return
 
 
-def _ask(question: Question, service: Answering) -> Timed | str:
+def conclude(
+    comparisons: Sequence[Comparison],
+    tasks: Sequence[str],
+    ours: ImmichClient,
+    theirs: ImmichClient,
+) -> ParityReport:
+    """Judge what was compared; where search differs, ask both further to find out why."""
+    summaries = [summarise(task, [c for c in comparisons if c.task == task]) for task in tasks]
+    cause = find_cause(comparisons, summaries, ours, theirs)
+    return ParityReport(
+        ours.url, theirs.url, tuple(comparisons), tuple(summaries), judge(summaries), cause
+    )
+
+
+def _ask(question: Question, service: ImmichClient) -> Timed | str:
     try:
-        return question.ask(service)
-    except Refused as exc:
-        return str(exc)
+        return service.ask(question.task, question.payload)
+    except BadAnswer as exc:
+        return exc.what
     except (KeyError, ValueError, TypeError) as exc:
         return f"answered with something else than Immich expects: {type(exc).__name__}: {exc}"
 
@@ -130,10 +114,10 @@ def _measure(question: Question, ours: Timed, theirs: Timed) -> Comparison:
     measured = partial(
         Comparison, question.task, question.subject, ours_s=ours.seconds, theirs_s=theirs.seconds
     )
-    if question.task == "faces":
+    if question.task == FACES:
         match = match_faces(ours.answer, theirs.answer)
         return measured(face_agreement(match), faces=match)
-    if question.task == "text":
-        lines = tuple(ours.answer), tuple(theirs.answer)
+    if question.task == TEXT:
+        lines = ours.answer.lines, theirs.answer.lines
         return measured(line_agreement(*lines), lines=lines)
     return measured(cosine(ours.answer, theirs.answer))

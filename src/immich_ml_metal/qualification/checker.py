@@ -6,15 +6,16 @@ finds is remembered; the worker takes it up at its next start. Nobody waits for 
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import psutil
 
 from immich_ml_metal.backends.selection import REFERENCE, Candidate
 from immich_ml_metal.errors import UnknownModel
-from immich_ml_metal.models.shelf import weight_bytes
-from immich_ml_metal.models.weights import digest_of, stamp_of
+from immich_ml_metal.onnx_files.derived import digest_of, stamp_of
+from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.qualification.choice import Choice, decide
 from immich_ml_metal.qualification.order import CHECK, Order
 from immich_ml_metal.qualification.plan import NO_FILES, Choices, Locator, Machine
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 # How long one probe of a check may take. Vision's first request after an update of macOS has taken
 # up to 201 s in public reports, with 15 to 58 s the rule; compiling for the Neural Engine minutes.
-LIMITS_S: Mapping[str, float] = {"vision": 130.0, "mlx": 300.0, "coreml": 900.0}
+LIMITS_S: Mapping[str, float] = MappingProxyType({"vision": 130.0, "mlx": 300.0, "coreml": 900.0})
 # A probe needs the candidate's weights and, after it, the reference's; converting holds both forms.
 _WEIGHT_FACTOR = 2.5
 _LIBRARIES_BYTES = 500 * MIB
@@ -61,7 +62,7 @@ class Tools:
 
     measure: Measure
     memory: Memory = machine_memory
-    limits_s: Mapping[str, float] = LIMITS_S
+    limits_s: Mapping[str, float] = field(default_factory=lambda: LIMITS_S)
 
 
 class Checker:
@@ -120,7 +121,7 @@ class Checker:
             digest = digest_of(files.graph)
             self._record.change(key, lambda old: replace(old, stamp=stamp, digest=digest))
             return replace(entry, stamp=stamp, digest=digest)
-        except (OSError, UnknownModel):
+        except (OSError, UnknownModel, ValueError):
             return None
 
     def _needs_no_files(self, key: ModelKey) -> bool:
@@ -131,7 +132,7 @@ class Checker:
         """The memory gate: whether a probe fits without anything being swapped out for it."""
         available, total = self._tools.memory()
         files = None if candidate.engine in NO_FILES else self._store.locate(key)
-        weights = weight_bytes(files) if files is not None else 0
+        weights = weight_bytes(files.graph) if files is not None else 0
         needed = int(weights * _WEIGHT_FACTOR) + _LIBRARIES_BYTES
         has_room = available - needed >= total * _SHARE_LEFT_FREE
         if not has_room:

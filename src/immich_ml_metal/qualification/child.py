@@ -10,18 +10,22 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from math import ceil
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from immich_ml_metal.qualification.order import CHECK, Order, step_line, verdict_line
 from immich_ml_metal.qualification.verdict import Outcome, Verdict
+
+if TYPE_CHECKING:
+    from immich_ml_metal.backends.makers import Maker
 
 _STDIN = 0
 _NICENESS = 10  # a check runs beside an import
 _ALARM_AFTER_S = 5  # after the parent's own limit
 
 
-def main(makers: "dict[str, object] | None" = None) -> None:
+def main(makers: "Mapping[str, Maker] | None" = None) -> None:
     """Run one order. `makers` are the engines by name; the real ones when None."""
     out = _take_stdout()
     order = Order.load(_read_line())
@@ -36,12 +40,12 @@ def main(makers: "dict[str, object] | None" = None) -> None:
     os._exit(0)  # what a library does at exit is no matter of its numbers
 
 
-def _run(order: Order, makers: "dict[str, object] | None", say: "object") -> Verdict:
+def _run(order: Order, makers: "Mapping[str, Maker] | None", say: Callable[[str], None]) -> Verdict:
     from immich_ml_metal.backends.makers import MAKERS
     from immich_ml_metal.qualification.probe import probe
 
     try:
-        return asyncio.run(probe(order, makers or MAKERS, say))  # type: ignore[arg-type]
+        return asyncio.run(probe(order, makers or MAKERS, say))
     except Exception as exc:  # noqa: BLE001 - whatever it is, it is what the engine does here
         return Verdict(Outcome.FAILED, f"{type(exc).__name__}: {exc}")
 

@@ -24,7 +24,7 @@ from immich_ml_metal.backends.selection import (
 )
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import ConfigError, ServiceError, UnknownModel
-from immich_ml_metal.models.weights import stamp_of
+from immich_ml_metal.onnx_files.derived import stamp_of
 from immich_ml_metal.qualification.choice import Choice, decide
 from immich_ml_metal.qualification.environment import Environment
 from immich_ml_metal.qualification.record import Entry, name_of
@@ -111,7 +111,7 @@ class Choices:
             try:
                 files = self._store.locate(key)
                 same = files is not None and stamp_of(files.graph) == entry.stamp
-            except (UnknownModel, OSError):
+            except (UnknownModel, OSError, ValueError):
                 same = False
             return entry.digest if same else "changed"
 

@@ -7,7 +7,7 @@ import asyncio
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from immich_ml_metal.types import Faces, ModelFiles, ModelKey, Part, Reading, Ta
 ITEMS = {CHECK: 3, "comparison": 6}
 TIMED_S = 2.0  # how long each speed is measured
 Say = Callable[[str], None]
-Makers = dict[str, Maker]
+Makers = Mapping[str, Maker]
 
 
 @dataclass(slots=True)

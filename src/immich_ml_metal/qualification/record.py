@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.backends.selection import Candidate
-from immich_ml_metal.models.weights import Stamp
+from immich_ml_metal.onnx_files.derived import Stamp
 from immich_ml_metal.qualification.verdict import Judged, Verdict
 from immich_ml_metal.state import StateDamaged, StateFolder, StateUnusable
 from immich_ml_metal.types import ModelKey, Part, Task

@@ -8,6 +8,9 @@ from immich_ml_metal.errors import ConfigError
 
 ANY_HOSTS = {"", "*", "0.0.0.0", "::", "[::]"}  # what users write for "every address"
 _BACKLOG = 1024
+# How long an idle connection stays open: longer than the pool of Immich's Node keeps one, so that
+# it never sends on a connection that is being closed.
+KEEPALIVE_S = 75
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

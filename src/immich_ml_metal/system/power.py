@@ -45,11 +45,6 @@ class KeepAwake:
         self._ended_s = 0.0
         self._assertion: Assertion | None = None
 
-    @property
-    def is_held(self) -> bool:
-        """Whether the machine is being kept awake."""
-        return self._assertion is not None
-
     def begin(self) -> None:
         """A piece of work has come."""
         self._working += 1

@@ -45,8 +45,8 @@ _BROKEN = (
 class ImageLimits:
     """What a picture may measure: pixels in all, and pixels on its longer side."""
 
-    max_pixels: int
-    max_side_px: int
+    max_pixels: int = OFFICIAL_MAX_PIXELS
+    max_side_px: int = 65_535  # the longest that a JPEG can have
 
 
 class Picture:

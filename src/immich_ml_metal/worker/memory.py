@@ -7,16 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import ModelKey, Part, Task
-
-TEXT_TOWER = (Task.CLIP, Part.TEXTUAL)
-
-
-def make_rules(settings: Settings, memory_total_bytes: int) -> "MemoryRules":
-    """The rules that the settings ask for, on a machine with so much memory."""
-    limit = settings.model_memory_limit_bytes or memory_total_bytes // 2
-    return MemoryRules(limit, frozenset({TEXT_TOWER} if settings.pin_text_model else ()))
+from immich_ml_metal.types import ModelKey
 
 
 class Resident(Protocol):
@@ -52,22 +43,16 @@ class MemoryRules:
 
     Attributes:
         limit_bytes: for all models together; 0 for no limit.
-        pinned: halves that are never unloaded for others or for being idle.
     """
 
     limit_bytes: int = 0
-    pinned: frozenset[tuple[Task, Part]] = frozenset()
-
-    def is_pinned(self, key: ModelKey) -> bool:
-        """Whether a model stays once it is loaded."""
-        return (key.task, key.part) in self.pinned
 
     def choose_evictions(
         self, residents: Iterable[ResidentT], incoming_bytes: int
     ) -> list[ResidentT]:
         """Whom to unload so that `incoming_bytes` more fit: the least recently used first.
 
-        A model in use or pinned is never chosen, so what is chosen may free too little.
+        A model in use is never chosen, so what is chosen may free too little.
         """
         everyone = list(residents)
         excess = incoming_bytes + sum(one.size_bytes for one in everyone) - self.limit_bytes
@@ -75,7 +60,7 @@ class MemoryRules:
         for one in sorted(everyone, key=lambda one: one.last_used):
             if not self.limit_bytes or excess <= 0:
                 break
-            if one.users == 0 and not self.is_pinned(one.key):
+            if one.users == 0:
                 chosen.append(one)
                 excess -= one.size_bytes
         return chosen

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from immich_ml_metal.tasks.images import Picture, count_pixels
 from immich_ml_metal.threads import CpuThreads
 
+# Two of Immich's previews, at some 20 MB each: the tasks of one photo come one after the other, and
+# no photo comes again after its tasks are done.
+CACHE_BYTES = 48 * 2**20
+
 
 class PictureCache:
     """Decoded pictures by the digest of their file, the latest kept up to a number of bytes.
@@ -17,14 +21,17 @@ class PictureCache:
     """
 
     def __init__(
-        self, decode: Callable[[bytes], Picture], threads: CpuThreads, *, max_bytes: int
+        self,
+        decode: Callable[[bytes], Picture],
+        threads: CpuThreads,
+        *,
+        max_bytes: int = CACHE_BYTES,
     ) -> None:
         self._decode = decode
         self._threads = threads
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
         self._pending: dict[bytes, asyncio.Task[Picture]] = {}
-        self.hits = 0
 
     @property
     def size_bytes(self) -> int:
@@ -43,15 +50,12 @@ class PictureCache:
         digest = await self._threads.run(lambda: hashlib.sha256(data).digest())
         if (picture := self._kept.get(digest)) is not None:
             self._kept.move_to_end(digest)
-            self.hits += 1
             return picture
         task = self._pending.get(digest)
         if task is None:
             task = asyncio.create_task(self._threads.run(lambda: self._decode(data)))
             self._pending[digest] = task
             task.add_done_callback(lambda done: self._finish(digest, done))
-        else:
-            self.hits += 1
         return await asyncio.shield(task)  # a caller that hangs up leaves the others their picture
 
     def _finish(self, digest: bytes, task: asyncio.Task[Picture]) -> None:

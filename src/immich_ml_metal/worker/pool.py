@@ -16,7 +16,7 @@ from immich_ml_metal.backends.batcher import Batcher
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.progress import DownloadProgress
-from immich_ml_metal.models.shelf import weight_bytes
+from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelFiles, ModelKey
 from immich_ml_metal.worker.memory import Backoff, MemoryRules
@@ -204,7 +204,7 @@ class Pool:
     async def _fetch(self, key: ModelKey) -> ModelFiles:
         files = await self._files_threads.run(lambda: self._store.ensure(key))
         self.progress += 1
-        await self._make_room(key, await self._files_threads.run(lambda: weight_bytes(files)))
+        await self._make_room(key, await self._files_threads.run(lambda: weight_bytes(files.graph)))
         return files
 
     async def _open(self, engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyModel:
@@ -239,8 +239,6 @@ class Pool:
             for loaded in self.loaded
             if loaded.users == 0 and now - loaded.last_used >= idle_s and loaded.key not in keep
         ]
-        if idle_s >= 0:  # closing unloads the pinned ones as well
-            idle = [loaded for loaded in idle if not self._memory.is_pinned(loaded.key)]
         await self._unload(idle, "idle")
         return [loaded.key for loaded in idle]
 

@@ -65,7 +65,7 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
 def run(settings: "Settings") -> None:
     """Serve the worker app alone on the public port, without a gateway (`serve --no-gateway`)."""
     from immich_ml_metal.system.allocator import limit_arenas
-    from immich_ml_metal.system.listen import listen
+    from immich_ml_metal.system.listen import KEEPALIVE_S, listen
     from immich_ml_metal.worker.compose import build_app
 
     limit_arenas()
@@ -76,7 +76,7 @@ def run(settings: "Settings") -> None:
         access_log=False,
         ws="none",
         server_header=False,
-        timeout_keep_alive=int(settings.keepalive_s),
+        timeout_keep_alive=KEEPALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_limit_s),
     )
     _Server(config).run(sockets=listen(settings.host, settings.port))

@@ -23,7 +23,7 @@ from immich_ml_metal.tasks.images import ImageLimits, decode
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import TaskRequest
 from immich_ml_metal.worker.form import Form, read_form
-from immich_ml_metal.worker.memory import make_rules
+from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import Pool, Store
@@ -62,12 +62,7 @@ def create_app(
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    Args:
-        settings: limits, times, threads.
-        engines: who answers each part of each task.
-        store: where model files come from.
-        metrics: counts and times; its own when None.
-        describe_engines: what `/health` adds about the engines.
+    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines.
     """
     service = Service(settings, engines, store, metrics, describe_engines)
 
@@ -101,14 +96,9 @@ class Service:
         self._engines = engines
         self._describe_plan = describe_engines
         self._threads = CpuThreads(settings.request_threads)
-        memory = make_rules(settings, psutil.virtual_memory().total)
+        memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
-        limits = ImageLimits(settings.max_image_pixels, settings.max_image_side_px)
-        self._pictures = PictureCache(
-            lambda data: decode(data, limits),
-            self._threads,
-            max_bytes=settings.image_cache_bytes,
-        )
+        self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
         self._pipeline = Pipeline(
             self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
         )
@@ -149,8 +139,7 @@ class Service:
         while True:
             await asyncio.sleep(min(_HOUSEKEEPING_S, ttl_s or _HOUSEKEEPING_S))
             if ttl_s > 0:
-                keep = self._preload_keys if self.settings.preload_stays else ()
-                await self.pool.unload_idle(ttl_s, keep=keep)
+                await self.pool.unload_idle(ttl_s, keep=self._preload_keys)
             if self._in_flight == 0 and self._answered > self._released_at:
                 self._released_at = self._answered
                 await self._threads.run(release_free_memory)

@@ -2,7 +2,7 @@
 
 The provider may quietly leave nodes to the CPU, serve a stale compiled model, or compute something
 else. So the share of nodes it really runs is measured, compiled models are kept under the digest of
-the weights, and each shape is compared with the CPU before its first answer (`coreml_graph`).
+the weights, and each shape is compared with the CPU before its first answer (`graph`).
 """
 
 import logging
@@ -13,11 +13,17 @@ from typing import Any
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.build import build_model
-from immich_ml_metal.backends.coreml.graph import CoreMLGraph, Refusal, Report, Setup
+from immich_ml_metal.backends.coreml.graph import (
+    CoreMLGraph,
+    Refusal,
+    Setup,
+    ShapeReport,
+    compiled_form,
+)
 from immich_ml_metal.backends.coreml.session import SessionMaker, open_session
 from immich_ml_metal.backends.coreml.shapes import BATCHES
 from immich_ml_metal.backends.device import Device
-from immich_ml_metal.backends.ort.engine import OrtGraph, session_options
+from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.threads import inference_cores
@@ -50,7 +56,7 @@ class CoreMLEngine:
         self._is_explicit = is_explicit
         self._on_fallback = on_fallback
         self._refused: dict[Path, tuple[ModelKey, str]] = {}
-        self._reports: dict[tuple[str, str], Report] = {}
+        self._reports: dict[tuple[str, str], ShapeReport] = {}
         self.device = Device(self.name)
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
@@ -74,20 +80,23 @@ class CoreMLEngine:
             "refused": {str(key): reason for key, reason in list(self._refused.values())},
         }
 
-    def _keep(self, report: Report) -> None:
+    def _keep(self, report: ShapeReport) -> None:
         self._reports[report.model, report.shape] = report
 
     def _try(self, key: ModelKey, files: ModelFiles, reference: OrtGraph) -> Graph:
+        graph = CoreMLGraph(
+            compiled_form(files.graph, self._setup),
+            reference,
+            self._setup,
+            name=str(key),
+            batches=_batches(key, reference),
+            checked=[(report.weights, report.shape) for report in self._reports.values()],
+            on_report=self._keep,
+        )
         try:
-            return CoreMLGraph(
-                files.graph,
-                reference,
-                self._setup,
-                name=str(key),
-                batches=_batches(key, reference),
-                checked=[(report.weights, report.shape) for report in self._reports.values()],
-                on_report=self._keep,
-            )
+            graph.keep_compiled()
+            if graph.open_fixed_shapes():
+                reference.close()
         except Refusal as exc:
             if self._is_explicit:
                 raise LoadFailed(f"{key}: {exc}") from exc
@@ -95,6 +104,7 @@ class CoreMLEngine:
             self._on_fallback(REFUSED)
             log.warning("core ml refused, the cpu answers instead: model=%s reason=%s", key, exc)
             return reference
+        return graph
 
 
 def _batches(key: ModelKey, graph: Graph) -> tuple[int, ...]:

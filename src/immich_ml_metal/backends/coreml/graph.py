@@ -2,7 +2,6 @@
 
 import logging
 import platform
-import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from immich_ml_metal.backends.coreml.session import (
 )
 from immich_ml_metal.backends.coreml.shapes import Shapes, cut, label, pin
 from immich_ml_metal.errors import InferenceError, LoadFailed
-from immich_ml_metal.models.weights import digest_of
+from immich_ml_metal.onnx_files.derived import DerivedForm, weights_digest
+from immich_ml_metal.onnx_files.references import NotOnnx
 from immich_ml_metal.types import Graph, Tensor
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ShapeReport:
     """What was found when a shape was first opened."""
 
     model: str
@@ -56,52 +56,68 @@ class Setup:
 
 
 class CoreMLGraph:
-    """An ONNX file on Core ML: one session per shape, each checked against `reference` first."""
+    """An ONNX file on Core ML: one session per shape, each checked against `reference` first.
+
+    Opens nothing by itself: `open_fixed_shapes` opens what is known from the file, `run` the rest.
+    `form` is the file and where its compiled models are kept; `reference`, the same file on the
+    CPU, stays the caller's; `batches` are the numbers of rows to compile; `checked` is (weights,
+    shape) that passed before, in this process; `on_report` is told what was found of a new shape.
+    """
 
     fixed_shapes = True
 
     def __init__(
         self,
-        path: Path,
+        form: DerivedForm,
         reference: Graph,
         setup: Setup,
         *,
         name: str,
         batches: Sequence[int],
         checked: Collection[tuple[str, str]] = (),
-        on_report: Callable[[Report], None],
+        on_report: Callable[[ShapeReport], None],
     ) -> None:
-        """Open the shapes that are known from the file.
-
-        Raises:
-            Refusal: Core ML rejects it, takes none of it, or computes something else.
-        """
-        self._path = path
+        self._form = form
         self._reference = reference
         self._setup = setup
         self._name = name
         self._batches = tuple(batches)
-        self._digest = digest_of(path)
-        self._cache = path.parent / FOLDER / f"{self._digest}-{setup.environment}"
+        self._digest = ""
+        self._cache: Path | None = None
         self._sessions: dict[Shapes, Session] = {}
         self._lock = threading.Lock()  # the device has one thread; a second opener would be a bug
-        self._checked = checked  # (weights, shape) that passed before, in this process
+        self._checked = checked
         self._on_report = on_report
-        self.inputs = reference.inputs
-        self.outputs = reference.outputs
+        self.inputs, self.outputs = reference.inputs, reference.outputs
         self.metadata = reference.metadata
         self.size_bytes = reference.size_bytes
-        _remove_others(self._cache)
-        self._open_known()
 
-    def _open_known(self) -> None:
-        """Open the shapes that the file fixes; then the reference has done its work."""
+    def keep_compiled(self) -> None:
+        """Find the folder of compiled models, or make it in place of one for other weights.
+
+        Raises:
+            Refusal: the folder cannot be written to, or the model not be read.
+        """
+        try:
+            self._cache = self._form.find() or self._form.make(lambda folder: None)
+            self._digest = weights_digest(self._cache)
+        except (OSError, NotOnnx) as exc:
+            raise Refusal(str(exc)) from exc
+
+    def open_fixed_shapes(self) -> bool:
+        """Open every shape that the file fixes; False if it leaves some open.
+
+        Where True, no other shape can come, and the reference has done its work.
+
+        Raises:
+            Refusal: Core ML rejects one, takes none of it, or computes something else.
+        """
         rows = {spec.name: _fixed(spec.shape[1:]) for spec in self.inputs}
         if any(len(rows[spec.name]) < len(spec.shape) - 1 for spec in self.inputs):
-            return
+            return False
         for batch in self._batches:
             self._session(tuple((name, (batch, *sides)) for name, sides in rows.items()))
-        self._reference.close()
+        return True
 
     @property
     def max_batch(self) -> int:
@@ -139,10 +155,11 @@ class CoreMLGraph:
 
     def _open(self, shapes: Shapes) -> Session:
         """Compile a shape and check it; its compiled form is kept beside the model."""
-        folder = self._cache / f"{label(shapes)}-{'all' if self._setup.use_ane else 'gpu'}"
+        assert self._cache is not None, "keep_compiled comes first"
+        folder = self._cache / label(shapes)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            model = pin(self._path, shapes)
+            folder.mkdir(exist_ok=True)
+            model = pin(self._form.model, shapes)
             options = provider_options(use_ane=self._setup.use_ane, cache=folder)
             session = self._setup.make_session(model, options)
         except (LoadFailed, OSError) as exc:
@@ -151,14 +168,14 @@ class CoreMLGraph:
             self._report(self._check(session, shapes), is_kept=any(folder.iterdir()))
         return session
 
-    def _report(self, report: Report, *, is_kept: bool) -> None:
+    def _report(self, report: ShapeReport, *, is_kept: bool) -> None:
         log.info(
             "core ml opened model=%s shape=%s node_share=%.2f cosine=%.6f compiled_kept=%s",
             *(report.model, report.shape, report.share, report.cosine, is_kept),
         )
         self._on_report(report)
 
-    def _check(self, session: Session, shapes: Shapes) -> Report:
+    def _check(self, session: Session, shapes: Shapes) -> ShapeReport:
         """Measure what Core ML took and compare a run with the CPU's.
 
         Raises:
@@ -181,19 +198,17 @@ class CoreMLGraph:
                 f"core ml differs from the cpu: cosine {worst:.6f} at {label(shapes)}, "
                 f"limit {MIN_COSINE}"
             )
-        return Report(self._name, self._digest, label(shapes), share, worst)
+        return ShapeReport(self._name, self._digest, label(shapes), share, worst)
 
 
 def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:
     return tuple(side for side in sides if side is not None)
 
 
-def _remove_others(cache: Path) -> None:
-    """Remove what was compiled for other weights or another runtime; it would never be used."""
-    if cache.parent.is_dir():
-        for other in cache.parent.iterdir():
-            if other != cache:
-                shutil.rmtree(other, ignore_errors=True)
+def compiled_form(path: Path, setup: Setup) -> DerivedForm:
+    """Where the compiled models of an ONNX file are kept, in a folder for each shape."""
+    units = "all" if setup.use_ane else "gpu"
+    return DerivedForm(path, FOLDER, version=setup.environment, variant=units)
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from immich_ml_metal.backends.ort.engine import session_options
+from immich_ml_metal.backends.ort.session import session_options
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.threads import core_count
 from immich_ml_metal.types import Tensor

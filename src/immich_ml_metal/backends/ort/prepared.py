@@ -3,69 +3,70 @@
 ONNX Runtime packs matrix weights for its kernels at every load and keeps both forms. Prepared, they
 are a file beside the model that is mapped: a load takes a fifth of the time, memory falls by a
 third and can be given back under pressure. The file depends on the weights, the runtime's version
-and the processor, so its folder is named after the three; it is safe to delete.
+and the processor.
 
 Preparing runs in a process of its own, so that its peak of memory ends with it.
 """
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 
-from immich_ml_metal.models.weights import Stamp, stamp_of, weight_files
+from immich_ml_metal.backends.ort.session import disabled_optimizers, session_options
+from immich_ml_metal.onnx_files.derived import DerivedForm
+from immich_ml_metal.onnx_files.references import weight_bytes
 
 log = logging.getLogger(__name__)
 
 FOLDER = "cpu"
+GRAPH, WEIGHTS = "model.onnx", "model.data"
 MIN_BYTES = 32 * 2**20  # smaller models load in a moment as they are
-_MANIFEST = "manifest.json"
-_GRAPH, _WEIGHTS = "model.onnx", "model.data"
-_STAGING = ".staging-"
+_ROOM = 3  # times the weights that must be free: what is written, and room to work beside it
 _TIMEOUT_S = 600.0
+_OPTIONS = {
+    "session.save_external_prepacked_constant_initializers": "1",
+    "session.optimized_model_external_initializers_file_name": WEIGHTS,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+}
 
 
-def prepared_graph(path: Path) -> Path:
-    """The prepared form of an ONNX file, made now if need be.
+def worth_preparing(path: Path) -> bool:
+    """Whether a model is large enough for its prepared form to pay."""
+    return weight_bytes(path) >= MIN_BYTES
 
-    Returns `path` itself where preparing does not pay or is not possible (small model, read-only or
-    full disk): the numbers are the same, only load time and memory differ.
+
+def prepared_form(path: Path) -> DerivedForm:
+    """The prepared form of an ONNX file for this runtime on this processor, made or not.
+
+    The processor is the variant: another machine may work on the same folder.
     """
-    sources = weight_files(path)
-    if sum(source.stat().st_size for source in sources) < MIN_BYTES:
-        return path
-    found = _find(path.parent / FOLDER, stamp=stamp_of(path))
-    if found is not None:
-        return found
-    try:
-        return _prepare(path, sources)
-    except (OSError, subprocess.SubprocessError) as exc:
-        reason = _reason(exc)
-        log.warning("weights not prepared, loaded as they are model=%s reason=%s", path, reason)
-        return path
+    options = _short_digest(repr((_OPTIONS, disabled_optimizers())))
+    version = f"ort{ort.__version__}-{options}"
+    return DerivedForm(path, FOLDER, version=version, variant=_processor())
 
 
-def _reason(exc: Exception) -> str:
-    """What went wrong, in the failed process's own last words where it had any."""
-    words = getattr(exc, "stderr", None) or b""
-    lines = words.decode(errors="replace").splitlines()
-    return lines[-1] if lines else str(exc)
+def prepare_in_child(form: DerivedForm) -> Path:
+    """Make the form in a process of its own; gives its folder.
 
+    Raises:
+        OSError: the disk is full or may not be written to.
+        SubprocessError: ONNX Runtime failed or took too long; its last words are in `stderr`.
+    """
 
-def _environment() -> str:
-    """Runtime version and processor, as the end of a folder's name."""
-    return f"ort{ort.__version__}-{_processor()}"
+    def write(folder: Path) -> None:
+        command = [sys.executable, "-m", __name__, str(form.model), str(folder)]
+        subprocess.run(command, check=True, timeout=_TIMEOUT_S, capture_output=True)
+
+    folder = form.make(write, room_bytes=_ROOM * weight_bytes(form.model))
+    log.info("weights prepared model=%s folder=%s", form.model, folder)
+    return folder
 
 
 def _processor() -> str:
@@ -74,82 +75,19 @@ def _processor() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(cpu.encode()).hexdigest()[:8]
+    return _short_digest(cpu)
 
 
-def _find(folder: Path, *, stamp: Stamp) -> Path | None:
-    """A complete prepared form of these very files for this very runtime."""
-    for candidate in sorted(folder.glob(f"*-{_environment()}")):
-        manifest = _read_manifest(candidate)
-        if manifest is not None and manifest["sources"] == stamp:
-            return candidate / _GRAPH
-    return None
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared form whose files are whole, else None."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if sizes == manifest["files"] else None
-
-
-def _prepare(path: Path, sources: list[Path]) -> Path:
-    folder = path.parent / FOLDER
-    folder.mkdir(exist_ok=True)
-    size_bytes = sum(source.stat().st_size for source in sources)
-    if shutil.disk_usage(folder).free < 3 * size_bytes:
-        raise OSError(f"less than {3 * size_bytes / 2**20:.0f} MiB free on {folder}")
-    stamp, digest = stamp_of(path), _digest(sources)
-    target = folder / f"{digest[:16]}-{_environment()}"
-    _sweep(folder)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-    try:
-        command = [sys.executable, "-m", __name__, str(path), str(staging)]
-        subprocess.run(command, check=True, timeout=_TIMEOUT_S, capture_output=True)
-        files = {name: (staging / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
-        manifest = {"sources": stamp, "sha256": digest, "files": files}
-        (staging / _MANIFEST).write_text(json.dumps(manifest))
-        # Forms of other weights or runtimes are stale; those of another processor belong to
-        # another machine on the same folder.
-        for old in folder.glob(f"[!.]*-{_processor()}"):
-            shutil.rmtree(old, ignore_errors=True)
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    log.info("weights prepared model=%s folder=%s", path, target)
-    return target / _GRAPH
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes left that were killed while they prepared."""
-    for left in folder.glob(f"{_STAGING}*"):
-        if time.time() - left.stat().st_mtime > 2 * _TIMEOUT_S:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _digest(sources: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for source in sources:
-        with source.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def write_prepared(path: Path, folder: Path) -> None:
-    """Write `path`, optimised for this processor, with its packed weights to `folder`."""
-    from immich_ml_metal.backends.ort.engine import disabled_optimizers, session_options
-
+    """Open `path` once so that ONNX Runtime leaves its optimised, packed form in `folder`."""
     options = session_options(threads=os.cpu_count() or 1)
-    for key, value in {
-        "session.save_external_prepacked_constant_initializers": "1",
-        "session.optimized_model_external_initializers_file_name": _WEIGHTS,
-        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-    }.items():
+    for key, value in _OPTIONS.items():
         options.add_session_config_entry(key, value)
-    options.optimized_model_filepath = str(folder / _GRAPH)
+    options.optimized_model_filepath = str(folder / GRAPH)
     ort.InferenceSession(
         path,
         options,

@@ -39,18 +39,6 @@ class Calibration:
         if any(b <= a for scale in (theirs, ours) for a, b in pairwise(scale)):
             raise ValueError(f"calibration {self.knots} must rise all the way")
 
-    @classmethod
-    def parse(cls, text: str) -> "Calibration":
-        """Read `0:0, 0.6:0.7, 1:1`: the engine's confidence, a colon, the official score.
-
-        Raises:
-            ValueError: not of this form, or not rising from 0 to 1.
-        """
-        pairs = [pair.split(":") for pair in text.split(",")]
-        if any(len(pair) != len(("theirs", "ours")) for pair in pairs):
-            raise ValueError(f"calibration {text!r} is not like 0:0, 0.6:0.7, 1:1")
-        return cls(tuple((float(theirs), float(ours)) for theirs, ours in pairs))
-
     def __call__(self, confidence: float) -> float:
         """Translate a confidence; out of range counts as the nearest end."""
         theirs, ours = zip(*self.knots, strict=True)

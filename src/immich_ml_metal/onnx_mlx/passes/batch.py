@@ -12,7 +12,7 @@ that must line up with the rows are repeated.
 from immich_ml_metal.onnx_mlx.fold import static_shapes
 from immich_ml_metal.onnx_mlx.graph import Program
 from immich_ml_metal.onnx_mlx.passes.row_rules import RULES
-from immich_ml_metal.onnx_mlx.passes.rows import Refused, Rows
+from immich_ml_metal.onnx_mlx.passes.rows import Rows, RowsMix
 
 
 def free_batch(program: Program) -> tuple[Program, str]:
@@ -28,5 +28,5 @@ def free_batch(program: Program) -> tuple[Program, str]:
         return program, "its inputs do not start with a batch of 1"
     try:
         return Rows(program, shapes).rewrite(RULES), ""
-    except Refused as exc:
+    except RowsMix as exc:
         return program, str(exc)

@@ -13,7 +13,7 @@ from immich_ml_metal.types import Tensor, TensorSpec
 INTERLEAVED = RESHAPES | UNARY | {"Gemm"}  # what does not care about the order of the rows
 
 
-class Refused(Exception):
+class RowsMix(Exception):
     """No rule keeps the rows apart here; says where."""
 
 
@@ -35,7 +35,7 @@ class Rows:
         """The program for any number of rows.
 
         Raises:
-            Refused: names the node that no rule follows.
+            RowsMix: names the node that no rule follows.
         """
         for node in self._program.nodes:
             if any(name in self._axis for name in node.inputs):
@@ -44,17 +44,17 @@ class Rows:
                 self._nodes.append(node)
         for name in self._program.output_names:
             if self._axis.get(name) != 0 or self._shapes[name][0] != 1:
-                raise Refused(f"output {name!r} does not hold one row for each input row")
+                raise RowsMix(f"output {name!r} does not hold one row for each input row")
         program = replace_body(self._program, tuple(self._nodes), self._constants)
         return prune(_with_free_batch(program))
 
     def _rewrite(self, node: Node, rules: Mapping[str, "Rule"]) -> None:
         rule = rules.get(node.op)
         if rule is None:
-            raise Refused(f"no rule for {node}")
+            raise RowsMix(f"no rule for {node}")
         interleaved = max(self.outer(name) for name in node.inputs)
         if interleaved > 1 and node.op not in INTERLEAVED:
-            raise Refused(f"{node} gets interleaved rows")
+            raise RowsMix(f"{node} gets interleaved rows")
         axis = rule(self, node)
         if interleaved > 1 and node.op not in RESHAPES:
             self._outer.update(dict.fromkeys(node.outputs, interleaved))
@@ -77,7 +77,7 @@ class Rows:
         """The axis of the one input (of those at `positions`) that holds rows; others must not."""
         carriers = [i for i, name in enumerate(node.inputs) if name in self._axis]
         if set(carriers) - set(positions or (0,)):
-            raise Refused(f"rows reach {node} through input {carriers[-1]}")
+            raise RowsMix(f"rows reach {node} through input {carriers[-1]}")
         return self._axis[node.inputs[carriers[0]]]
 
     def axis(self, name: str) -> int | None:
@@ -100,7 +100,7 @@ class Rows:
         """The node's `axis`, counted from the start."""
         axis = node.attributes.get("axis", default)
         if not isinstance(axis, int):
-            raise Refused(f"{node} has no single axis")
+            raise RowsMix(f"{node} has no single axis")
         return axis % len(self._shapes[node.inputs[0]])
 
     def list_of(self, node: Node, name: str, position: int) -> list[int] | None:
@@ -111,7 +111,7 @@ class Rows:
         if len(node.inputs) > position and node.inputs[position]:
             value = self._constants.get(node.inputs[position])
             if value is None:
-                raise Refused(f"{node} takes {name} from the data")
+                raise RowsMix(f"{node} takes {name} from the data")
             return [int(v) for v in value.ravel()]
         return None
 
@@ -138,7 +138,7 @@ class Rows:
     def refuse_if(self, condition: bool, node: Node) -> None:
         """Give up on a node that mixes rows."""
         if condition:
-            raise Refused(f"{node} works across rows")
+            raise RowsMix(f"{node} works across rows")
 
 
 Rule = Callable[[Rows, Node], int]  # emits the node, gives the axis of its rows

@@ -1,0 +1,35 @@
+"""How every command ends and speaks: exit codes, one JSON document for scripts, shared options."""
+
+import json
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Exit(IntEnum):
+    """How a command ended, the same for every command; documented in `docs/operate.md`."""
+
+    OK = 0
+    FINDING = 1  # it ran, and the answer is no: a failed check, a difference, a stopped service
+    USAGE = 2  # a wrong option or setting
+    UNREACHABLE = 3  # the other side could not be asked
+    UNSAFE = 4  # parity: do not mix
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+FolderOption = Annotated[Path | None, typer.Option("--models-dir", help="Model folder.")]
+ClipOption = Annotated[str | None, typer.Option("--clip-model", help="CLIP model to ask for.")]
+FaceOption = Annotated[str | None, typer.Option("--face-model", help="Face model to ask for.")]
+OcrOption = Annotated[str | None, typer.Option("--ocr-model", help="Text model to ask for.")]
+
+
+def print_json(value: Any) -> None:
+    """Print one document; what is not ASCII is escaped, as a pipe may have any encoding."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_error(reason: object) -> None:
+    """Say on standard error why the command does not end well."""
+    typer.echo(f"immich-ml-metal: {reason}", err=True)

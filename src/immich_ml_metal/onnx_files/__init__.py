@@ -1,0 +1,1 @@
+"""ONNX files on disk: which files a model consists of, and forms derived from them."""
