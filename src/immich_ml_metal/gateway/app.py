@@ -75,13 +75,16 @@ class Gateway:
         self.watch = Watch(settings, self.dispatcher)
         self.qualifier = self._make_qualifier(check_command)
         self.companions = companions or make_companions(settings, self.metrics)
-        self._pages: dict[str, App] = {
+        self._pages = self._make_pages()
+        self._feed_gauges()
+
+    def _make_pages(self) -> dict[str, App]:
+        return {
             "/": self._root,
             "/ping": self._ping,
             "/health": self._health,
             "/metrics": self._metrics_page,
         }
-        self._feed_gauges()
 
     def _make_qualifier(self, command: Sequence[str]) -> Qualifier:
         return Qualifier(
