@@ -68,4 +68,7 @@ release-check: $(DEV)  ## Do all of a release but the publishing: build, look in
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple release-check lock
+reference: $(DEV)  ## Write docs/reference.md from the code
+	$(BIN)/python scripts/make_reference.py
+
+.PHONY: help setup serve demo bench test check fmt soak apple release-check lock reference

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from immich_ml_metal.backends.build import BUILDERS
+from immich_ml_metal.backends.selection import SETTINGS as ENGINE_SETTINGS
 from immich_ml_metal.catalog import (
     MULTILINGUAL,
     PARTS_OF,
@@ -15,13 +17,23 @@ from immich_ml_metal.catalog import (
     find_by_name,
     find_model,
     model_key,
+    model_setting,
     parse_catalog,
+    preload_setting,
 )
 from immich_ml_metal.errors import UnknownModel
-from immich_ml_metal.types import ModelKey, Part, Task
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.types import SLOTS, ModelKey, Part, Task
 
-# How many search models Immich's own table (contract, section 2) has of each dimension.
+# How many search models Immich's own table (contract §2.1) has of each dimension.
 DIMS = {512: 12, 640: 4, 768: 18, 1024: 14, 1152: 8, 1536: 2}
+
+
+def test_every_half_has_its_settings_and_its_builder() -> None:
+    preloads = {name for name in Settings.model_fields if name.startswith("preload_")}
+    assert preloads == {preload_setting(slot) for slot in SLOTS}
+    assert {model_setting(task) for task, _ in SLOTS} <= set(Settings.model_fields)
+    assert set(BUILDERS) == set(ENGINE_SETTINGS) == set(SLOTS)
 
 
 def test_the_75_official_names_are_there_by_family() -> None:

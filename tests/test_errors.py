@@ -4,7 +4,6 @@ import inspect
 import re
 
 from immich_ml_metal import errors
-from immich_ml_metal.worker import server
 
 
 def tree() -> list[type[errors.ServiceError]]:
@@ -44,11 +43,27 @@ def test_the_drawing_in_the_docstring_is_the_tree() -> None:
 
 
 def test_every_leaf_has_one_status_and_nothing_else_has() -> None:
-    assert set(server.STATUS) == leaves() - {errors.ConfigError}
+    assert set(errors.STATUS) == leaves() - {errors.ConfigError}
+
+
+def test_the_drawing_shows_each_status() -> None:
+    shown = re.findall(r"([A-Z]\w+) +(\d{3})  ", errors.__doc__ or "")
+    table = {leaf.__name__: str(status) for leaf, status in errors.STATUS.items()}
+    assert dict(shown) == table
+    assert len(shown) == len(table)
+
+
+def test_what_was_not_raised_on_purpose_is_500() -> None:
+    assert errors.status_of(ValueError("x")) == 500
+    assert errors.status_of(errors.UploadStalled("x")) == 408
+
+
+def test_only_what_may_pass_by_itself_asks_to_be_tried_again() -> None:
+    assert all(errors.STATUS[leaf] == 503 for leaf in errors.RETRY_AFTER_S)
 
 
 def test_a_request_error_is_a_4xx_and_no_other_error_is() -> None:
-    for leaf, status in server.STATUS.items():
+    for leaf, status in errors.STATUS.items():
         assert (400 <= status < 500) == issubclass(leaf, errors.RequestError), leaf
 
 

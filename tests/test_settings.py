@@ -10,11 +10,14 @@ from doubles.tiny_models import CLIP, FACES, OCR, draw_faces
 from hypothesis import given
 from hypothesis import strategies as st
 
+from immich_ml_metal.catalog import preload_setting
 from immich_ml_metal.client.calls import configured_names, immich_calls
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.settings import MIB, Settings, env_names
 from immich_ml_metal.settings_sources import load_settings, resolve
+from immich_ml_metal.types import SLOTS, ModelKey, Task
 from immich_ml_metal.worker.compose import build_app
+from immich_ml_metal.worker.preload import preload_keys
 
 SOURCE = Path(__file__).parents[1] / "src" / "immich_ml_metal"
 PHOTO = draw_faces((160, 160))
@@ -209,7 +212,16 @@ def test_the_defaults_of_the_first_project_are_kept() -> None:
 # -- what they change --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_every_half_can_be_preloaded() -> None:
+    for slot in SLOTS:
+        name = {Task.CLIP: CLIP, Task.FACES: FACES, Task.OCR: OCR}[slot[0]]
+        given: dict[str, Any] = {preload_setting(slot): (name,)}
+        assert preload_keys(Settings(**given)) == (ModelKey(*slot, name),)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(Settings.model_fields) - {preload_setting(slot) for slot in SLOTS})
+)
 def test_every_setting_is_read_somewhere(name: str) -> None:
     used = re.compile(rf"\.{name}\b|\"{name}\"")  # an attribute, or a name in a table
     readers = [

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from immich_ml_metal.errors import UnknownModel
-from immich_ml_metal.types import ModelKey, Part, Task
+from immich_ml_metal.types import SLOTS, ModelKey, Part, Slot, Task
 
 OPEN_CLIP_PREFIX = "open_clip/"  # spells out a model of open_clip's that has no Immich export
 MULTILINGUAL = "multilingual"  # stands for about a hundred languages or more
@@ -39,15 +39,23 @@ TASK_OF = MappingProxyType(
     }
 )
 PARTS_OF = MappingProxyType(
-    {
-        Task.CLIP: (Part.VISUAL, Part.TEXTUAL),
-        Task.FACES: (Part.DETECTION, Part.RECOGNITION),
-        Task.OCR: (Part.DETECTION, Part.RECOGNITION),
-    }
+    {task: tuple(part for of, part in SLOTS if of is task) for task in Task}
 )
+_IN_SETTINGS = MappingProxyType({Task.CLIP: "clip", Task.FACES: "face", Task.OCR: "ocr"})
 _WHAT = MappingProxyType(
     {Task.CLIP: "a search model", Task.FACES: "a face model", Task.OCR: "a text model"}
 )
+
+
+def model_setting(task: Task) -> str:
+    """The setting that names a task's model: `face_model`."""
+    return f"{_IN_SETTINGS[task]}_model"
+
+
+def preload_setting(slot: Slot) -> str:
+    """The setting that names the models whose half is loaded at start: `preload_face_detection`."""
+    task, part = slot
+    return f"preload_{_IN_SETTINGS[task]}_{part}"
 
 
 @dataclass(frozen=True, slots=True)

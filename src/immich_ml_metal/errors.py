@@ -1,25 +1,30 @@
-"""Everything the service raises on purpose.
+"""Everything the service raises on purpose, and the HTTP status that each is answered with.
 
 ServiceError
 ├── RequestError            the caller's fault
-│   ├── InvalidEntries      `entries` is not the JSON Immich sends
-│   ├── UnknownModel        no official model has this name and task; never replaced by another
-│   ├── MissingPayload      neither an image nor a text, or not the one that a task needs
-│   ├── MissingDependency   recognition was asked for without its detection
-│   ├── InvalidImage        the bytes are not a picture we can decode
-│   └── ImageTooLarge       over the byte, pixel or side limit
+│   ├── InvalidEntries      422  `entries` is not the JSON Immich sends
+│   ├── UnknownModel        422  no official model has this name and task; never replaced by another
+│   ├── MissingPayload      400  neither an image nor a text, or not the one that a task needs
+│   ├── MissingDependency   400  recognition was asked for without its detection
+│   ├── InvalidImage        400  the bytes are not a picture we can decode
+│   ├── ImageTooLarge       413  over the byte, pixel or side limit
+│   └── UploadStalled       408  the client stopped sending, or sends too slowly
 ├── ModelError              this model cannot be served now
-│   ├── ModelUnavailable    its files are not here and cannot be fetched (offline, no such file)
-│   ├── DownloadFailed      network, disk or digest trouble while fetching
-│   └── LoadFailed          the files are here but the engine rejects them
-├── InferenceError          an engine failed on an accepted input
-├── InvalidOutput           a vector is not finite or has the wrong dimension
-├── TimedOut                no answer within the limit
-├── Overloaded              held as long as it could be held; try again later
+│   ├── ModelUnavailable    503  its files are not here and cannot be fetched
+│   ├── DownloadFailed      503  network, disk or digest trouble while fetching
+│   └── LoadFailed          500  the files are here but the engine rejects them
+├── InferenceError          500  an engine failed on an accepted input
+├── InvalidOutput           500  an output is not finite or of a wrong dimension
+├── Condemned               500  it ended every worker that worked on it
+├── TimedOut                503  no answer within the limit
+├── Overloaded              503  held as long as it could be held; try again later
 └── ConfigError             a setting is unknown, malformed or cannot be honoured; stops the start
 
-Each leaf but ConfigError has exactly one HTTP status, in `server.STATUS`.
+Both processes answer by `status_of`; nothing else decides a status of `/predict`.
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 
 class ServiceError(Exception):
@@ -54,6 +59,10 @@ class ImageTooLarge(RequestError):
     """The picture is over the byte, pixel or side limit."""
 
 
+class UploadStalled(RequestError):
+    """The client stopped sending in mid-upload, or sends too slowly."""
+
+
 class ModelError(ServiceError):
     """The named model cannot be served now."""
 
@@ -75,7 +84,11 @@ class InferenceError(ServiceError):
 
 
 class InvalidOutput(ServiceError):
-    """A vector is not finite or does not have the model's dimension."""
+    """An output is not finite, or a vector does not have the model's dimension."""
+
+
+class Condemned(ServiceError):
+    """The request was in flight at as many worker deaths as a request may be."""
 
 
 class TimedOut(ServiceError):
@@ -88,3 +101,34 @@ class Overloaded(ServiceError):
 
 class ConfigError(ServiceError):
     """A setting is unknown, malformed or cannot be honoured. Stops the start."""
+
+
+STATUS: Mapping[type[ServiceError], int] = MappingProxyType(
+    {
+        InvalidEntries: 422,
+        UnknownModel: 422,
+        MissingPayload: 400,
+        MissingDependency: 400,
+        InvalidImage: 400,
+        ImageTooLarge: 413,
+        UploadStalled: 408,
+        ModelUnavailable: 503,
+        DownloadFailed: 503,
+        LoadFailed: 500,
+        InferenceError: 500,
+        InvalidOutput: 500,
+        Condemned: 500,
+        TimedOut: 503,
+        Overloaded: 503,
+    }
+)
+CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
+# What may pass by itself. A network comes back: the gateway asks again for as long as it may hold.
+RETRY_AFTER_S: Mapping[type[ServiceError], int] = MappingProxyType(
+    {DownloadFailed: 5, Overloaded: 30}
+)
+
+
+def status_of(exc: Exception) -> int:
+    """The status that a failure is answered with; 500 for what nobody raised on purpose."""
+    return STATUS.get(type(exc), 500) if isinstance(exc, ServiceError) else 500

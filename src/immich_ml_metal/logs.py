@@ -41,7 +41,7 @@ _SECRETS = (
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s'\"]+=[^\s'\"]*")
 _COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "31"}
 # Their INFO lines repeat ours, or carry whole addresses with their queries.
-_NOISY = ("httpx", "httpcore", "uvicorn.access", "huggingface_hub", "PIL", "filelock", "multipart")
+_NOISY = ("httpx", "httpcore", "uvicorn.access", "huggingface_hub", "PIL", "filelock")
 
 
 def new_request_id() -> str:

@@ -63,14 +63,19 @@ class Metrics:
 
     def _make_load_instruments(self) -> None:
         self.in_flight = self._gauge("in_flight", "Requests taken in and not answered yet.")
-        self.queue_depth = self._gauge("queue_depth", "Items waiting for a device.", "device")
+        self.queue_depth = self._gauge(
+            "queue_depth",
+            "Items waiting for a device; at the gateway, requests waiting for the worker.",
+            "device",
+        )
 
     def _make_request_instruments(self) -> None:
-        self.requests = self._counter(
-            "requests", "Tasks answered, by task and HTTP status.", "task", "status"
-        )
+        self.requests = self._counter("requests", "Tasks answered by the worker.", "task", "status")
         self.stage_seconds = self._histogram(
-            "stage_seconds", "Seconds of one stage of one request.", "task", "stage"
+            "stage_seconds",
+            "Seconds of one stage (read, queue, decode, preprocess, infer or postprocess).",
+            "task",
+            "stage",
         )
         self.batch_items = self._histogram(
             "batch_items", "Items of one inference.", "model", buckets=BATCH_ITEMS
@@ -78,7 +83,7 @@ class Metrics:
         self.faces = self._counter("faces_found", "Faces found.")
         self.text_lines = self._counter("text_lines_found", "Text lines read.")
         self.fallbacks = self._counter(
-            "fallbacks", "Times something ran elsewhere than planned, by reason.", "reason"
+            "fallbacks", "Times something ran elsewhere than planned.", "reason"
         )
 
     def _make_model_instruments(self) -> None:
@@ -91,7 +96,15 @@ class Metrics:
         self.model_evictions = self._counter(
             "model_evictions", "Models unloaded, by reason (idle, memory).", "reason"
         )
-        self.model_bytes = self._gauge("model_bytes", "Memory of each loaded model.", "model")
+        self.model_bytes = self._gauge(
+            "model_bytes", "Memory of each loaded model.", "model", "engine"
+        )
+        self.engine_failures = self._counter(
+            "engine_failures",
+            "Failed tries of an engine, by cause (error, invalid_output, timeout, load).",
+            "engine",
+            "cause",
+        )
         self.downloads = self._counter(
             "downloads", "Downloads of a model's half, by outcome (ok, failed).", "outcome"
         )
@@ -102,7 +115,10 @@ class Metrics:
 
     def _make_gateway_instruments(self) -> None:
         self.http_requests = self._counter(
-            "http_requests", "HTTP requests answered, by path and status.", "path", "status"
+            "http_requests",
+            "HTTP requests answered; 5xx on /predict are lost jobs.",
+            "path",
+            "status",
         )
         self.http_seconds = self._histogram(
             "http_seconds", "Seconds from the first byte in to the answer.", "path"
@@ -110,7 +126,7 @@ class Metrics:
         self.worker_up = self._gauge("worker_up", "1 while the worker is serving.")
         self.worker_restarts = self._counter(
             "worker_restarts",
-            "Workers that ended, by reason (crash, idle, memory).",
+            "Workers that ended: crash, idle, memory, or asked for.",
             "reason",
         )
         self.replays = self._counter("replays", "Requests sent again after the worker died.")

@@ -35,6 +35,19 @@ class Part(StrEnum):
     RECOGNITION = "recognition"
 
 
+Slot = tuple[Task, Part]
+
+# Every half of every task, for whoever needs one of each: engines, settings, files, `/health`.
+SLOTS: tuple[Slot, ...] = (
+    (Task.CLIP, Part.VISUAL),
+    (Task.CLIP, Part.TEXTUAL),
+    (Task.FACES, Part.DETECTION),
+    (Task.FACES, Part.RECOGNITION),
+    (Task.OCR, Part.DETECTION),
+    (Task.OCR, Part.RECOGNITION),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelKey:
     """One loadable network: a cleaned model name, its task and its half."""

@@ -16,7 +16,7 @@ from immich_ml_metal.qualification.samples import draw_lines
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import FaceDetector, FaceQuery
 from immich_ml_metal.tasks.images import Picture
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.types import (
     Bytes,
     Faces,
@@ -57,7 +57,7 @@ def find_faces(picture: Picture) -> Faces:
 def read_text(picture: Picture) -> TextRegions:
     engine = create_vision(Settings(), files_of=no_files, on_fallback=lambda reason: None)
     model = engine.load(ModelKey(Task.OCR, Part.DETECTION, "EN__PP-OCRv5_mobile"), None)
-    item = TextQuery(picture, 0.5, 736)
+    item = TextRegionQuery(picture, 0.5, 736)
     regions: TextRegions = model.postprocess(model.infer([model.preprocess(item)])[0], item)
     return regions
 

@@ -41,6 +41,10 @@ class Seen:
     def __init__(self) -> None:
         self.waits: list[float] = []
         self.runs: list[int] = []
+        self.failures = 0
+
+    def failed(self) -> None:
+        self.failures += 1
 
     def waited(self, seconds: float, /) -> None:
         self.waits.append(seconds)
@@ -163,6 +167,7 @@ async def test_the_watch_is_told_waits_and_sizes_of_what_succeeded() -> None:
     await drain(batcher)
     await asyncio.gather(*futures, return_exceptions=True)
     assert seen.runs == [2, 1]
+    assert seen.failures == 2  # of the pair, then of the bad one alone
     assert len(seen.waits) == 3
     assert all(seconds >= 0 for seconds in seen.waits)
 

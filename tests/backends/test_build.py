@@ -11,7 +11,7 @@ from immich_ml_metal.backends.build import build_model
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.tasks.clip import ClipTextualModel, ClipVisualModel, TextQuery
+from immich_ml_metal.tasks.clip import ClipTextualModel, ClipVisualModel, SearchQuery
 from immich_ml_metal.tasks.faces import FaceDetector, FaceRecogniser
 from immich_ml_metal.tasks.text_boxes import TextDetector
 from immich_ml_metal.tasks.text_lines import TextRecogniser
@@ -80,7 +80,7 @@ def test_every_half_becomes_the_model_of_its_task(
 
 def test_the_texts_length_and_padding_come_from_the_models_files(folder: Path) -> None:
     model = build(folder, CLIP, Task.CLIP, Part.TEXTUAL)
-    (tokens,) = model.preprocess(TextQuery("a photo of nonsense")).values()
+    (tokens,) = model.preprocess(SearchQuery("a photo of nonsense")).values()
     assert tokens.tolist() == [2, 3, 4, 1, 0]
 
 
@@ -110,7 +110,7 @@ def test_a_multilingual_text_tower_needs_no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     name = "XLM-Roberta-Large-Vit-B-32"
     model = build(folder, name, Task.CLIP, Part.TEXTUAL)
-    (tokens,) = model.preprocess(TextQuery("a")).values()
+    (tokens,) = model.preprocess(SearchQuery("a")).values()
     assert len(tokens) == 77
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from doubles.engines import PATIENCE_S, Gate, soon, until
+from doubles.engines import PATIENCE_S, Gate, soon
+from doubles.timing import until
 
 from immich_ml_metal.backends.batcher import Batcher
 from immich_ml_metal.backends.device import Device

@@ -18,7 +18,7 @@ from immich_ml_metal.backends.open_clip import (
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import InferenceError, LoadFailed, ModelUnavailable, UnknownModel
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.tasks.clip import TextQuery, VisualConfig, resize_square
+from immich_ml_metal.tasks.clip import SearchQuery, VisualConfig, resize_square
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.types import ModelKey, Part, Task
 
@@ -207,7 +207,7 @@ def test_pictures_go_through_the_projects_own_preprocessing(tmp_path: Path) -> N
 def test_texts_are_cleaned_and_tokenised_by_open_clip(tmp_path: Path) -> None:
     open_clip = OpenClip()
     model = engine(tmp_path, open_clip).load(key(Part.TEXTUAL), None)
-    item = TextQuery("  a \n dog ")
+    item = SearchQuery("  a \n dog ")
     [raw] = model.infer([model.preprocess(item)])
     assert open_clip.made[0].seen[0].tolist() == [[ord(letter) for letter in "a dog   "]]
     assert model.postprocess(raw, item).shape == (DIM,)

@@ -15,7 +15,7 @@ from immich_ml_metal.backends.vision.setup import create_vision
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import FaceQuery
 from immich_ml_metal.tasks.images import Picture
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.types import ModelKey, Part, Task
 
 M_SERIES = Platform("Darwin", "arm64")
@@ -110,7 +110,7 @@ def test_visions_grade_of_a_face_becomes_an_official_score() -> None:
 
 def test_visions_grade_of_a_line_becomes_an_official_score() -> None:
     corners = [(64, 64), (300, 64), (300, 128), (64, 128)]
-    scene, item = Scene(lines=[LineTruth(corners, "x", 0.5)]), TextQuery(BLANK, 0.5, 736)
+    scene, item = Scene(lines=[LineTruth(corners, "x", 0.5)]), TextRegionQuery(BLANK, 0.5, 736)
     found = ask_vision(Double(scene), Task.OCR, item)
     assert [reading.score for reading in found.readings] == pytest.approx([0.85])
 
@@ -118,7 +118,7 @@ def test_visions_grade_of_a_line_becomes_an_official_score() -> None:
 @pytest.mark.parametrize("corrects", [True, False])
 def test_the_language_correction_setting_reaches_vision(corrects: bool) -> None:
     double = Double(Scene())
-    ask_vision(double, Task.OCR, TextQuery(BLANK, 0.5, 736), ocr_language_correction=corrects)
+    ask_vision(double, Task.OCR, TextRegionQuery(BLANK, 0.5, 736), ocr_language_correction=corrects)
     assert double.arguments_of("setUsesLanguageCorrection_") == (corrects,)
 
 

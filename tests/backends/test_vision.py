@@ -19,7 +19,7 @@ from immich_ml_metal.backends.vision.standby import OfficialText, no_official
 from immich_ml_metal.errors import InferenceError, LoadFailed, ModelUnavailable
 from immich_ml_metal.tasks.faces import FaceQuery
 from immich_ml_metal.tasks.images import Picture
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.types import Faces, ModelKey, Part, Reading, Task, TextRegions
 
 SIZE = (800, 600)
@@ -84,7 +84,7 @@ def find(double: Double, *, min_score: float = 0.7, load: Any = no_official) -> 
     return faces
 
 
-def read(double: Double, item: TextQuery, key: ModelKey = TEXT_KEY) -> TextRegions:
+def read(double: Double, item: TextRegionQuery, key: ModelKey = TEXT_KEY) -> TextRegions:
     regions = run(engine(double).load(key, None), item)
     assert isinstance(regions, TextRegions)
     return regions
@@ -196,27 +196,29 @@ TILTED = [(100, 120), (300, 80), (306, 110), (106, 150)]
 
 def test_a_line_keeps_its_four_corners_in_pixels() -> None:
     double = Double(Scene(lines=[LineTruth(TILTED, "Metal")]))
-    found = read(double, TextQuery(picture(), 0.5, 736))
+    found = read(double, TextRegionQuery(picture(), 0.5, 736))
     assert found.quads[0] == pytest.approx(np.array(TILTED, np.float32), abs=1e-3)
     assert [reading.text for reading in found.readings or ()] == ["Metal"]
 
 
 def test_text_upside_down_still_has_its_corners_from_the_top_left() -> None:
     corners = [TILTED[2], TILTED[3], TILTED[0], TILTED[1]]  # as Vision names them: the text's own
-    found = read(Double(Scene(lines=[LineTruth(corners, "x")])), TextQuery(picture(), 0.5, 736))
+    found = read(
+        Double(Scene(lines=[LineTruth(corners, "x")])), TextRegionQuery(picture(), 0.5, 736)
+    )
     assert found.quads[0] == pytest.approx(np.array(TILTED, np.float32), abs=1e-3)
 
 
 def test_immichs_default_thresholds_drop_only_vision_s_guesses() -> None:
     lines = [LineTruth(TILTED, text, grade) for text, grade in (("a", 0.3), ("b", 0.5), ("c", 1.0))]
-    found = read(Double(Scene(lines=lines)), TextQuery(picture(), 0.5, 736))
+    found = read(Double(Scene(lines=lines)), TextRegionQuery(picture(), 0.5, 736))
     kept = {reading.text for reading in found.readings or () if reading.score > 0.8}
     assert kept == {"b", "c"}
 
 
 def test_the_request_is_accurate_with_the_models_languages_and_the_correction_setting() -> None:
     double = Double(Scene())
-    read(double, TextQuery(picture(), 0.5, 736))
+    read(double, TextRegionQuery(picture(), 0.5, 736))
     assert double.arguments_of("setRecognitionLanguages_") == (["en-US"],)
     assert double.arguments_of("setAutomaticallyDetectsLanguage_") == (False,)
     assert double.arguments_of("setUsesLanguageCorrection_") == (True,)
@@ -226,13 +228,13 @@ def test_the_request_is_accurate_with_the_models_languages_and_the_correction_se
 def test_max_resolution_decides_how_small_a_line_may_be() -> None:
     small = [(50, 50), (90, 50), (90, 56), (50, 56)]  # 6 px high; 5 px of a 512 px short side count
     double = Double(Scene(lines=[LineTruth(small, "fine print")]))
-    assert len(read(double, TextQuery(picture(), 0.5, 256))) == 0
-    assert len(read(double, TextQuery(picture(), 0.5, 736))) == 1
+    assert len(read(double, TextRegionQuery(picture(), 0.5, 256))) == 0
+    assert len(read(double, TextRegionQuery(picture(), 0.5, 736))) == 1
 
 
 def test_a_picture_too_small_for_text_is_not_shown_to_vision() -> None:
     double = Double(Scene(lines=[LineTruth(TILTED, "x")]))
-    assert len(read(double, TextQuery(picture((31, 200)), 0.5, 736))) == 0
+    assert len(read(double, TextRegionQuery(picture((31, 200)), 0.5, 736))) == 0
     assert "performRequests_error_" not in [call.name for call in double.calls]
 
 
@@ -257,7 +259,7 @@ def test_a_script_that_vision_cannot_read_is_left_to_the_official_models() -> No
     greek = ModelKey(Task.OCR, Part.DETECTION, "EL__PP-OCRv5_mobile")
     model = engine(Double(Scene()), lambda key: official[key.part], told).load(greek, None)
     assert isinstance(model, OfficialText)
-    found: TextRegions = run(model, TextQuery(picture(), 0.5, 736))
+    found: TextRegions = run(model, TextRegionQuery(picture(), 0.5, 736))
     assert [reading.text for reading in found.readings or ()] == ["line 1", "line 2"]
     assert told == [NO_LANGUAGE]
     assert model.size_bytes == 34
@@ -294,7 +296,7 @@ def calls_of(scene: Scene, key: ModelKey, item: Any) -> int:
     ("scene", "key", "item"),
     [
         (FACE_SCENE, FACES_KEY, FaceQuery(picture(), 0.7)),
-        (TEXT_SCENE, TEXT_KEY, TextQuery(picture(), 0.5, 736)),
+        (TEXT_SCENE, TEXT_KEY, TextRegionQuery(picture(), 0.5, 736)),
     ],
     ids=["faces", "text"],
 )

@@ -15,6 +15,7 @@ from immich_ml_metal.bench.measure import (
     Load,
     Measured,
     Plan,
+    in_turn,
     measure_all,
     run_load,
     run_once,
@@ -145,3 +146,16 @@ async def test_a_service_that_is_not_there_is_told(models: Path) -> None:
     request = encode(immich_calls(configured_names(small(models)))["clip text"], "a")
     with pytest.raises(ServiceError, match=gone):
         await run_once(gone, [request], clients=1)
+
+
+def test_two_services_are_measured_in_turn_and_the_better_of_each_counts() -> None:
+    seen: list[str] = []
+
+    def measure(url: str) -> Load:
+        seen.append(url)
+        return Load(1, 1, per_s=float(len(seen)), p50_ms=1.0, p95_ms=1.0)
+
+    found = in_turn([Measured("a"), Measured("b")], measure)
+    assert seen == ["a", "b", "a", "b"]
+    assert [load.per_s for load in found] == [3.0, 4.0]
+    assert [load.per_s for load in in_turn([Measured("a")], measure)] == [5.0]

@@ -1,24 +1,15 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doubles.hub import FakeHub, Fault, add_clip, add_faces, serve_hub
+from doubles.hub import FakeHub, Fault, add_faces
 from typer.testing import CliRunner, Result
 
 from immich_ml_metal.catalog import all_models
 from immich_ml_metal.cli import app
 from immich_ml_metal.cli.output import Exit
 from immich_ml_metal.errors import ModelUnavailable, UnknownModel
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serve_hub() as hub:
-        add_clip(hub)
-        add_faces(hub)
-        yield hub
 
 
 class Cli:

@@ -66,10 +66,11 @@ def test_its_memory_is_counted(child: OwnService) -> None:
 def bare(
     models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[OwnService, Path]]:
-    """`serve --no-gateway` with an old official name in its `.env`, and its log file."""
+    """`serve --no-gateway` with an old and an ignored name in its `.env`, and its log file."""
     folder = tmp_path_factory.mktemp("bare")
     log = folder / "log"
-    (folder / ".env").write_text("MACHINE_LEARNING_PRELOAD__CLIP=ViT-B-32__openai\n")
+    names = ("PRELOAD__CLIP=ViT-B-32__openai", "HTTP_KEEPALIVE_TIMEOUT_S=2")
+    (folder / ".env").write_text("".join(f"MACHINE_LEARNING_{name}\n" for name in names))
     (folder / "c.toml").write_text(f"models_dir = {str(models)!r}\nlog_file = {str(log)!r}\n")
     options = {"--config": str(folder / "c.toml"), "--env-file": str(folder / ".env")}
     with running_service(options | {"--no-gateway": ""}) as child:
@@ -92,7 +93,9 @@ def test_with_a_gateway_there_are_two_processes(child: OwnService) -> None:
     assert httpx.get(f"{child.url}/health").json()["gateway"]["pid"] == child.pid
 
 
-def test_an_old_preload_name_works_and_is_warned_of(bare: tuple[OwnService, Path]) -> None:
+def test_an_old_preload_name_works_and_doubtful_names_are_warned_of(
+    bare: tuple[OwnService, Path],
+) -> None:
     child, log = bare
     predict(child.url, TEXTUAL, text="dog")  # waits for what is being loaded
     health = httpx.get(f"{child.url}/health").json()
@@ -100,6 +103,8 @@ def test_an_old_preload_name_works_and_is_warned_of(bare: tuple[OwnService, Path
     assert len(halves) == 2
     text = "".join(path.read_text() for path in log.parent.glob("log*"))
     assert text.count("MACHINE_LEARNING_PRELOAD__CLIP is an old name") == 1
+    ignored = "MACHINE_LEARNING_HTTP_KEEPALIVE_TIMEOUT_S is set, but it has no meaning here"
+    assert text.count(ignored) == 1
 
 
 def test_a_service_that_cannot_start_is_reported_with_its_last_words(tmp_path: Path) -> None:

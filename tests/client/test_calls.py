@@ -1,4 +1,4 @@
-"""The calls that our commands make are those of Immich's server (contract §1.7)."""
+"""The calls that our commands make are those of Immich's server (contract §1.4)."""
 
 from pathlib import Path
 

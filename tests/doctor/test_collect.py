@@ -95,6 +95,8 @@ def test_a_broken_settings_file_is_the_first_cause(tmp_path: Path) -> None:
     report = doctor(tmp_path, "--config", str(file))
     assert report["cause"] == "settings"
     assert "face_min_score" in found(report, "settings")["text"]
+    assert found(report, "hub")["text"] == "not asked, as the settings are refused"
+    assert found(report, "hub")["follows"] == "settings"
 
 
 def test_a_damaged_model_is_named_with_its_file(tmp_path: Path) -> None:
@@ -204,17 +206,22 @@ def test_only_addresses_others_can_use_are_told_ipv4_first() -> None:
 # -- the live self-test ----------------------------------------------------------------------------
 
 
-def fake_service(vector: list[float], lines: list[str]) -> Starlette:
+def fake_service(
+    vector: list[float], lines: list[str], health: dict[str, Any] | None = None
+) -> Starlette:
+    """A service that tells its engines from the first question on where `health` is given empty."""
+    health = {"engines": ENGINES} if health is None else health
     read = {"text": lines, "box": [0.0] * 8 * len(lines), "textScore": [1.0] * len(lines)}
 
     async def predict(request: Request) -> Response:
         async with request.form() as form:
             (task,) = json.loads(str(form["entries"]))
+        health["engines"] = ENGINES
         if task == "clip":
             return JSONResponse({"clip": json.dumps(vector)})
         return JSONResponse({task: read if task == "ocr" else []})
 
-    about = json_app(_={"message": "Immich ML"}, health={"engines": ENGINES})
+    about = json_app(_={"message": "Immich ML"}, health=health)
     return Starlette(routes=[*about.routes, Route("/predict", predict, methods=["POST"])])
 
 
@@ -240,6 +247,16 @@ def test_wrong_answers_are_failures(loopback: Loopback) -> None:
     assert pictures.error == texts.error == "its vector has length 5, not 1"
     assert faces.error == ""
     assert text.error == "it read nothing"
+
+
+def test_a_sleeping_worker_is_woken_by_the_first_question_and_asked_for_its_engines_after_it(
+    loopback: Loopback,
+) -> None:
+    awake: dict[str, dict[str, str]] = {}
+    app = fake_service([1.0], ["a"], awake)
+    pictures, *_ = run_tests(loopback(app), {"buffalo_l"}, NAMES, b"picture")
+    assert pictures.engine == "mlx"
+    assert awake == {"engines": ENGINES}
 
 
 def test_what_is_not_downloaded_is_skipped_unless_the_engine_needs_no_files(

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,6 @@ VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
 TEXTUAL = ModelKey(Task.CLIP, Part.TEXTUAL, "ViT-B-32__openai")
 FILES = ModelFiles(Path("model.onnx"), Path(), Path())
 PATIENCE_S = 5.0  # how long a test waits for something that happens at once when all is well
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until `condition` holds; a test that waits in vain fails."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def soon(work: Any) -> Any:

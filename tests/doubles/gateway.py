@@ -7,14 +7,14 @@ import resource
 import signal
 import socket
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from doubles.timing import until
 
 from immich_ml_metal.gateway.admission import Reception
 from immich_ml_metal.gateway.app import Gateway
@@ -47,14 +47,6 @@ def read_journal(folder: Path, word: str) -> list[str]:
     path = folder / "journal"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.removeprefix(word + " ") for line in lines if line.startswith(word + " ")]
-
-
-async def until(condition: Callable[[], Any], what: str = "condition") -> None:
-    """Wait for something that another process or task does."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end_s, f"{what} did not come about in {PATIENCE_S:g} s"
-        await asyncio.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:
@@ -198,7 +190,7 @@ async def gateway_process(
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard_files or hard))
 
-    port = free_port()
+    port = changes.pop("port", 0) or free_port()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(MAIN),

@@ -39,11 +39,13 @@ class Call:
 
 @dataclass
 class Double:
-    """The four modules, seeing `scene`. `fail_at` breaks that call (by number), in its own way."""
+    """The four modules, seeing `scene`. `fail_at` breaks that call (by number), in its own way, and
+    all that follow with `for_good`."""
 
     scene: Scene
     fail_at: int | None = None
     fail_by: str = "raise"  # or "nil": no object, NO with an NSError, an empty C array
+    for_good: bool = False
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -64,9 +66,12 @@ class Double:
         with self._lock:
             number = len(self.calls)
             self.calls.append(Call(owner, name, arguments, threading.current_thread().name))
-        if number == self.fail_at and self.fail_by == "raise":
+        fails = self.fail_at is not None and (
+            number >= self.fail_at if self.for_good else number == self.fail_at
+        )
+        if fails and self.fail_by == "raise":
             raise ObjCError(f"{owner}.{name} was made to fail")
-        return number == self.fail_at
+        return fails
 
     def arguments_of(self, name: str) -> tuple[Any, ...]:
         """Arguments of the last call of that name."""

@@ -4,7 +4,8 @@ It answers a `/predict` with the SHA-256 of the body it got. Words in the body m
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
 `[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
-`slow` (holding seconds), `stubborn`. It writes what it does into `journal` there.
+`slow` (holding seconds), `stubborn`; what `health.json` holds is told on `/health`. It writes what
+it does into `journal` there.
 Run as `python fake_worker.py FOLDER SOCKET`.
 """
 
@@ -51,6 +52,8 @@ class FakeEngine:
 
     def health(self) -> str:
         known = {"progress": self.progress, "loading": self.loading, "preloaded": self.preloaded}
+        if (told := self.folder / "health.json").exists():
+            known |= json.loads(told.read_text())
         return json.dumps(known)
 
     async def predict(self, scope: Any, receive: Any, send: Any) -> None:

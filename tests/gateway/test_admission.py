@@ -1,15 +1,18 @@
 """Room for uploads, and taking them in."""
 
 import asyncio
+import time
+import tracemalloc
 from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
 
-from immich_ml_metal.errors import ImageTooLarge
+from immich_ml_metal.errors import ImageTooLarge, UploadStalled
 from immich_ml_metal.gateway.admission import (
     FORM_BYTES,
     ClientGone,
+    Lease,
     Reception,
     Room,
     make_reception,
@@ -31,9 +34,33 @@ def client(*pieces: bytes, hangs_up: bool = False) -> Any:
     return receive
 
 
-def reception(*, memory_bytes: int = 100, spool_bytes: int = 100) -> Reception:
-    room = Room(memory_bytes=memory_bytes, spool_bytes=spool_bytes)
-    return Reception(room, max_body_bytes=50, client_timeout_s=60)
+def reception(
+    *, memory_bytes: int = 100, spool_bytes: int = 100, client_timeout_s: float = 60
+) -> Reception:
+    room = Room(memory_bytes=memory_bytes, spool_bytes=spool_bytes, largest_bytes=50)
+    return Reception(room, max_body_bytes=50, client_timeout_s=client_timeout_s)
+
+
+async def begin(room: Room, *sizes: int) -> list[Lease]:
+    """Uploads of which so many bytes have arrived."""
+    leases = [room.open() for _ in sizes]
+    for lease, size_bytes in zip(leases, sizes, strict=True):
+        await asyncio.wait_for(room.grow(lease, size_bytes), 1)
+    return leases
+
+
+async def want(room: Room, *wishes: tuple[Lease, int]) -> list[asyncio.Task[None]]:
+    """Uploads that want more, as far as they get at once."""
+    tasks = [asyncio.create_task(room.grow(lease, size_bytes)) for lease, size_bytes in wishes]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def empty_body(*, spooled: bool) -> Body:
+    body = Body()
+    if spooled:
+        await body.spill()
+    return body
 
 
 async def content(body: Body) -> bytes:
@@ -56,36 +83,113 @@ async def test_a_spooled_body_reads_the_same_as_often_as_asked() -> None:
     body.close()
 
 
+async def test_room_is_taken_for_bytes_that_have_arrived_and_for_no_others() -> None:
+    room = Room(memory_bytes=100, spool_bytes=1000, largest_bytes=100)
+    slow = await begin(room, *([1] * 40))  # each may become 100 bytes
+    assert (room.held("memory"), room.held("spool")) == (40, 0)
+    (good,) = await begin(room, 60)
+    assert (good.place, room.held("memory")) == ("memory", 100)
+    await room.grow(slow[0], 1)
+    assert (slow[0].place, slow[0].size_bytes) == ("spool", 2)
+    assert (room.held("memory"), room.held("spool")) == (99, 2)
+
+
 async def test_without_room_uploads_wait_in_order() -> None:
     room = Room(memory_bytes=10, spool_bytes=0)
-    first = await room.reserve(8)
-    waiting = [asyncio.ensure_future(room.reserve(size)) for size in (9, 1)]
-    await asyncio.sleep(0)
+    (first,) = await begin(room, 8)
+    second, third = room.open(), room.open()
+    waiting = await want(room, (second, 9), (third, 1))
     assert room.waiting == 2  # the small one would fit, but does not overtake
     room.release(first)
     await asyncio.gather(*waiting)
     assert (room.held("memory"), room.waiting) == (10, 0)
 
 
+async def test_the_oldest_upload_always_comes_to_its_end() -> None:
+    room = Room(memory_bytes=0, spool_bytes=100, largest_bytes=60)
+    oldest, *others = await begin(room, 1, 20, 19)
+    waiting = await want(room, *((one, 1) for one in others))
+    assert room.waiting == 2
+    await asyncio.wait_for(room.grow(oldest, 59), 1)
+    room.finish(oldest)  # now the second is the oldest, and may take what is left
+    await asyncio.wait_for(waiting[0], 1)
+    assert (room.held("spool"), room.waiting) == (100, 1)
+    room.finish(others[0])
+    room.release(oldest)
+    await asyncio.wait_for(waiting[1], 1)
+
+
+async def test_uploads_that_all_grow_at_once_are_all_taken() -> None:
+    here = reception(memory_bytes=0, spool_bytes=100)
+    pieces = [b"12345"] * 10
+
+    async def upload() -> None:
+        body, lease = await here.take(client(*pieces), None)
+        await asyncio.sleep(0.001)
+        body.close()
+        here.room.release(lease)
+
+    await asyncio.wait_for(asyncio.gather(*(upload() for _ in range(40))), 30)
+    assert (here.room.held("spool"), here.room.waiting) == (0, 0)
+
+
 async def test_a_waiter_that_gives_up_lets_the_next_one_in() -> None:
     room = Room(memory_bytes=10, spool_bytes=0)
-    await room.reserve(8)
-    large, small = (asyncio.ensure_future(room.reserve(size)) for size in (9, 1))
-    await asyncio.sleep(0)
+    await begin(room, 8)
+    second, third = room.open(), room.open()
+    large, small = await want(room, (second, 9), (third, 1))
     large.cancel()
-    assert (await small).size_bytes == 1
-    assert room.waiting == 0
+    await asyncio.gather(large, return_exceptions=True)
+    room.release(second)
+    await asyncio.wait_for(small, 1)
+    assert (third.size_bytes, room.waiting) == (1, 0)
 
 
 async def test_a_waiter_that_is_cancelled_as_it_gets_room_gives_it_back() -> None:
     room = Room(memory_bytes=10, spool_bytes=0)
-    first = await room.reserve(10)
-    waiting = asyncio.ensure_future(room.reserve(10))
-    await asyncio.sleep(0)
+    (first,) = await begin(room, 10)
+    second = room.open()
+    (waiting,) = await want(room, (second, 10))
     room.release(first)  # grants, but the waiter has not run yet
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+    room.release(second)
     assert room.held("memory") == 0
+
+
+async def test_a_client_that_sends_a_byte_now_and_then_is_timed_out() -> None:
+    async def receive() -> MutableMapping[str, Any]:
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    here = reception(client_timeout_s=0.2)
+    started_s = time.monotonic()
+    with pytest.raises(UploadStalled, match="sends too slowly"):
+        await here.take(receive, None)
+    assert 0.15 < time.monotonic() - started_s < 2
+    assert here.room.held("memory") == 0
+
+
+async def test_a_client_is_not_blamed_for_the_time_it_waited_for_room() -> None:
+    here = reception(memory_bytes=50, spool_bytes=0, client_timeout_s=0.1)
+    blocker = here.room.open()
+    await here.room.grow(blocker, 50)
+    upload = asyncio.create_task(here.take(client(b"x", b"y"), 2))
+    await asyncio.sleep(0.3)
+    here.room.release(blocker)
+    body, _ = await asyncio.wait_for(upload, 5)
+    assert body.size_bytes == 2
+
+
+async def test_a_body_in_many_small_pieces_takes_little_more_than_its_bytes() -> None:
+    body = Body()
+    tracemalloc.start()
+    for _ in range(20_000):
+        await body.append(b"x")
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert await content(body) == b"x" * 20_000
+    assert taken < 60_000
 
 
 async def test_a_body_of_unknown_length_keeps_only_what_it_needs() -> None:
@@ -99,6 +203,7 @@ async def test_a_body_of_unknown_length_keeps_only_what_it_needs() -> None:
     [
         (client(b"x" * 30, b"x" * 30), None, ImageTooLarge),
         (client(b"x" * 30, b"x" * 30), 10, ImageTooLarge),
+        pytest.param(client(b"x" * 50, b"x"), None, ImageTooLarge, id="one byte too many"),
         (client(b"x"), 51, ImageTooLarge),
         (client(b"x", hangs_up=True), 10, ClientGone),
     ],
@@ -110,6 +215,12 @@ async def test_a_failed_upload_gives_its_room_back(
     with pytest.raises(error):
         await here.take(receive, declared_bytes)
     assert (here.room.held("memory"), here.room.held("spool")) == (0, 0)
+
+
+@pytest.mark.parametrize("declared_bytes", [None, 50])
+async def test_an_upload_of_just_the_limit_is_taken(declared_bytes: int | None) -> None:
+    body, _ = await reception().take(client(b"x" * 30, b"x" * 20), declared_bytes)
+    assert body.size_bytes == 50
 
 
 def test_a_room_that_is_too_small_for_one_upload_is_refused() -> None:
@@ -126,11 +237,11 @@ def test_the_largest_picture_always_finds_room(limit_bytes: int) -> None:
 async def test_the_same_form_has_the_same_digest_under_any_boundary(spooled: bool) -> None:
     digests = set()
     for boundary in (b"----one", b"----another"):
-        body = Body(spooled=spooled)
+        body = await empty_body(spooled=spooled)
         await body.append(b"--" + boundary + b" picture --" + boundary + b"--")
         digests.add(await body.digest(b"multipart/form-data; boundary=" + boundary))
         body.close()
-    other = Body(spooled=spooled)
+    other = await empty_body(spooled=spooled)
     await other.append(b"------one another picture ------one--")
     digest = await other.digest(b"multipart/form-data; boundary=----one")
     other.close()

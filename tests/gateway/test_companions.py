@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from doubles.gateway import Service, gateway_process, is_alive, running_gateway, until
+from doubles.gateway import Service, gateway_process, is_alive, running_gateway
 from doubles.immich import KEY, ImmichDouble
+from doubles.timing import until
 from pydantic import SecretStr
 
 from immich_ml_metal.errors import ConfigError

@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from doubles.gateway import Service, gateway_process, right_answer, running_gateway, until
+from doubles.gateway import Service, gateway_process, right_answer, running_gateway
+from doubles.timing import until
 
 from immich_ml_metal.gateway import patient
 from immich_ml_metal.gateway.patient import MAX_HEAD_BYTES, MAX_PIPELINED, MAX_URL_BYTES

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from doubles.gateway import Service, right_answer, running_gateway, until
+from doubles.gateway import Service, right_answer, running_gateway
+from doubles.timing import until
 
 LIMIT_BYTES = 1_000_000
 

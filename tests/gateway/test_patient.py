@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
-from doubles.gateway import until
+from doubles.timing import until
 
 from immich_ml_metal.gateway.http import reply
 from immich_ml_metal.gateway.patient import PatientProtocol

@@ -4,15 +4,16 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from doubles.engines import TEXTUAL, VISUAL, FakeEngine, FakeStore, every_part, until
+from doubles.engines import TEXTUAL, VISUAL, FakeEngine, FakeStore, every_part
 from doubles.gateway import settings
+from doubles.timing import until
 
 from immich_ml_metal.errors import ConfigError, DownloadFailed
 from immich_ml_metal.models.progress import DownloadProgress, Phase
 from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.preload import preload, preload_keys
-from immich_ml_metal.worker.server import Service
+from immich_ml_metal.worker.server import WorkerRoutes
 
 CLIP = "ViT-B-32__openai"
 FACES = ModelKey(Task.FACES, Part.DETECTION, "buffalo_l")
@@ -75,7 +76,7 @@ async def test_a_half_that_no_worker_runs_is_left_out() -> None:
 async def test_an_worker_app_loads_them_at_start_and_keeps_them() -> None:
     chosen = settings(preload_clip_textual=(CLIP,), model_ttl_s=0.01)
     worker = FakeEngine()
-    async with Service(chosen, every_part(worker), FakeStore()) as service:
+    async with WorkerRoutes(chosen, every_part(worker), FakeStore()) as service:
         await until(lambda: bool(service.pool.loaded))
         await service.pool.get(VISUAL)
         await until(lambda: any(model.closed for model in worker.models))  # the other one's time
@@ -88,7 +89,7 @@ class FetchingStore(FakeStore):
 
 
 async def test_an_worker_app_tells_how_far_its_downloads_are() -> None:
-    async with Service(settings(), every_part(FakeEngine()), FetchingStore()) as service:
+    async with WorkerRoutes(settings(), every_part(FakeEngine()), FetchingStore()) as service:
         health = json.loads(bytes((await service.health()).body))
     assert health["downloads"] == [
         {

@@ -6,15 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from doubles.gateway import (
-    MAIN,
-    free_port,
-    gateway_process,
-    is_alive,
-    right_answer,
-    settings,
-    until,
-)
+from doubles.gateway import MAIN, free_port, gateway_process, is_alive, right_answer, settings
+from doubles.timing import until
 
 from immich_ml_metal.system.footprint import memory_bytes
 

@@ -12,9 +12,7 @@ from immich_ml_metal.gateway.replay import Job, JobQueue, Quarantine
 
 def make_jobs(count: int, queue: JobQueue) -> list[Job]:
     loop = asyncio.new_event_loop()
-    jobs = [
-        Job(number, Body(spooled=False), b"", "", loop.create_future()) for number in range(count)
-    ]
+    jobs = [Job(number, Body(), b"", "", loop.create_future()) for number in range(count)]
     loop.close()
     for job in jobs:
         queue.add(job)

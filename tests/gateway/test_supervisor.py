@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from doubles.gateway import fake_worker, is_alive, read_journal, settings, until
+from doubles.gateway import fake_worker, is_alive, read_journal, settings
+from doubles.timing import until
 
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.process import WorkerProcess, describe
-from immich_ml_metal.gateway.supervisor import End, Order, State, Supervisor
+from immich_ml_metal.gateway.supervisor import End, Order, Supervisor, WorkerState
 
 
 class Life:
@@ -53,7 +54,7 @@ async def living(command: Sequence[str]) -> AsyncIterator[Life]:
 
 async def test_no_worker_runs_before_one_is_wanted(tmp_path: Path) -> None:
     async with living(fake_worker(tmp_path)) as life:
-        await until(lambda: life.supervisor.state is State.IDLE)
+        await until(lambda: life.supervisor.state is WorkerState.IDLE)
         await asyncio.sleep(0.05)
         assert read_journal(tmp_path, "born") == []
 
@@ -64,7 +65,7 @@ async def test_an_worker_is_stopped_politely_and_leaves_no_zombie(tmp_path: Path
         await until(lambda: life.ready)
         pid = life.worker.pid
         life.supervisor.end(Order("idle", again=False))
-        await until(lambda: life.supervisor.state is State.IDLE)
+        await until(lambda: life.supervisor.state is WorkerState.IDLE)
         assert not is_alive(pid)  # a zombie would still count as alive
         assert life.ends == [End("idle", fault=False)]
         assert len(life.crashes.failures) == 0
@@ -122,7 +123,7 @@ async def test_an_worker_is_ended_while_it_starts(tmp_path: Path) -> None:
         await until(lambda: read_journal(tmp_path, "born"))
         pid = life.worker.pid
         life.supervisor.end(Order("asked", again=False))
-        await until(lambda: life.supervisor.state is State.IDLE)
+        await until(lambda: life.supervisor.state is WorkerState.IDLE)
         assert not is_alive(pid)
 
 
@@ -166,7 +167,7 @@ async def test_a_worker_starts_after_the_system_tidied_its_empty_folder_away(
         await until(lambda: life.ready == 1)
         folder = life.worker.socket.parent
         life.supervisor.end(Order("idle", again=False))
-        await until(lambda: life.supervisor.state is State.IDLE)
+        await until(lambda: life.supervisor.state is WorkerState.IDLE)
         folder.rmdir()
         life.supervisor.wake()
         await until(lambda: life.ready == 2)

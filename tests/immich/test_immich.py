@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from doubles.immich import CONFIG, KEY, ImmichDouble
+from doubles.timing import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
@@ -284,13 +285,6 @@ def test_the_tasks_are_found_in_the_unread_body(body: bytes, tasks: tuple[Task, 
     assert tasks_of(body) == tasks
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 CLIP_BODY = b'{"clip":{"visual":{}}}'
 
 
@@ -300,7 +294,7 @@ def make(connect_to: Callable[[], ImmichApi], clock: Clock, started: list[int]) 
 
 
 async def test_after_an_outage_immich_is_asked_once(loopback: Loopback) -> None:
-    immich, clock, started = ImmichDouble(), Clock(), list[int]()
+    immich, clock, started = ImmichDouble(), Clock(0), list[int]()
     url = loopback(immich.app)
     requeuer = make(lambda: ImmichApi(url, SecretStr(KEY)), clock, started)
     for _ in range(79):
@@ -316,7 +310,7 @@ async def test_after_an_outage_immich_is_asked_once(loopback: Loopback) -> None:
 
 
 async def test_an_immich_that_is_down_as_well_is_asked_later(loopback: Loopback) -> None:
-    immich, clock, started = ImmichDouble(), Clock(), list[int]()
+    immich, clock, started = ImmichDouble(), Clock(0), list[int]()
     urls = ["http://127.0.0.1:1", loopback(immich.app)]
     requeuer = make(lambda: ImmichApi(urls.pop(0), SecretStr(KEY)), clock, started)
     requeuer.answered(CLIP_BODY, 500)

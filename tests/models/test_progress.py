@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+from doubles.timing import Clock
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import DownloadFailed
@@ -10,21 +11,11 @@ from immich_ml_metal.types import Part, Task
 KEY = model_key("buffalo_l", Task.FACES, Part.RECOGNITION)
 
 
-class Clock:
-    """Time that passes when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_rate_and_remaining_time_count_only_what_was_received_now() -> None:
     clock = Clock()
     tracker = Tracker(KEY, clock=clock)
     tracker.begin(1000, 400)
-    clock.now += 2
+    clock.now_s += 2
     tracker.advance(200)
     progress = tracker.snapshot()
     assert (progress.done_bytes, progress.total_bytes) == (600, 1000)
@@ -36,7 +27,7 @@ def test_health_gets_plain_numbers() -> None:
     clock = Clock()
     tracker = Tracker(KEY, clock=clock)
     tracker.begin(1000, 0)
-    clock.now += 3
+    clock.now_s += 3
     tracker.advance(300)
     assert tracker.snapshot().describe() == {
         "model": "buffalo_l/recognition",
@@ -63,7 +54,7 @@ def test_the_log_gets_a_line_every_ten_seconds_and_not_more(
     tracker.begin(174_400_000, 0)
     with caplog.at_level(logging.INFO):
         for _ in range(100):
-            clock.now += 0.25
+            clock.now_s += 0.25
             tracker.advance(1_000_000)
     assert [record.message for record in caplog.records] == [
         "downloading buffalo_l/recognition: 23 % of 174 MB at 4.0 MB/s",

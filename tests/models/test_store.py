@@ -1,10 +1,9 @@
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doubles.hub import FakeHub, Fault, add_clip, add_faces, external_onnx, onnx_bytes, serve_hub
+from doubles.hub import FakeHub, Fault, add_clip, add_faces, external_onnx, onnx_bytes
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable, UnknownModel
@@ -20,12 +19,6 @@ VISUAL = model_key("ViT-B-32__openai", Task.CLIP, Part.VISUAL)
 TEXTUAL = model_key("ViT-B-32__openai", Task.CLIP, Part.TEXTUAL)
 DETECTOR = model_key("buffalo_s", Task.FACES, Part.DETECTION)
 FAST = Retry(attempts=3, first_wait_s=0.001, max_wait_s=0.002)
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serve_hub() as hub:
-        yield hub
 
 
 def make_store(hub: FakeHub, folder: Path, **values: Any) -> ModelStore:

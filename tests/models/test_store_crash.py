@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from doubles.hub import FakeHub, Fault, add_clip, add_faces, onnx_bytes, serve_hub
+from doubles.hub import FakeHub, Fault, onnx_bytes
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.models.manifest import load_manifest
@@ -83,14 +82,6 @@ class Nursery:
     def _read(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serve_hub() as hub:
-        add_clip(hub)
-        add_faces(hub)
-        yield hub
 
 
 def make_store(hub: FakeHub, folder: Path) -> ModelStore:

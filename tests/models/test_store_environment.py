@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from doubles.hub import FakeHub, add_faces, onnx_bytes, serve_hub
+from doubles.hub import FakeHub, onnx_bytes
 
 from immich_ml_metal.catalog import get_model, model_key
 from immich_ml_metal.models.paddle import find_in_wheel
@@ -32,13 +31,6 @@ try:
 except ModelError as exc:
     print(type(exc).__name__, exc)
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serve_hub() as hub:
-        add_faces(hub)
-        yield hub
 
 
 def fetch(folder: Path, **environ: str) -> str:

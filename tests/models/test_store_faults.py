@@ -1,12 +1,11 @@
 """Every fault of a network, and what a person sees. The same table is in docs/models.md."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from doubles.hub import FakeHub, Fault, add_faces, onnx_bytes, serve_hub
+from doubles.hub import FakeHub, Fault, onnx_bytes, serve_hub
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import DownloadFailed, ModelError, ModelUnavailable
@@ -23,13 +22,6 @@ FILE = "detection/model.onnx"
 LIST = "/revision/main"
 FAST = Retry(attempts=3, first_wait_s=0.001, max_wait_s=0.002)
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serve_hub() as hub:
-        add_faces(hub)
-        yield hub
 
 
 @dataclass(frozen=True)

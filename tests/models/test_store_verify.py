@@ -1,9 +1,8 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from doubles.hub import FakeHub, Fault, add_clip, add_faces, external_onnx, onnx_bytes, serve_hub
+from doubles.hub import FakeHub, Fault, external_onnx, onnx_bytes
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import ModelUnavailable
@@ -16,14 +15,6 @@ from immich_ml_metal.types import Part, Task
 
 VISUAL = model_key("ViT-B-32__openai", Task.CLIP, Part.VISUAL)
 DETECTOR = model_key("buffalo_s", Task.FACES, Part.DETECTION)
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with serve_hub() as hub:
-        add_clip(hub)
-        add_faces(hub)
-        yield hub
 
 
 @pytest.fixture

@@ -241,7 +241,9 @@ def test_what_mixes_rows_is_refused_by_name(kind: str, tmp_path: Path) -> None:
 
 def test_an_operator_without_a_rule_is_refused_by_name(tmp_path: Path) -> None:
     model = single("Einsum", "x w", {"w": randn(6, 2)}, equation="bij,jk->bik")
-    assert refusal(model, tmp_path) == "no rule for Einsum 'Einsum:y'"
+    assert refusal(model, tmp_path) == (
+        "Einsum 'Einsum:y': there is no rule for rows through this operator"
+    )
 
 
 def test_a_graph_with_free_shapes_is_left_as_it_is(tmp_path: Path) -> None:

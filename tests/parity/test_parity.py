@@ -1,23 +1,17 @@
 """Two loopback services that really compute on the pixels, one of them deliberately different."""
 
-import io
 import json
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from doubles.mini_service import MiniService
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
@@ -32,95 +26,12 @@ from immich_ml_metal.parity.compare import (
 )
 from immich_ml_metal.parity.judge import Difference, judge, summarise
 
-DIM = 64
-
-
-@dataclass(frozen=True)
-class Double:
-    """A service in miniature: real decoding and resizing, a random projection for a network."""
-
-    swap_channels: bool = False
-    crop: bool = False
-    seed: int = 0
-    dim: int = DIM
-    face_noise: float = 0.0
-    faces: int = 2
-    garble_text: bool = False
-    fail: tuple[str, ...] = ()
-
-    def _project(self, pixels: np.ndarray[Any, Any], stream: int) -> str:
-        rng = np.random.default_rng([self.seed, stream])
-        weights = rng.standard_normal((self.dim, pixels.size))
-        vector = weights @ (pixels.astype(np.float64).ravel() - 127)
-        return json.dumps([float(x) for x in vector / np.linalg.norm(vector)])
-
-    def _pixels(self, picture: Image.Image) -> np.ndarray[Any, Any]:
-        if self.crop:
-            side = min(picture.size)
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
-            picture = picture.crop((left, top, left + side, top + side))
-        pixels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC))
-        return pixels[:, :, ::-1] if self.swap_channels else pixels
-
-    def clip(self, picture: Image.Image | None, text: str) -> str:
-        if picture is not None:
-            return self._project(self._pixels(picture), 1)
-        return self._project(np.frombuffer(text.encode().ljust(64)[:64], np.uint8), 2)
-
-    def detect(self, picture: Image.Image) -> list[dict[str, Any]]:
-        w, h = picture.size
-        found = []
-        for k in range(self.faces):
-            box = (w * k // 4, h // 4, w * (k + 1) // 4, h * 3 // 4)
-            vector = np.array(json.loads(self._project(self._pixels(picture.crop(box)), 3 + k)))
-            noise = np.random.default_rng(k).standard_normal(self.dim)
-            vector += self.face_noise * noise / np.linalg.norm(noise)
-            sides = dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True))
-            embedding = json.dumps(vector.tolist())
-            found.append({"boundingBox": sides, "embedding": embedding, "score": 0.9})
-        return found
-
-    def read(self, picture: Image.Image) -> dict[str, Any]:
-        lines = [f"{picture.width} x {picture.height}", "total 12.50"]
-        told = [line[::-1] for line in lines] if self.garble_text else lines
-        return {"text": told, "box": [0.0] * 16, "boxScore": [1.0] * 2, "textScore": [1.0] * 2}
-
-    async def predict(self, request: Request) -> Response:
-        async with request.form() as form:
-            (task,) = json.loads(str(form["entries"]))
-            upload, text = form.get("image"), str(form.get("text", ""))
-            image = await upload.read() if isinstance(upload, UploadFile) else None
-        return self.answer(task, image, text)
-
-    def answer(self, task: str, image: bytes | None, text: str) -> Response:
-        picture = None
-        if image is not None:
-            try:
-                picture = Image.open(io.BytesIO(image)).convert("RGB")
-            except OSError:
-                return PlainTextResponse("not a picture", 400)
-        if task in self.fail:
-            return PlainTextResponse("Internal Server Error", 500)
-        if task == "clip":
-            return JSONResponse({"clip": self.clip(picture, text)})
-        assert picture is not None
-        return JSONResponse({task: self.read(picture) if task == "ocr" else self.detect(picture)})
-
-
-async def ping(_: Request) -> Response:
-    return PlainTextResponse("pong")
-
-
-Serve = Callable[[Double], str]
+Serve = Callable[[MiniService], str]
 
 
 @pytest.fixture
 def serve(loopback: Callable[[Any], str]) -> Serve:
-    def start(double: Double) -> str:
-        routes = [Route("/ping", ping), Route("/predict", double.predict, methods=["POST"])]
-        return loopback(Starlette(routes=routes))
-
-    return start
+    return lambda service: loopback(service.app)
 
 
 @pytest.fixture
@@ -145,7 +56,7 @@ def verdict(ours: str, theirs: str, photos: Path, *more: str) -> tuple[int, dict
 
 
 def test_a_service_against_itself_is_safe_to_switch(serve: Serve, photos: Path) -> None:
-    url = serve(Double())
+    url = serve(MiniService())
     code, report = verdict(url, url, photos)
     assert (code, report["verdict"]) == (0, "safe to switch")
     for task in report["tasks"].values():
@@ -160,41 +71,41 @@ def test_a_service_against_itself_is_safe_to_switch(serve: Serve, photos: Path) 
 @pytest.mark.parametrize(
     ("wrong", "cause"),
     [
-        (Double(swap_channels=True), "swaps red and blue"),
-        (Double(crop=True), "resize rule differs"),
-        (Double(seed=1), "other weights"),
-        (Double(dim=32), "64 and 32 numbers"),
+        (MiniService(swap_channels=True), "swaps red and blue"),
+        (MiniService(crop=True), "resize rule differs"),
+        (MiniService(seed=1), "other weights"),
+        (MiniService(dim=32), "64 and 32 numbers"),
     ],
     ids=["bgr", "crop", "weights", "dimension"],
 )
 def test_a_service_that_computes_otherwise_is_not_to_be_mixed(
-    serve: Serve, photos: Path, wrong: Double, cause: str
+    serve: Serve, photos: Path, wrong: MiniService, cause: str
 ) -> None:
-    code, report = verdict(serve(Double()), serve(wrong), photos)
+    code, report = verdict(serve(MiniService()), serve(wrong), photos)
     assert (code, report["verdict"]) == (4, "do not mix")
     assert cause in report["cause"]
 
 
 def test_other_landmarks_are_safe_for_search_only(serve: Serve, photos: Path) -> None:
-    code, report = verdict(serve(Double()), serve(Double(face_noise=0.2)), photos)
+    code, report = verdict(serve(MiniService()), serve(MiniService(face_noise=0.2)), photos)
     assert (code, report["verdict"]) == (1, "safe for search; people may differ")
     assert 0.97 < report["tasks"]["faces"]["median"] < 0.99
 
 
 def test_missed_faces_are_safe_for_search_only(serve: Serve, photos: Path) -> None:
-    code, report = verdict(serve(Double(faces=1)), serve(Double(faces=3)), photos)
+    code, report = verdict(serve(MiniService(faces=1)), serve(MiniService(faces=3)), photos)
     assert (code, report["verdict"]) == (1, "safe for search; people may differ")
     assert report["tasks"]["faces"]["faces_only_theirs"] == 6
     assert "3 of 9 faces" in report["reasons"][0]
 
 
 def test_other_text_is_safe_for_search_only(serve: Serve, photos: Path) -> None:
-    code, report = verdict(serve(Double()), serve(Double(garble_text=True)), photos)
+    code, report = verdict(serve(MiniService()), serve(MiniService(garble_text=True)), photos)
     assert (code, report["verdict"]) == (1, "safe for search; text may differ")
 
 
 def test_a_side_that_fails_at_search_is_not_safe(serve: Serve, photos: Path) -> None:
-    code, report = verdict(serve(Double()), serve(Double(fail=("clip",))), photos)
+    code, report = verdict(serve(MiniService()), serve(MiniService(fail=("clip",))), photos)
     assert (code, report["verdict"]) == (4, "do not mix")
     assert "answered 500" in report["tasks"]["clip image"]["problems"][0]
 
@@ -203,14 +114,14 @@ def test_a_picture_that_both_refuse_is_no_difference(
     serve: Serve, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "broken.jpg").write_bytes(b"not a picture")
-    url, page = serve(Double()), tmp_path / "r.html"
+    url, page = serve(MiniService()), tmp_path / "r.html"
     code, report = verdict(url, url, photos, "--html", str(page))
     assert (code, report["tasks"]["clip image"]["problems"]) == (0, [])
     assert "Lowest" not in page.read_text()
 
 
 def test_only_the_named_tasks_are_asked(serve: Serve, photos: Path) -> None:
-    url = serve(Double(fail=("ocr", "facial-recognition")))
+    url = serve(MiniService(fail=("ocr", "facial-recognition")))
     _, report = verdict(url, url, photos, "--task", "clip text", "--text", "one dog")
     assert list(report["tasks"]) == ["clip text"]
     assert report["tasks"]["clip text"]["count"] == 1
@@ -218,8 +129,10 @@ def test_only_the_named_tasks_are_asked(serve: Serve, photos: Path) -> None:
 
 def test_the_page_pictures_the_worst_pairs(serve: Serve, photos: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    theirs = serve(Double(swap_channels=True, garble_text=True))
-    result = run(str(photos), "--url", serve(Double()), "--against", theirs, "--html", str(page))
+    theirs = serve(MiniService(swap_channels=True, garble_text=True))
+    result = run(
+        str(photos), "--url", serve(MiniService()), "--against", theirs, "--html", str(page)
+    )
     text = page.read_text()
     assert result.exit_code == 4
     assert "do not mix" in result.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles.timing import Clock
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,10 +21,9 @@ from typer.testing import CliRunner
 
 from immich_ml_metal import __version__
 from immich_ml_metal.cli import app
-from immich_ml_metal.cli.service import tail
-from immich_ml_metal.service.choose import choose_manager, log_folder
-from immich_ml_metal.service.follow import new_text
+from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.launchd import Launchd
+from immich_ml_metal.service.log_files import log_folder, new_text, tail
 from immich_ml_metal.service.plan import (
     ServiceFailed,
     ServicePlan,
@@ -449,13 +449,6 @@ def test_the_runner_reports_and_never_raises() -> None:
     assert run_program("/no/such/program").code == 127
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def make_keep_awake(clock: Clock) -> tuple[KeepAwake, "list[subprocess.Popen[bytes]]"]:
     started: list[subprocess.Popen[bytes]] = []
 
@@ -467,7 +460,7 @@ def make_keep_awake(clock: Clock) -> tuple[KeepAwake, "list[subprocess.Popen[byt
 
 
 def test_the_mac_is_kept_awake_from_the_first_request_until_a_while_after_the_last() -> None:
-    clock = Clock()
+    clock = Clock(0)
     awake, started = make_keep_awake(clock)
     awake.begin()
     awake.begin()
@@ -486,7 +479,7 @@ def test_the_mac_is_kept_awake_from_the_first_request_until_a_while_after_the_la
 
 
 def test_new_work_takes_a_new_assertion_and_close_lets_go() -> None:
-    awake, started = make_keep_awake(Clock())
+    awake, started = make_keep_awake(Clock(0))
     awake.begin()
     awake.close()
     awake.begin()

@@ -11,14 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from doubles.gateway import (
-    GatewayProcess,
-    gateway_process,
-    is_alive,
-    right_answer,
-    running_gateway,
-    until,
-)
+from doubles.gateway import GatewayProcess, gateway_process, is_alive, right_answer, running_gateway
+from doubles.timing import until
 
 from immich_ml_metal.system.footprint import memory_bytes
 

@@ -4,18 +4,19 @@ from typing import Any
 import numpy as np
 import pytest
 from doubles.graph import FakeGraph, spec
+from doubles.pictures import grainy_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from immich_ml_metal.errors import InferenceError, InvalidOutput, LoadFailed
+from immich_ml_metal.errors import InvalidOutput, LoadFailed
 from immich_ml_metal.tasks.clip import (
     NLLB_CODES,
     ClipTextualModel,
     ClipVisualModel,
+    SearchQuery,
     TextConfig,
-    TextQuery,
     VisualConfig,
     clean_text,
     nllb_code,
@@ -41,15 +42,6 @@ HOSTED: dict[str, Any] = {
 def config(side_px: int = 32, resize_mode: str = "shortest", **changes: Any) -> VisualConfig:
     values = HOSTED | {"size": side_px, "resize_mode": resize_mode} | changes
     return VisualConfig.parse(values, compat="3.3")
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth picture with noise on it: both averages and edges matter."""
-    rng = np.random.default_rng(seed)
-    smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    base = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    grain = rng.integers(-40, 41, base.shape)
-    return Image.fromarray((base + grain).clip(0, 255).astype(np.uint8))
 
 
 # -- preprocess_cfg.json ---------------------------------------------------------------------------
@@ -102,7 +94,7 @@ def test_a_malformed_file_fails_the_load(changes: dict[str, Any]) -> None:
         config(**changes)
 
 
-# -- resize and crop (contract §4.2) ---------------------------------------------------------------
+# -- resize and crop (contract §4.1) ---------------------------------------------------------------
 
 
 def resize_then_crop(image: Image.Image, side: int) -> Image.Image:
@@ -129,7 +121,7 @@ def resize_then_crop(image: Image.Image, side: int) -> Image.Image:
     seed=st.integers(0, 9),
 )
 def test_shortest_equals_resize_then_crop(width: int, height: int, side: int, seed: int) -> None:
-    image = noise(width, height, seed)
+    image = grainy_picture(width, height, seed)
     square = resize_square(image, config(side))
     assert square.size == (side, side)
     expected = np.asarray(resize_then_crop(image, side)).astype(int)
@@ -139,7 +131,7 @@ def test_shortest_equals_resize_then_crop(width: int, height: int, side: int, se
 
 
 def test_shortest_equals_resize_then_crop_on_a_preview() -> None:
-    image = noise(2161, 1440)
+    image = grainy_picture(2161, 1440)
     difference = np.abs(
         np.asarray(resize_square(image, config(224))).astype(int)
         - np.asarray(resize_then_crop(image, 224))
@@ -158,14 +150,14 @@ def test_extreme_shapes_give_the_square(size: tuple[int, int], resize_mode: str)
 
 
 def test_squash_ignores_the_aspect_ratio() -> None:
-    image = noise(90, 40)
+    image = grainy_picture(90, 40)
     square = resize_square(image, config(32, "squash"))
     across = image.resize((32, 40), Image.Resampling.BICUBIC)
     assert square.tobytes() == across.resize((32, 32), Image.Resampling.BICUBIC).tobytes()
 
 
 def test_the_named_filter_is_used() -> None:
-    image = noise(90, 40)
+    image = grainy_picture(90, 40)
     square = resize_square(image, config(32, "squash", interpolation="bilinear"))
     across = image.resize((32, 40), Image.Resampling.BILINEAR)
     assert square.tobytes() == across.resize((32, 32), Image.Resampling.BILINEAR).tobytes()
@@ -185,7 +177,7 @@ def unit_rows(feeds: dict[str, Any]) -> list[Any]:
 def test_a_float_graph_gets_normalised_planes() -> None:
     graph = FakeGraph(unit_rows, inputs=[spec("image", np.float32, [None, 3, 32, 32])])
     model = ClipVisualModel(graph, config(32), name="m", dim=3)
-    image = noise(50, 40)
+    image = grainy_picture(50, 40)
     blob = model.preprocess(Picture(image))
     square = np.asarray(resize_then_crop(image, 32)).astype(np.float64)
     expected = ((square / 255 - MEAN) / STD).transpose(2, 0, 1)
@@ -198,7 +190,7 @@ def test_a_float_graph_gets_normalised_planes() -> None:
 def test_a_fused_graph_gets_the_bytes() -> None:
     graph = FakeGraph(unit_rows, inputs=[spec("image", np.uint8, [1, 32, 32, 3])])
     model = ClipVisualModel(graph, config(32), name="m", dim=3)
-    picture = Picture(noise(50, 40))
+    picture = Picture(grainy_picture(50, 40))
     blob = model.preprocess(picture)
     assert blob.shape == (32, 32, 3)
     assert blob.dtype == np.uint8
@@ -246,7 +238,7 @@ def test_a_bad_vector_is_an_error(values: list[float], message: str) -> None:
 
 
 def test_a_map_with_a_hole_is_an_error() -> None:
-    with pytest.raises(InferenceError, match="m gave 1 values that are not finite"):
+    with pytest.raises(InvalidOutput, match="m gave 1 values that are not finite"):
         check_finite(np.array([[0, np.nan]], np.float32), name="m")
     assert check_finite(np.zeros((2, 3), np.float16), name="m").dtype == np.float32
 
@@ -285,7 +277,7 @@ def test_a_malformed_text_config_fails_the_load(text: Any) -> None:
         TextConfig.parse({"text_cfg": text}, name="m")
 
 
-# -- cleaning and language (contract §4.3) ---------------------------------------------------------
+# -- cleaning and language (contract §4.2) ---------------------------------------------------------
 
 PLAIN, SIGLIP, NLLB = (
     TextConfig(77, False, False),
@@ -314,7 +306,7 @@ PLAIN, SIGLIP, NLLB = (
 def test_a_text_is_cleaned(
     config: TextConfig, text: str, language: str | None, expected: str
 ) -> None:
-    assert clean_text(TextQuery(text, language), config) == expected
+    assert clean_text(SearchQuery(text, language), config) == expected
 
 
 def test_the_language_table_is_immichs() -> None:
@@ -369,14 +361,14 @@ def textual(*inputs: str, context_length: int = 6) -> tuple[ClipTextualModel, Fa
 )
 def test_tokens_are_padded_and_cut_to_the_context(text: str, ids: list[int]) -> None:
     model, _ = textual("text")
-    tokens = model.preprocess(TextQuery(text))
+    tokens = model.preprocess(SearchQuery(text))
     assert tokens["text"].tolist() == ids
     assert tokens["text"].dtype == np.int32
 
 
 def test_a_tower_with_a_mask_is_told_what_is_padding() -> None:
     model, graph = textual("input_ids", "attention_mask")
-    items = [TextQuery("a dog"), TextQuery("dog")]
+    items = [SearchQuery("a dog"), SearchQuery("dog")]
     raw = model.infer([model.preprocess(item) for item in items])
     assert graph.fed[0]["input_ids"].tolist() == [[0, 4, 5, 1, 2, 2], [0, 5, 1, 2, 2, 2]]
     assert graph.fed[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]
@@ -410,5 +402,5 @@ def test_an_unknown_pad_token_fails_the_load(pad_token: Any) -> None:
 def test_float_vectors_of_a_half_precision_graph_are_widened() -> None:
     graph = FakeGraph(lambda _: [np.array([[0.1, 0.2]], np.float16)])
     model = ClipVisualModel(graph, config(32), name="m", dim=2)
-    vector: Floats = model.postprocess(model.infer([np.zeros(3)])[0], Picture(noise(3, 3)))
+    vector: Floats = model.postprocess(model.infer([np.zeros(3)])[0], Picture(grainy_picture(3, 3)))
     assert vector.dtype == np.float32

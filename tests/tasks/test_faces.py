@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 from doubles.graph import FakeGraph, spec
+from doubles.pictures import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,10 +28,6 @@ from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.types import Bytes, Faces, Floats, Tensor
 
 ROWS = {8: 12800, 16: 3200, 32: 800}  # cells of a 640 px canvas, two anchors each
-
-
-def noise(height: int, width: int, seed: int = 0) -> Bytes:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 # -- letterbox (contract §5.1) ---------------------------------------------------------------------
@@ -249,7 +246,7 @@ def test_a_head_with_a_hole_is_an_error_not_an_empty_answer() -> None:
     broken = heads()
     broken[0][5] = np.nan
     detector = FaceDetector(FakeGraph(lambda _: broken, outputs=NINE), name="m")
-    with pytest.raises(InferenceError, match="m gave 1 values that are not finite"):
+    with pytest.raises(InvalidOutput, match="m gave 1 values that are not finite"):
         detector.infer([np.zeros(1)])
 
 
@@ -345,7 +342,7 @@ def naive_warp(pixels: Bytes, matrix: Floats, side: int) -> Bytes:
 def test_warping_is_opencv_4s_bit_for_bit(
     angle: float, scale: float, centre: tuple[float, float], seed: int
 ) -> None:
-    pixels, side = noise(80, 100, seed), 16
+    pixels, side = noise(80, 100, seed=seed), 16
     cosine, sine = scale * math.cos(angle), scale * math.sin(angle)
     middle = side / 2
     matrix = np.array(

@@ -5,19 +5,15 @@ import zlib
 
 import numpy as np
 import pytest
+from doubles.pictures import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage
 from immich_ml_metal.tasks.images import ImageLimits, decode, resize
-from immich_ml_metal.types import Bytes
 
 LIMITS = ImageLimits(max_pixels=178_956_970, max_side_px=65_535)
-
-
-def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Bytes:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
 def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
@@ -45,7 +41,7 @@ def png(width: int, height: int, *, depth: int = 8, rows: bytes = b"") -> bytes:
     )
 
 
-# -- what is decoded, and to which pixels (contract §4.1, §8) --------------------------------------
+# -- what is decoded, and to which pixels (contract §3) --------------------------------------
 
 
 def test_pixels_are_read_only_contiguous_rgb() -> None:

@@ -5,17 +5,18 @@ import cv2
 import numpy as np
 import pytest
 from doubles.graph import FakeGraph, spec
+from doubles.pictures import noise_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from immich_ml_metal.errors import InferenceError
+from immich_ml_metal.errors import InferenceError, InvalidOutput
 from immich_ml_metal.tasks.images import Picture, resize
 from immich_ml_metal.tasks.text_boxes import (
     CANVAS_RATIOS,
     MAX_DETECTION_PIXELS,
     TextDetector,
-    TextQuery,
+    TextRegionQuery,
     canvas_size,
     detection_size,
     find_regions,
@@ -26,11 +27,6 @@ from immich_ml_metal.tasks.text_boxes import (
 from immich_ml_metal.types import Floats, Tensor, TextRegions
 
 sides = st.integers(32, 20_000)
-
-
-def noise(width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values)
 
 
 # -- sizes (contract §6.1) -------------------------------------------------------------------------
@@ -319,8 +315,8 @@ def test_a_tilted_bar_is_found_where_it_is(
 # -- the detector ----------------------------------------------------------------------------------
 
 
-def query(image: Image.Image, max_resolution: int = 736) -> TextQuery:
-    return TextQuery(Picture(image), 0.5, max_resolution)
+def query(image: Image.Image, max_resolution: int = 736) -> TextRegionQuery:
+    return TextRegionQuery(Picture(image), 0.5, max_resolution)
 
 
 def bar_in_the_middle(feeds: dict[str, Tensor]) -> list[Tensor]:
@@ -333,7 +329,7 @@ def bar_in_the_middle(feeds: dict[str, Tensor]) -> list[Tensor]:
 
 
 def test_a_float_graph_gets_bgr_in_minus_one_to_one() -> None:
-    item = query(noise(100, 70))
+    item = query(noise_picture(100, 70))
     blob = TextDetector(FakeGraph(bar_in_the_middle), name="m").preprocess(item)
     assert blob is not None
     resized = np.asarray(resize(item.picture.image, (96, 64), Image.Resampling.LANCZOS))
@@ -345,7 +341,7 @@ def test_a_float_graph_gets_bgr_in_minus_one_to_one() -> None:
 
 def test_a_fused_graph_gets_rgb_bytes() -> None:
     graph = FakeGraph(bar_in_the_middle, inputs=[spec("x", np.uint8)])
-    item = query(noise(100, 70))
+    item = query(noise_picture(100, 70))
     blob = TextDetector(graph, name="m").preprocess(item)
     assert blob is not None
     expected = np.asarray(resize(item.picture.image, (96, 64), Image.Resampling.LANCZOS))
@@ -385,16 +381,26 @@ def test_a_picture_too_small_holds_no_text_and_is_not_looked_at(size: tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    ("output", "error", "message"),
     [
-        (np.zeros((1, 1, 16, 24), np.float32), r"maps \(3, 64, 96\) to \(1, 1, 16, 24\)"),
-        (np.full((1, 1, 64, 96), np.nan, np.float32), "6144 values that are not finite"),
+        (
+            np.zeros((1, 1, 16, 24), np.float32),
+            InferenceError,
+            r"maps \(3, 64, 96\) to \(1, 1, 16, 24\)",
+        ),
+        (
+            np.full((1, 1, 64, 96), np.nan, np.float32),
+            InvalidOutput,
+            "6144 values that are not finite",
+        ),
     ],
 )
-def test_a_map_that_cannot_be_read_is_an_error(output: Tensor, message: str) -> None:
+def test_a_map_that_cannot_be_read_is_an_error(
+    output: Tensor, error: type[Exception], message: str
+) -> None:
     detector = TextDetector(FakeGraph(lambda _: [output]), name="m")
-    with pytest.raises(InferenceError, match=message):
-        detector.infer([detector.preprocess(query(noise(100, 70)))])
+    with pytest.raises(error, match=message):
+        detector.infer([detector.preprocess(query(noise_picture(100, 70)))])
 
 
 def test_close_frees_the_graph() -> None:

@@ -5,11 +5,12 @@ import cv2
 import numpy as np
 import pytest
 from doubles.graph import FakeGraph, spec
+from doubles.pictures import noise_picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from immich_ml_metal.errors import InferenceError
+from immich_ml_metal.errors import InferenceError, InvalidOutput
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.text_lines import (
     FIXED_WIDTHS_PX,
@@ -26,11 +27,6 @@ CHARSET = ["a", "b", "c"]
 CLASSES = ("", "a", "b", "c", " ")
 
 
-def noise(width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
 def rectangle(left: float, top: float, width: float, height: float) -> Floats:
     right, bottom = left + width, top + height
     return np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float32)
@@ -40,19 +36,19 @@ def rectangle(left: float, top: float, width: float, height: float) -> Floats:
 
 
 def test_an_upright_box_is_cut_out_unchanged() -> None:
-    image = noise(200, 100)
+    image = noise_picture(200, 100)
     crop = cut_line(Picture(image), rectangle(30, 20, 100, 40))
     np.testing.assert_array_equal(crop, np.asarray(image.crop((30, 20, 130, 60))))
 
 
 def test_the_longer_of_two_opposite_edges_counts_cut_to_whole_pixels() -> None:
     quad = np.array([[0, 0], [90.9, 0], [80, 30.2], [0, 25]], np.float32)
-    assert cut_line(Picture(noise(200, 100)), quad).shape == (32, 90, 3)
+    assert cut_line(Picture(noise_picture(200, 100)), quad).shape == (32, 90, 3)
 
 
 @pytest.mark.parametrize(("height", "is_turned"), [(59, False), (60, True), (90, True)])
 def test_a_line_taller_than_wide_is_turned_counter_clockwise(height: int, is_turned: bool) -> None:
-    image = noise(200, 100)
+    image = noise_picture(200, 100)
     crop = cut_line(Picture(image), rectangle(30, 5, 40, height))
     upright = np.asarray(image.crop((30, 5, 70, 5 + height)))
     np.testing.assert_array_equal(crop, np.rot90(upright) if is_turned else upright)
@@ -199,7 +195,7 @@ def recogniser(graph: FakeGraph) -> TextRecogniser:
 
 
 def line(width: int = 100, height: int = 24) -> LineCrop:
-    return LineCrop(Picture(noise(300, 100)), rectangle(10, 10, width, height))
+    return LineCrop(Picture(noise_picture(300, 100)), rectangle(10, 10, width, height))
 
 
 def no_output(_: Any) -> list[Tensor]:
@@ -240,7 +236,9 @@ def test_a_very_long_line_is_squeezed() -> None:
 
 def test_a_very_thin_line_keeps_a_pixel() -> None:
     quad = np.array([[5, 5], [6, 5], [6, 5.4], [5, 5.4]], np.float32)
-    blob = recogniser(FakeGraph(no_output)).preprocess(LineCrop(Picture(noise(20, 20)), quad))
+    blob = recogniser(FakeGraph(no_output)).preprocess(
+        LineCrop(Picture(noise_picture(20, 20)), quad)
+    )
     assert blob.shape == (3, 48, 224)
 
 
@@ -336,7 +334,7 @@ def test_a_score_that_is_not_finite_is_an_error(output: str, value: float) -> No
     scores = np.zeros((1, 3, 5), np.float32)
     scores[0, 1, 2] = value
     graph = FakeGraph(lambda _: [scores], outputs=[spec(output)])
-    with np.errstate(invalid="ignore"), pytest.raises(InferenceError, match="not finite"):
+    with np.errstate(invalid="ignore"), pytest.raises(InvalidOutput, match="not finite"):
         recogniser(graph).infer([blob(0, 224)])
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from doubles.gateway import free_port, right_answer, running_gateway, until
+from doubles.gateway import free_port, right_answer, running_gateway
+from doubles.timing import until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 Nginx = Callable[..., contextlib.AbstractAsyncContextManager[httpx.AsyncClient]]

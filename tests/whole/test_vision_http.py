@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ import httpx
 import numpy as np
 import onnx
 import pytest
-from doubles.engines import FakeStore, FixedEngines
-from doubles.live import serve
+from doubles.engines import FakeStore, FixedEngines, every_part
+from doubles.live import face_entries, predict, serve, text_entries
+from doubles.tiny_models import draw_text
 from doubles.vision import Double
 from doubles.vision_scene import FaceTruth, LineTruth, Scene
 from onnx import TensorProto, helper, numpy_helper
@@ -23,6 +25,7 @@ from immich_ml_metal.backends.ort.engine import OrtEngine
 from immich_ml_metal.backends.vision.bridge import VisionBridge
 from immich_ml_metal.backends.vision.setup import create_vision
 from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 from immich_ml_metal.worker.server import create_app
@@ -154,20 +157,75 @@ def test_nothing_to_see_is_a_full_and_empty_answer(
     assert answer.json()[next(iter(entries))] == (nothing if empty is None else empty)
 
 
+def failing_call(scene: Scene, folder: Path, entries: dict[str, Any]) -> int:
+    """The number of the call in which Vision does its work."""
+    clean = Double(scene)
+    with service(folder, clean) as client:
+        ask(client, entries)
+    return [call.name for call in clean.calls].index("performRequests_error_")
+
+
 @pytest.mark.parametrize("fail_by", ["raise", "nil"])
 @pytest.mark.parametrize("entries", [FACES, TEXT], ids=["faces", "text"])
-def test_a_failing_framework_is_a_failed_request(
+def test_a_framework_that_fails_once_is_asked_again(
     tmp_path: Path, entries: dict[str, Any], fail_by: str
 ) -> None:
-    scene = Scene()
-    clean = Double(scene)
-    with service(tmp_path, clean) as client:
-        ask(client, entries)
-    at = [call.name for call in clean.calls].index("performRequests_error_")
-    with service(tmp_path, Double(scene, fail_at=at, fail_by=fail_by)) as client:
+    at = failing_call(Scene(), tmp_path, entries)
+    with service(tmp_path, Double(Scene(), fail_at=at, fail_by=fail_by)) as client:
+        answer = ask(client, entries)
+        failures = client.get("/metrics").text
+    assert answer.status_code == 200
+    assert 'engine_failures_total{cause="error",engine="vision"} 1.0' in failures
+
+
+@pytest.mark.parametrize("fail_by", ["raise", "nil"])
+@pytest.mark.parametrize("entries", [FACES, TEXT], ids=["faces", "text"])
+def test_a_framework_that_fails_for_good_without_a_spare_is_a_failed_request(
+    tmp_path: Path, entries: dict[str, Any], fail_by: str
+) -> None:
+    at = failing_call(Scene(), tmp_path, entries)
+    with service(tmp_path, Double(Scene(), at, fail_by, for_good=True)) as client:
         answer = ask(client, entries)
     assert answer.status_code == 500
-    assert "apple vision" in answer.json()["detail"]
+    assert re.search("apple vision|core graphics|NoneType", answer.json()["detail"])
+
+
+@pytest.mark.parametrize("fail_by", ["raise", "nil"])
+def test_immichs_models_answer_faces_and_text_when_vision_fails_for_good(
+    tmp_path: Path, models: Path, fail_by: str
+) -> None:
+    """The same answers as without Vision, and later ones do not ask it again and again."""
+    entries = face_entries() | text_entries()
+    picture = draw_text("abc")
+    settings = Settings(models_dir=models, offline=True, model_ttl_s=0)
+    store = ModelStore(settings)
+    with serve(create_app(settings, every_part(OrtEngine(settings)), store)) as url:
+        expected = predict(url, entries, image=picture).json()
+    double = Double(Scene(), fail_at=2, fail_by=fail_by, for_good=True)
+    vision = create_vision(
+        settings,
+        files_of=store.ensure,
+        on_fallback=lambda reason: None,
+        bridge=VisionBridge(double.frameworks),
+    )
+    spare = OrtEngine(settings)
+    engines: dict[tuple[Task, Part], Engine] = {
+        (Task.FACES, Part.DETECTION): vision,
+        (Task.OCR, Part.DETECTION): vision,
+        (Task.FACES, Part.RECOGNITION): spare,
+    }
+    with serve(create_app(settings, FixedEngines(engines), store, spare=lambda: spare)) as url:
+        for _ in range(5):
+            answer = predict(url, entries, image=picture)
+            assert answer.status_code == 200, answer.text
+            assert answer.json() == expected
+        asked = len(double.calls)
+        assert predict(url, entries, image=picture).json() == expected
+        assert len(double.calls) == asked, "set aside: not asked again"
+        told = httpx.get(f"{url}/health").json()["engine_failures"]
+    assert {row["engine"] for row in told} == {"vision"}
+    assert all(row["set_aside_for_s"] > 0 for row in told)
+    assert expected["ocr"]["text"]
 
 
 def test_a_face_without_landmarks_and_without_the_official_model_is_a_failed_request(

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doubles.engines import FILES, FakeModel, FakeStore, FixedEngines, Gate, soon, until
+from doubles.engines import FILES, FakeModel, FakeStore, FixedEngines, Gate, soon
+from doubles.timing import until
 from PIL import Image
 
 from immich_ml_metal.backends.base import AnyModel
@@ -20,10 +21,10 @@ from immich_ml_metal.errors import (
     TimedOut,
 )
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.tasks.clip import TextQuery as SearchQuery
+from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.tasks.text_lines import LineCrop
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import (
@@ -47,6 +48,7 @@ from immich_ml_metal.types import (
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, keep_lines, model_keys
 from immich_ml_metal.worker.pool import Pool
+from immich_ml_metal.worker.second_try import SecondTry
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "c")
 TEXTUAL = ModelKey(Task.CLIP, Part.TEXTUAL, "c")
@@ -112,8 +114,9 @@ class Stage:
             return decode(data, limits)
 
         pictures = PictureCache(decode_and_tell, self.threads, max_bytes=0)
+        models = SecondTry(self.pool, None, self.metrics, limit_s=timeout_s)
         self.pipeline = Pipeline(
-            self.pool, pictures, self.metrics, timeout_s=timeout_s, giant_pixels=giant_pixels
+            models, pictures, self.metrics, timeout_s=timeout_s, giant_pixels=giant_pixels
         )
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
@@ -191,7 +194,7 @@ async def test_detection_alone_answers_what_it_found(stage: Stage) -> None:
     assert answer.faces is FACES
     assert answer.text is REGIONS
     (query,) = stage.models[FINDER].batches[0]
-    assert isinstance(query, TextQuery)
+    assert isinstance(query, TextRegionQuery)
     assert (query.min_score, query.max_resolution) == (0.4, 99)
     assert isinstance(stage.models[DETECTOR].batches[0][0], FaceQuery)
 

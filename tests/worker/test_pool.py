@@ -14,22 +14,14 @@ from doubles.engines import (
     FixedEngines,
     Gate,
     soon,
-    until,
 )
+from doubles.timing import Clock, until
 
 from immich_ml_metal.errors import DownloadFailed, InferenceError, LoadFailed
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.pool import Pool
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class World:
@@ -150,7 +142,7 @@ async def test_a_slow_download_does_not_hold_up_another_model(world: World) -> N
 async def test_a_loaded_model_is_described_without_being_touched(world: World) -> None:
     pool = world.pool(FakeEngine())
     await soon(pool.get(VISUAL))
-    world.clock.now += 5
+    world.clock.now_s += 5
     assert pool.describe() == [
         {
             "model": "ViT-B-32__openai",
@@ -163,7 +155,7 @@ async def test_a_loaded_model_is_described_without_being_touched(world: World) -
             "idle_s": 5.0,
         }
     ]
-    assert world.value("model_bytes", model=str(VISUAL)) == 7
+    assert world.value("model_bytes", model=str(VISUAL), engine="fake") == 7
     assert pool.progress == 2
 
 
@@ -278,29 +270,29 @@ async def test_an_idle_model_is_unloaded_on_its_devices_thread(world: World) -> 
     engine = FakeEngine()
     pool = world.pool(engine)
     await soon(pool.run(VISUAL, 1))
-    world.clock.now += 10
+    world.clock.now_s += 10
     assert await soon(pool.unload_idle(10)) == [VISUAL]
     (model,) = engine.models
     assert model.closed == 1
     assert len(model.threads) == 1
     assert pool.loaded == []
-    assert world.value("model_bytes", model=str(VISUAL)) is None
+    assert world.value("model_bytes", model=str(VISUAL), engine="fake") is None
     assert world.value("model_evictions_total", reason="idle") == 1
 
 
 async def test_a_model_used_lately_stays(world: World) -> None:
     pool = world.pool(FakeEngine())
     await soon(pool.run(VISUAL, 1))
-    world.clock.now += 9
+    world.clock.now_s += 9
     await soon(pool.run(VISUAL, 1))
-    world.clock.now += 9
+    world.clock.now_s += 9
     assert await soon(pool.unload_idle(10)) == []
 
 
 async def test_a_kept_model_stays_however_idle_it_is(world: World) -> None:
     pool = world.pool(FakeEngine())
     await soon(asyncio.gather(pool.get(VISUAL), pool.get(TEXTUAL)))
-    world.clock.now += 1000
+    world.clock.now_s += 1000
     assert await soon(pool.unload_idle(10, keep=(TEXTUAL,))) == [VISUAL]
 
 
@@ -318,7 +310,7 @@ async def test_a_model_in_use_is_never_unloaded(world: World) -> None:
     pool = world.pool(engine)
     work = start(pool.run(VISUAL, 1))
     await until(lambda: bool(engine.models) and engine.models[0].gate.waiting == 1)
-    world.clock.now += 1000
+    world.clock.now_s += 1000
     assert await soon(pool.unload_idle(0)) == []
     engine.models[0].gate.open()
     assert await soon(work) == 1
@@ -333,7 +325,7 @@ async def test_a_model_unloaded_between_its_load_and_its_callers_turn_is_loaded_
     pool = world.pool(engine)
     work = start(pool.run(VISUAL, 1))
     await until(lambda: engine.gate.waiting == 1)
-    loading = pool._models[VISUAL]
+    loading = pool._models[VISUAL, "fake"]
     unloads: list[Any] = []
     # runs after the load and before the caller, whose own wake-up was registered earlier
     engine.gate.open()
@@ -406,7 +398,7 @@ async def test_a_model_loaded_again_while_it_is_unloaded_keeps_its_figures(world
     await asyncio.sleep(0)
     await soon(pool.get(VISUAL))
     await soon(unload)
-    assert world.value("model_bytes", model=str(VISUAL)) == 7
+    assert world.value("model_bytes", model=str(VISUAL), engine="fake") == 7
 
 
 # -- the end ---------------------------------------------------------------------------------------

@@ -207,10 +207,10 @@ async def test_a_failure_is_tried_again_after_a_pause_and_never_permanent(
     for _ in range(3):
         with pytest.raises(type(error)):
             await world.pool.get(VISUAL)
-        assert world.backoff.wait_s(VISUAL, world.now) > 0
+        assert world.backoff.wait_s((VISUAL, world.engine.name), world.now) > 0
         world.now += 0.03  # part of the pause; the rest is waited for
     assert (await world.pool.get(VISUAL)).key == VISUAL
-    assert world.backoff.wait_s(VISUAL, world.now) == 0
+    assert world.backoff.wait_s((VISUAL, world.engine.name), world.now) == 0
     await world.close()
 
 

@@ -47,7 +47,7 @@ def one(task: str, part: str, name: str, **options: Any) -> dict[str, Any]:
     return {task: {part: {"modelName": name, "options": options}}}
 
 
-# -- entries: the four calls of Immich's server (contract §1.7) ------------------------------------
+# -- entries: the four calls of Immich's server (contract §1.4) ------------------------------------
 
 
 def test_encode_image() -> None:
@@ -161,7 +161,7 @@ def test_a_resolution_is_a_whole_number_from_1(resolution: Any) -> None:
         parse(one("ocr", "detection", OCR, maxResolution=resolution))
 
 
-# -- entries: structure (contract §1.3, §1.5) ------------------------------------------------------
+# -- entries: structure (contract §1.3, §1.6) ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_tasks_combine_and_parts_may_name_different_models() -> None:
     )
 
 
-# -- entries: names (contract §2.0) ----------------------------------------------------------------
+# -- entries: names (contract §2.1) ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_an_unknown_or_unfit_model_is_named_never_replaced(task: str, part: str,
     assert repr(name) in str(caught.value)
 
 
-# -- answers: exact bytes (contract §1.4, §1.6) ----------------------------------------------------
+# -- answers: exact bytes (contract §1.5) ----------------------------------------------------
 
 
 def floats(*values: Any) -> Floats:
@@ -467,3 +467,13 @@ def test_recorded_vectors_and_faces_are_rendered_byte_for_byte(shared: Path) -> 
         rendered = render(Answer(size=size, faces=RecognisedFaces(found, vectors)))
         assert json.loads(rendered) == body  # the embeddings are compared as strings
         assert list(json.loads(rendered)) == list(body)
+
+
+@pytest.mark.parametrize("depth", [3, 200, 1000, 30_000])
+@pytest.mark.parametrize("place", ["%s", '{"clip": {"visual": {"modelName": %s}}}'])
+@pytest.mark.parametrize(("opening", "end"), [('{"clip":', "}"), ("[", "]")])
+def test_entries_nested_deeply_are_refused(place: str, opening: str, end: str, depth: int) -> None:
+    nested = place % (opening * depth + "1" + end * depth)
+    with pytest.raises(InvalidEntries) as refusal:
+        parse_entries(nested, face_min_score=0.7)
+    assert len(str(refusal.value)) < 1000

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
-from immich_ml_metal.errors import InferenceError, ServiceError
+from immich_ml_metal.errors import InferenceError, InvalidOutput, ModelError, ServiceError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -29,7 +29,7 @@ class Waiting(Generic[ItemT, ResultT]):
 
 
 class BatchWatch(Protocol):
-    """Is told how long an item waited, and how long a batch of so many items ran, in seconds."""
+    """Is told how long an item waited, how long a batch ran, in seconds, and that one failed."""
 
     def waited(self, seconds: float, /) -> None:
         """One item waited so long for its batch."""
@@ -39,8 +39,12 @@ class BatchWatch(Protocol):
         """One batch ran."""
         ...
 
+    def failed(self) -> None:
+        """One batch failed, of one item or more; each of several is tried again alone."""
+        ...
 
-class Runner(Protocol):
+
+class RunOnDevice(Protocol):
     """Runs a blocking function on a device thread."""
 
     def __call__(self, func: Callable[[], T], /) -> Awaitable[T]:
@@ -81,6 +85,10 @@ class Batcher(Generic[ItemT, ResultT]):
         self._queue.append(entry)
         return future
 
+    def take_turn(self, run: RunOnDevice) -> Awaitable[None]:
+        """Take the next batch out of the queue now; what is returned answers it."""
+        return self.answer(self.next_batch(), run)
+
     def next_batch(self) -> list[Waiting[ItemT, ResultT]]:
         """Pop up to `max_batch` entries whose callers still wait; empty when there are none."""
         batch: list[Waiting[ItemT, ResultT]] = []
@@ -92,8 +100,10 @@ class Batcher(Generic[ItemT, ResultT]):
                 batch.append(entry)
         return batch
 
-    async def answer(self, batch: list[Waiting[ItemT, ResultT]], run: Runner) -> None:
+    async def answer(self, batch: list[Waiting[ItemT, ResultT]], run: RunOnDevice) -> None:
         """Infer `batch` through `run` and settle its futures; a failed batch is split up."""
+        if not batch:
+            return
         items = [entry.item for entry in batch]
         started = time.perf_counter()
         try:
@@ -119,6 +129,9 @@ class Batcher(Generic[ItemT, ResultT]):
         self._watch.ran(len(batch), time.perf_counter() - started)
 
     def _fail(self, batch: list[Waiting[ItemT, ResultT]], exc: Exception) -> None:
+        # A file that is not here is no failure of the engine's; a wrong output is counted by item.
+        if self._watch is not None and not isinstance(exc, (ModelError, InvalidOutput)):
+            self._watch.failed()
         if len(batch) > 1:  # one bad item must not fail its neighbours
             self._queue.extendleft(replace(entry, alone=True) for entry in reversed(batch))
             return

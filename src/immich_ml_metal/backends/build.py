@@ -21,7 +21,7 @@ from immich_ml_metal.tasks.clip import (
 from immich_ml_metal.tasks.faces import FaceDetector, FaceRecogniser
 from immich_ml_metal.tasks.text_boxes import TextDetector
 from immich_ml_metal.tasks.text_lines import TextRecogniser
-from immich_ml_metal.types import Graph, ModelFiles, ModelKey, Part, Task
+from immich_ml_metal.types import Graph, ModelFiles, ModelKey, Part, Slot, Task
 
 
 def build_model(key: ModelKey, files: ModelFiles, graph: Graph, settings: Settings) -> AnyModel:
@@ -30,7 +30,7 @@ def build_model(key: ModelKey, files: ModelFiles, graph: Graph, settings: Settin
     Raises:
         LoadFailed: a side file is missing or malformed, or the graph is not of the task's kind.
     """
-    build = _BUILDERS[key.task, key.part]
+    build = BUILDERS[key.task, key.part]
     return build(key, files, graph, settings)
 
 
@@ -75,7 +75,7 @@ def _text_recognition(
 
 
 _Builder = Callable[[ModelKey, ModelFiles, Graph, Settings], AnyModel]
-_BUILDERS: dict[tuple[Task, Part], _Builder] = {
+BUILDERS: dict[Slot, _Builder] = {
     (Task.CLIP, Part.VISUAL): _clip_visual,
     (Task.CLIP, Part.TEXTUAL): _clip_textual,
     (Task.FACES, Part.DETECTION): _face_detection,

@@ -8,11 +8,11 @@ outrun one inference spread over all cores.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from immich_ml_metal.backends.batcher import Batcher
+from immich_ml_metal.backends.batcher import Batcher, RunOnDevice
 from immich_ml_metal.threads import contained
 
 ItemT = TypeVar("ItemT")
@@ -36,7 +36,7 @@ class Device:
         self._on_exit = on_exit
         self._threads = ThreadPoolExecutor(max_workers=width, thread_name_prefix=name)
         # Any: batchers of models of every kind take turns here
-        self._ready: deque[Batcher[Any, Any]] = deque()
+        self._ready: deque[Batcher[Any, Any] | _Call] = deque()
         self._workers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -45,7 +45,7 @@ class Device:
     @property
     def queued(self) -> int:
         """Items waiting for a thread."""
-        return sum(len(batcher) for batcher in self._ready)
+        return sum(len(queue) for queue in self._ready)
 
     async def submit(self, batcher: Batcher[ItemT, ResultT], item: ItemT) -> ResultT:
         """Queue one item for the next batch of its model and wait for the result.
@@ -62,19 +62,14 @@ class Device:
 
         Raises what `func` raises.
         """
-        outcome: list[T] = []
+        call = _Call(func)
+        self._enqueue(call)
+        result: T = await call.future
+        return result
 
-        def once(items: object) -> list[None]:
-            outcome.append(func())
-            return [None]
-
-        job: Batcher[None, None] = _Job(once, name="call", max_batch=1)
-        await self.submit(job, None)
-        return outcome[0]
-
-    def _enqueue(self, batcher: Batcher[Any, Any]) -> None:
-        if batcher not in self._ready:
-            self._ready.append(batcher)
+    def _enqueue(self, queue: "Batcher[Any, Any] | _Call") -> None:
+        if queue not in self._ready:
+            self._ready.append(queue)
         if len(self._workers) < self.width:
             self._workers.add(asyncio.create_task(self._work()))
 
@@ -90,15 +85,14 @@ class Device:
             self._workers.discard(worker)
 
     async def _turn(self) -> None:
-        """Answer one batch of the model whose turn it is."""
-        batcher = self._ready.popleft()
-        batch = batcher.next_batch()
-        if len(batcher):  # the rest waits behind the other models
-            self._ready.append(batcher)
-        if batch:
-            await batcher.answer(batch, self._run)
-        if len(batcher) and batcher not in self._ready:  # a failed batch came back
-            self._ready.append(batcher)
+        """Answer one batch of the model whose turn it is, or make one call."""
+        queue = self._ready.popleft()
+        turn = queue.take_turn(self._run)
+        if len(queue):  # the rest waits behind the other models
+            self._ready.append(queue)
+        await turn
+        if len(queue) and queue not in self._ready:  # a failed batch came back
+            self._ready.append(queue)
 
     async def _run(self, func: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()
@@ -111,9 +105,30 @@ class Device:
         self._threads.shutdown(wait=True)
 
 
-class _Job(Batcher[None, None]):
-    """A single call in the queue; its exception reaches the caller unchanged."""
+class _Call:
+    """One blocking function in the queue; its result or exception reaches the caller unchanged."""
 
-    def _fail(self, batch: list[Any], exc: Exception) -> None:
-        if not batch[0].future.done():
-            batch[0].future.set_exception(exc)
+    def __init__(self, func: Callable[[], Any]) -> None:
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._func = func
+        self._left = 1
+
+    def __len__(self) -> int:
+        return self._left
+
+    def take_turn(self, run: RunOnDevice) -> Awaitable[None]:
+        """Leave the queue now; what is returned calls the function, unless the caller has gone."""
+        self._left = 0
+        return self._answer(run)
+
+    async def _answer(self, run: RunOnDevice) -> None:
+        if self.future.done():
+            return
+        try:
+            result = await run(self._func)
+        except Exception as exc:  # noqa: BLE001 - the caller's to handle
+            if not self.future.done():
+                self.future.set_exception(exc)
+        else:
+            if not self.future.done():
+                self.future.set_result(result)

@@ -21,8 +21,8 @@ from immich_ml_metal.errors import InferenceError, LoadFailed, ModelUnavailable,
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.clip import (
     ClipVisualModel,
+    SearchQuery,
     TextConfig,
-    TextQuery,
     VisualConfig,
     clean_text,
 )
@@ -172,7 +172,7 @@ class TextualModel:
         self._dim = dim
         self.size_bytes = towers.size_bytes(Part.TEXTUAL)
 
-    def preprocess(self, item: TextQuery) -> Tensor:
+    def preprocess(self, item: SearchQuery) -> Tensor:
         """Clean and tokenise a text: (context length,) integers."""
         text = clean_text(item, self._config)
         return np.asarray(self._towers.tokenizer([text])[0])
@@ -181,7 +181,7 @@ class TextualModel:
         """Embed N token lists."""
         return list(self._towers.encode("encode_text", np.stack(batch)))
 
-    def postprocess(self, raw: Floats, item: TextQuery) -> Floats:
+    def postprocess(self, raw: Floats, item: SearchQuery) -> Floats:
         """Check the vector."""
         return check_vector(raw, name=self._name, dim=self._dim)
 

@@ -154,7 +154,7 @@ def _measure_tasks(
             return asyncio.run(run_load(url, ready, clients=clients, seconds=plan.seconds))
 
         plan.say(f"{name}, {clients} clients")
-        for service, load in zip(services, _in_turn(services, measure), strict=True):
+        for service, load in zip(services, in_turn(services, measure), strict=True):
             service.loads.setdefault(name, []).append(load)
 
 
@@ -164,12 +164,12 @@ def _measure_imports(
     if not any(name in requests for name in IMPORT):
         return
     plan.say(f"whole import, {clients} clients")
-    loads = _in_turn(services, lambda url: _measure_import(url, requests, clients, plan.seconds))
+    loads = in_turn(services, lambda url: _measure_import(url, requests, clients, plan.seconds))
     for service, load in zip(services, loads, strict=True):
         service.imports.append(load)
 
 
-def _in_turn(services: Sequence[Measured], measure: Callable[[str], Load]) -> list[Load]:
+def in_turn(services: Sequence[Measured], measure: Callable[[str], Load]) -> list[Load]:
     """Measure each service in turn, more than once where there are two; the best of each."""
     turns = TURNS if len(services) > 1 else 1
     rounds = [[measure(service.url) for service in services] for _ in range(turns)]

@@ -6,6 +6,7 @@ function of that name. It is imported when it runs, in `load_command` and nowher
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -89,10 +90,14 @@ def version() -> None:
     typer.echo(f"immich-ml-metal {__version__}")
 
 
-def main() -> None:
-    """Run the command line; a deliberate failure ends with its reason, not with a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a deliberate failure ends with its reason, not with a traceback.
+
+    Args:
+        arguments: those of the process when None.
+    """
     try:
-        app()
+        app(arguments, prog_name="immich-ml-metal")
     except ServiceError as exc:
         print_error(exc)
         sys.exit(Exit.USAGE if isinstance(exc, ConfigError) else Exit.FINDING)

@@ -14,9 +14,10 @@ from rich.text import Text
 from immich_ml_metal.cli.config import default_file
 from immich_ml_metal.cli.output import Exit, JsonOption, print_json
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
-from immich_ml_metal.doctor.collect import collect_facts, log_files
+from immich_ml_metal.doctor.collect import collect_facts
 from immich_ml_metal.doctor.selftest import run_self_test
 from immich_ml_metal.doctor.share import write_bundle
+from immich_ml_metal.service.log_files import log_files
 from immich_ml_metal.system.programs import run_program
 
 _MARKS = MappingProxyType(

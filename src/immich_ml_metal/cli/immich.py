@@ -9,6 +9,8 @@ import typer
 from immich_ml_metal.cli.output import Exit, JsonOption, print_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from immich_ml_metal.immich.advice import Advice
     from immich_ml_metal.immich.api import QueueCounts, ServerSettings
     from immich_ml_metal.settings import Settings
@@ -114,13 +116,23 @@ def _print_tables(
     advice: "list[Advice]",
 ) -> None:
     from rich.console import Console
-    from rich.table import Table
-
-    from immich_ml_metal.types import Task
 
     console = Console(highlight=False)
     console.print(f"Immich {server.version} at {settings.immich_url}", markup=False)
     console.print(f"  its URLs: {', '.join(server.urls)}", markup=False)
+    console.print(_queue_table(server, queues))
+    shown = "our service is not running" if failed is None else f"{failed} since our start"
+    console.print(f"answers we failed: {shown}")
+    for item in advice:
+        mark, style = ("!", "red") if item.is_fault else ("-", "")
+        console.print(f" {mark} {item.text}", style=style, markup=False)
+
+
+def _queue_table(server: "ServerSettings", queues: "dict[Task, QueueCounts]") -> "Table":
+    from rich.table import Table
+
+    from immich_ml_metal.types import Task
+
     table = Table("task", "Immich's model", "at once", "active", "waiting", "failed", box=None)
     for task in Task:
         counts = queues.get(task)
@@ -132,9 +144,4 @@ def _print_tables(
             str(server.concurrency.get(task, "-")),
             *(str(value) for value in row),
         )
-    console.print(table)
-    shown = "our service is not running" if failed is None else f"{failed} since our start"
-    console.print(f"answers we failed: {shown}")
-    for item in advice:
-        mark, style = ("!", "red") if item.is_fault else ("-", "")
-        console.print(f" {mark} {item.text}", style=style, markup=False)
+    return table

@@ -122,6 +122,7 @@ def logs(
 ) -> None:
     """Print the end of the logs: gateway, worker, and what could not be logged."""
     from immich_ml_metal.logs import file_of
+    from immich_ml_metal.service.log_files import tail
     from immich_ml_metal.settings_sources import load_settings
 
     plan = _plan(load_settings(file=default_file()), None, None)
@@ -137,13 +138,8 @@ def logs(
         _follow(present)
 
 
-def tail(file: Path, lines: int) -> list[str]:
-    """The last lines of a file; a log file is capped, so it is read whole."""
-    return file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-
-
 def _follow(files: list[Path]) -> None:
-    from immich_ml_metal.service.follow import new_text
+    from immich_ml_metal.service.log_files import new_text
 
     seen = {file: file.stat().st_size for file in files}
     while True:
@@ -157,7 +153,7 @@ def _follow(files: list[Path]) -> None:
 def _plan(settings: "Settings", config: Path | None, env_file: Path | None) -> "ServicePlan":
     import sys
 
-    from immich_ml_metal.service.choose import log_folder
+    from immich_ml_metal.service.log_files import log_folder
     from immich_ml_metal.service.plan import find_program, make_plan
 
     command = find_program(sys.argv[0])

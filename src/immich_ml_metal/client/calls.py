@@ -28,7 +28,7 @@ PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
 _SHOWN = 300  # characters of an error that are told
-# Immich's own options (contract §1.9), by the half they are sent to
+# Immich's own options (contract §1.4), by the half they are sent to
 _OPTIONS: Mapping[tuple[Task, Part], Mapping[str, Any]] = MappingProxyType(
     {
         (Task.CLIP, Part.TEXTUAL): {"language": "en"},

@@ -51,7 +51,7 @@ CHECKS = (
     Check("memory", machine.check_memory),
     Check("disk", machine.check_disk),
     Check("model folder", machine.check_models_dir, after=("settings", "disk")),
-    Check("hub", machine.check_hub, after=("clock",)),
+    Check("hub", machine.check_hub, after=("settings", "clock")),
     Check("models", machine.check_models, after=("settings", "model folder", "disk", "hub")),
     Check("port", service.check_port, after=("settings",)),
     Check("version", service.check_version),

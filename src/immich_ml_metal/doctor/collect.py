@@ -25,15 +25,15 @@ from immich_ml_metal.errors import ConfigError, UnknownModel
 from immich_ml_metal.immich.advice import Advice, advise
 from immich_ml_metal.immich.api import ImmichError, ServerSettings, connect
 from immich_ml_metal.immich.our_side import look_at_ours
-from immich_ml_metal.logs import file_of, stderr_of
 from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.service.choose import choose_manager, log_folder
+from immich_ml_metal.service.choose import choose_manager
+from immich_ml_metal.service.log_files import log_files
 from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.system.network import lan_addresses
-from immich_ml_metal.system.programs import Runner
+from immich_ml_metal.system.programs import RunProgram
 from immich_ml_metal.types import Task
 
 CONNECT_TIMEOUT_S = 2.0
@@ -42,17 +42,20 @@ _EVERYWHERE = ("onnxruntime", "numpy", "pillow", "opencv-python-headless", "toke
 _APPLE_SILICON = ("mlx", "pyobjc-framework-Vision", "pyobjc-framework-CoreML")
 
 
-def collect_facts(run: Runner, *, file: Path | None, env_file: Path | None, digests: bool) -> Facts:
+def collect_facts(
+    run: RunProgram, *, file: Path | None, env_file: Path | None, digests: bool
+) -> Facts:
     """All facts but the self-test's; `digests` reads every model file to its end."""
     settings, config_error = _read_settings(file, env_file)
-    machine = read_machine(run)
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
     names = _names(settings, server)
-    hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
+    hub, skew_s = "not asked, as the settings are refused", None  # they may forbid it
+    if not config_error:
+        hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
     return Facts(
         version=__version__,
-        machine=machine,
+        machine=(machine := read_machine(run)),
         settings=settings,
         port=read_port(settings, run),
         packages=read_packages(machine),
@@ -103,7 +106,7 @@ def _names(settings: Settings, server: ServerSettings | None) -> ModelNames:
     )
 
 
-def read_service(run: Runner) -> Literal["running", "stopped", "none"]:
+def read_service(run: RunProgram) -> Literal["running", "stopped", "none"]:
     """Whether the service is installed to start at boot, and runs."""
     try:
         return choose_manager(run).status().state
@@ -111,13 +114,7 @@ def read_service(run: Runner) -> Literal["running", "stopped", "none"]:
         return "none"
 
 
-def log_files(settings: Settings) -> list[Path]:
-    """The logs of both processes, and of what they could not log."""
-    log = settings.log_file or log_folder() / "service.log"
-    return [file_of(log, "gateway"), file_of(log, "worker"), stderr_of(log)]
-
-
-def read_machine(run: Runner) -> Machine:
+def read_machine(run: RunProgram) -> Machine:
     """The computer, its operating system and this Python."""
     memory = psutil.virtual_memory()
     system = platform.system()
@@ -161,7 +158,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def read_port(settings: Settings, run: Runner) -> Port:
+def read_port(settings: Settings, run: RunProgram) -> Port:
     """Who answers on our port."""
     url, number = local_url(settings), settings.port
     try:
@@ -178,7 +175,7 @@ def read_port(settings: Settings, run: Runner) -> Port:
     return Port(number, "other_ml", holder=_holder(number, run))
 
 
-def _holder(port: int, run: Runner) -> str:
+def _holder(port: int, run: RunProgram) -> str:
     """The program that listens, as far as this user may see."""
     lines = run("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fcp").out.splitlines()
     found = {line[0]: line[1:] for line in lines if line}

@@ -18,6 +18,7 @@ from immich_ml_metal.client.calls import (
     ImmichClient,
     ModelNames,
     TextAnswer,
+    immich_calls,
 )
 from immich_ml_metal.client.own_service import (
     NotServing,
@@ -28,7 +29,7 @@ from immich_ml_metal.client.own_service import (
 )
 from immich_ml_metal.doctor.facts import EngineTest, Facts
 from immich_ml_metal.drawing import draw_preview
-from immich_ml_metal.types import Floats, Part, Task
+from immich_ml_metal.types import Floats
 
 NORM_TOLERANCE = 1e-2  # search vectors are unit vectors
 NO_FILES = frozenset({"vision"})  # engines that need no model on disk
@@ -53,17 +54,17 @@ class SelfTest:
 
 def self_tests(names: ModelNames, picture: bytes) -> tuple[SelfTest, ...]:
     """The four kinds of request that Immich makes."""
+    calls = immich_calls(names)
 
-    def test(title: str, key: tuple[Task, Part], *rest: Any) -> SelfTest:
-        return SelfTest(title, "/".join(key), *rest)
+    def test(title: str, call: str, payload: bytes | str, fault: Callable[[Any], str]) -> SelfTest:
+        task, model, first = calls[call].task, calls[call].model, calls[call].parts[0]
+        return SelfTest(title, f"{task}/{first}", model, call, payload, fault)
 
-    visual, textual = (Task.CLIP, Part.VISUAL), (Task.CLIP, Part.TEXTUAL)
-    faces, text = (Task.FACES, Part.DETECTION), (Task.OCR, Part.DETECTION)
     return (
-        test("search pictures", visual, names.clip, CLIP_IMAGE, picture, _not_unit),
-        test("search texts", textual, names.clip, CLIP_TEXT, "a self-test", _not_unit),
-        test("faces", faces, names.faces, FACES, picture, _not_finite),
-        test("text", text, names.ocr, TEXT, picture, _nothing_read),
+        test("search pictures", CLIP_IMAGE, picture, _not_unit),
+        test("search texts", CLIP_TEXT, "a self-test", _not_unit),
+        test("faces", FACES, picture, _not_finite),
+        test("text", TEXT, picture, _nothing_read),
     )
 
 

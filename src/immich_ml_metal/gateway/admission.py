@@ -1,20 +1,25 @@
 """How uploads come in: bounded by bytes, never by count, and never refused for want of room.
 
-Room is memory first, then disk. A client that finds neither is not read from until there is some:
-its bytes wait in its own socket.
+Room is memory first, then disk, and taken for bytes that have arrived. A client that finds neither
+is not read from until there is some: its bytes wait in its own socket.
 """
 
 import asyncio
-from collections import deque
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.errors import ImageTooLarge, Overloaded, TimedOut
+from immich_ml_metal.errors import ImageTooLarge, Overloaded, UploadStalled
 from immich_ml_metal.gateway.body import Body
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+Place = Literal["memory", "spool"]
+
+# The slowest upload, over its whole length: a tenth of a poor DSL line. What a client may be behind
+# is its time limit for sending nothing.
+MIN_BYTES_PER_S = 8 * 1024
 FORM_BYTES = 64 * 1024  # what a form adds to its picture: entries, boundaries, part headers
 CLIENT_TIMEOUT_S = 30.0  # in mid-upload; Immich reads its pictures from a disk and pauses never
 # For uploads that wait: some hundred previews in memory, a thousand more on disk. Beyond that
@@ -27,21 +32,28 @@ class ClientGone(Exception):
     """The client hung up; nobody is left to answer."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lease:
-    """A share of the room: where, and how much."""
+    """What one upload takes of the room: where, and how many bytes have arrived."""
 
-    place: Literal["memory", "spool"]
-    size_bytes: int
+    place: Place = "memory"
+    size_bytes: int = 0
 
 
 class Room:
-    """The bytes that waiting uploads may take. First come, first served. Event loop only."""
+    """The bytes that waiting uploads may take, taken as they arrive. Event loop only.
 
-    def __init__(self, *, memory_bytes: int, spool_bytes: int) -> None:
-        self._free = {"memory": memory_bytes, "spool": spool_bytes}
+    Half-read uploads never wait for each other: of the larger place, as much as the largest upload
+    needs is kept for the oldest unfinished one. That one finishes, then the next is the oldest.
+    """
+
+    def __init__(self, *, memory_bytes: int, spool_bytes: int, largest_bytes: int = 0) -> None:
+        self._free: dict[Place, int] = {"memory": memory_bytes, "spool": spool_bytes}
         self._total = dict(self._free)
-        self._waiters: deque[tuple[int, asyncio.Future[Lease]]] = deque()
+        self._kept: dict[Place, int] = {"memory": 0, "spool": 0}
+        self.keep(largest_bytes)
+        self._unfinished: dict[Lease, None] = {}  # the oldest first
+        self._waiters: dict[Lease, tuple[int, asyncio.Future[None]]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -50,10 +62,10 @@ class Room:
 
     @property
     def waiting(self) -> int:
-        """Clients that are not read from yet."""
+        """Clients that are not read from for want of room."""
         return len(self._waiters)
 
-    def held(self, place: Literal["memory", "spool"]) -> int:
+    def held(self, place: Place) -> int:
         """Bytes taken in `place`."""
         return self._total[place] - self._free[place]
 
@@ -62,47 +74,65 @@ class Room:
         """The largest upload that an empty room takes."""
         return max(self._total.values())
 
-    async def reserve(self, size_bytes: int) -> Lease:
-        """Wait for room for `size_bytes`; the caller releases it."""
-        if not self._waiters and (lease := self._take(size_bytes)):
-            return lease
-        turn: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        self._waiters.append((size_bytes, turn))
+    def keep(self, largest_bytes: int) -> None:
+        """Keep what the largest upload needs for the oldest one."""
+        main: Place = "spool" if self._total["spool"] >= self._total["memory"] else "memory"
+        self._kept[main] = largest_bytes
+
+    def open(self) -> Lease:
+        """Begin an upload; the caller releases its lease."""
+        lease = Lease()
+        self._unfinished[lease] = None
+        return lease
+
+    async def grow(self, lease: Lease, size_bytes: int) -> None:
+        """Wait for room for `size_bytes` more; all of the lease may move to the spool."""
+        is_first = next(iter(self._unfinished), None) is lease
+        if (is_first or not self._waiters) and self._take(lease, size_bytes):
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[lease] = (size_bytes, turn)
         try:
-            return await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # granted in the same moment
-                self.release(turn.result())
-            self._grant()  # those behind a caller that gave up
-            raise
+            await turn
+        finally:
+            self._waiters.pop(lease, None)
+
+    def finish(self, lease: Lease) -> None:
+        """The upload is complete; it waits for nothing any more."""
+        self._unfinished.pop(lease, None)
+        self._grant()
 
     def release(self, lease: Lease) -> None:
         """Give a lease back, and let in whoever fits now."""
-        self.shrink(lease, 0)
+        self._free[lease.place] += lease.size_bytes
+        lease.size_bytes = 0
+        self.finish(lease)
 
-    def shrink(self, lease: Lease, size_bytes: int) -> None:
-        """Keep only `size_bytes` of a lease."""
-        self._free[lease.place] += lease.size_bytes - size_bytes
-        lease.size_bytes = size_bytes
-        self._grant()
+    def _take(self, lease: Lease, more_bytes: int) -> bool:
+        if self._fits(lease, more_bytes, lease.place):
+            self._free[lease.place] -= more_bytes
+            lease.size_bytes += more_bytes
+            return True
+        size_bytes = lease.size_bytes + more_bytes
+        if lease.place == "spool" or not self._fits(lease, size_bytes, "spool"):
+            return False
+        self._free["memory"] += lease.size_bytes
+        self._free["spool"] -= size_bytes
+        lease.place, lease.size_bytes = "spool", size_bytes
+        return True
 
-    def _take(self, size_bytes: int) -> Lease | None:
-        if size_bytes <= self._free["memory"]:
-            self._free["memory"] -= size_bytes
-            return Lease("memory", size_bytes)
-        if size_bytes <= self._free["spool"]:
-            self._free["spool"] -= size_bytes
-            return Lease("spool", size_bytes)
-        return None
+    def _fits(self, lease: Lease, size_bytes: int, place: Place) -> bool:
+        is_first = next(iter(self._unfinished), None) is lease
+        return size_bytes <= self._free[place] - (0 if is_first else self._kept[place])
 
     def _grant(self) -> None:
-        while self._waiters:
-            size_bytes, turn = self._waiters[0]
-            if not turn.done():
-                if (lease := self._take(size_bytes)) is None:
+        for lease in [one for one in self._unfinished if one in self._waiters]:
+            size_bytes, turn = self._waiters[lease]
+            if not turn.done():  # else it was given up
+                if not self._take(lease, size_bytes):
                     return
-                turn.set_result(lease)
-            self._waiters.popleft()
+                turn.set_result(None)
+            del self._waiters[lease]
 
 
 def make_reception(max_image_bytes: int) -> "Reception":
@@ -121,6 +151,7 @@ class Reception:
         if max_body_bytes > room.largest_bytes:
             raise ValueError(f"no room for {max_body_bytes} bytes, only {room.largest_bytes}")
         self.room = room
+        room.keep(max_body_bytes)
         self._max_body_bytes = max_body_bytes
         self._client_timeout_s = client_timeout_s
 
@@ -138,47 +169,55 @@ class Reception:
 
         Raises:
             ImageTooLarge: the client sends more than the limit.
-            TimedOut: the client stopped sending.
+            UploadStalled: the client stopped sending, or sends too slowly.
             ClientGone: the client hung up.
             Overloaded: the spool's disk is full.
         """
         self.check_declared(declared_bytes)
-        # A body of unknown length gets the most it may need, so that half-read bodies never wait
-        # for each other's room.
-        size_bytes = self._max_body_bytes if declared_bytes is None else declared_bytes
-        lease = await self.room.reserve(size_bytes)
-        body: Body | None = None
+        lease, body = self.room.open(), Body()
         try:
-            body = Body(spooled=lease.place == "spool")
-            await self._read(receive, body)
+            await self._read(receive, body, lease)
         except OSError as exc:
             self._give_back(body, lease)
             raise Overloaded(f"cannot keep an upload: {exc.strerror}") from exc
         except BaseException:
             self._give_back(body, lease)
             raise
-        self.room.shrink(lease, body.size_bytes)
+        self.room.finish(lease)
         return body, lease
 
-    async def _read(self, receive: Receive, body: Body) -> None:
-        more = True
+    async def _read(self, receive: Receive, body: Body, lease: Lease) -> None:
+        more, patience_s = True, self._client_timeout_s
         while more:
+            started_s = time.monotonic()
             try:
-                async with asyncio.timeout(self._client_timeout_s):
+                async with asyncio.timeout(min(patience_s, self._client_timeout_s)):
                     message = await receive()
             except TimeoutError as exc:
-                raise TimedOut(f"the client sent nothing for {self._client_timeout_s:g} s") from exc
+                raise UploadStalled(self._too_slow(body, patience_s)) from exc
             if message["type"] == "http.disconnect":
                 raise ClientGone
             piece = message.get("body", b"")
+            # Only the time that we waited for the client counts, never its wait for room.
+            patience_s += len(piece) / MIN_BYTES_PER_S - (time.monotonic() - started_s)
             if body.size_bytes + len(piece) > self._max_body_bytes:
                 raise self._too_large(body.size_bytes + len(piece))
+            await self.room.grow(lease, len(piece))
+            if lease.place == "spool" and not body.spooled:
+                await body.spill()
             await body.append(piece)
             more = message.get("more_body", False)
 
-    def _give_back(self, body: Body | None, lease: Lease) -> None:
-        if body is not None:
-            body.close()
+    def _too_slow(self, body: Body, patience_s: float) -> str:
+        if patience_s >= self._client_timeout_s:
+            return f"the client sent nothing for {self._client_timeout_s:g} s"
+        return (
+            f"the client sends too slowly: {body.size_bytes} bytes, then nothing for "
+            f"{max(0, patience_s):.1f} s; {MIN_BYTES_PER_S} bytes a second are the least"
+        )
+
+    def _give_back(self, body: Body, lease: Lease) -> None:
+        body.close()
         self.room.release(lease)
 
     def _too_large(self, size_bytes: int) -> ImageTooLarge:

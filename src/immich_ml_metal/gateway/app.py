@@ -12,23 +12,25 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from immich_ml_metal.errors import (
+    RETRY_AFTER_S,
     ConfigError,
-    ImageTooLarge,
-    InferenceError,
     Overloaded,
-    TimedOut,
+    RequestError,
+    ServiceError,
+    status_of,
 )
 from immich_ml_metal.gateway.admission import ClientGone, Reception, make_reception
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import Parts, report
+from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
+from immich_ml_metal.gateway.page import Page, is_foreign, redirect, send_to_page
 from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.qualifier import Qualifier
-from immich_ml_metal.gateway.replay import Condemned
-from immich_ml_metal.gateway.supervisor import Order, State
+from immich_ml_metal.gateway.supervisor import Order, WorkerState
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
@@ -42,14 +44,17 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WORKER_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
 
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
-_RETRY = (b"retry-after", b"30")
+_RETRY = (b"retry-after", b"%d" % RETRY_AFTER_S[Overloaded])
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _HEAD_BYTES = 4096
 _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's part
 
 
 class Gateway:
-    """The ASGI app; its lifespan is the worker's."""
+    """The ASGI app; its lifespan is the worker's.
+
+    `port` is the one people use; with the setting 0 it is known once the server listens.
+    """
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Gateway:
         self.open_requests = 0
         self.broken: BaseException | None = None
         self.on_broken: Callable[[], None] = lambda: None
+        self.port = settings.port
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
         self.crashes = crashes or CrashRecord()
@@ -75,15 +81,19 @@ class Gateway:
         self.watch = Watch(settings, self.dispatcher)
         self.qualifier = self._make_qualifier(check_command)
         self.companions = companions or make_companions(settings, self.metrics)
+        self.history = History()
+        self._page = Page(settings, self.history, self._describe_engines, port=lambda: self.port)
         self._pages = self._make_pages()
         self._feed_gauges()
 
     def _make_pages(self) -> dict[str, App]:
+        """What answers GET: a path itself and all below it."""
         return {
             "/": self._root,
             "/ping": self._ping,
             "/health": self._health,
             "/metrics": self._metrics_page,
+            "/ui": self._page,
         }
 
     def _make_qualifier(self, command: Sequence[str]) -> Qualifier:
@@ -131,7 +141,7 @@ class Gateway:
         queue, supervisor = self.dispatcher.queue, self.dispatcher.supervisor
         self.metrics.in_flight.set_function(lambda: float(self.open_requests))
         self.metrics.watch_queue("worker", lambda: float(queue.waiting))
-        self.metrics.worker_up.set_function(lambda: float(supervisor.state is State.READY))
+        self.metrics.worker_up.set_function(lambda: float(supervisor.state is WorkerState.READY))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         """Without its supervisor the gateway would hold requests for nothing: let it end."""
@@ -162,8 +172,12 @@ class Gateway:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         path, method = scope["path"], scope["method"]
-        page = self._pages.get(path)
+        page = self._pages.get("/ui" if path.startswith("/ui/") else path)
         if path == "/predict" and method == "POST":
+            if is_foreign(headers):
+                detail = "the Origin of this request is another site than its Host"
+                await reply_unread(receive, send, 403, detail)
+                return
             await self._predict(headers, receive, send)
         elif page is not None and method == "GET":
             await page(scope, receive, send)
@@ -174,7 +188,10 @@ class Gateway:
             await reply_json(send, 404, {"detail": "Not Found"})
 
     async def _root(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await reply_json(send, 200, {"message": "Immich ML"})
+        if send_to_page(dict(scope["headers"])):
+            await redirect(send)
+        else:
+            await reply_json(send, 200, {"message": "Immich ML"})
 
     async def _ping(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.can_serve():
@@ -193,7 +210,9 @@ class Gateway:
             started_s=self.started_s,
             is_draining=self.is_draining,
         )
-        await reply_json(send, 200, report(parts))
+        is_for_people = scope["query_string"] == b"pretty" or send_to_page(dict(scope["headers"]))
+        self._page.note_models(bool((self.watch.health or {}).get("models")))
+        await reply_json(send, 200, report(parts), indent=2 if is_for_people else None)
 
     async def _metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = {"gateway": self.metrics.render()}
@@ -206,12 +225,14 @@ class Gateway:
         self.dispatcher.counts.received += 1
         upload = _Upload(receive)
         status: int | None = None
+        started_s = time.monotonic()
         self.companions.begin()
         try:
             status = await self._hold(headers, upload, send)
         finally:
             self.open_requests -= 1
             self.companions.end(upload.head, status)
+            self.history.note(upload.head, status, time.monotonic() - started_s)
 
     async def _hold(
         self, headers: Mapping[bytes, bytes], receive: Receive, send: Send
@@ -223,24 +244,31 @@ class Gateway:
         except ClientGone:
             counts.cancelled += 1
             return None
-        except (ImageTooLarge, TimedOut) as exc:
-            counts.refused += 1
-            status = 413 if isinstance(exc, ImageTooLarge) else 408
-            await reply_unread(receive, send, status, str(exc))
-            return status
-        except Overloaded as exc:
-            self._note_failure(str(exc))
-            await reply_unread(receive, send, 503, str(exc), _RETRY)
-            return 503
-        except (Condemned, InferenceError) as exc:
-            self._note_failure(str(exc))
-            await reply_json(send, 500, {"detail": str(exc)})
-            return 500
+        except ServiceError as exc:
+            return await self._refuse(exc, receive, send)
         counts.answered += 1
         if answer.status >= 500:
             self._note_failure(f"the worker answered {answer.status}")
         await reply(send, answer.status, answer.headers, answer.body)
         return answer.status
+
+    def _describe_engines(self) -> Mapping[str, Any]:
+        """Slot → engine and verdict, as the worker told last."""
+        engines = (self.watch.last_health or {}).get("engines", {})
+        return {slot: {"engine": engine} for slot, engine in engines.items()}
+
+    async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> int:
+        status, after_s = status_of(exc), RETRY_AFTER_S.get(type(exc))
+        retry = [(b"retry-after", b"%d" % after_s)] if after_s is not None else []
+        if isinstance(exc, RequestError):
+            self.dispatcher.counts.refused += 1
+        else:
+            self._note_failure(str(exc))
+        if isinstance(exc, RequestError | Overloaded):  # its body may not have been read
+            await reply_unread(receive, send, status, str(exc), *retry)
+        else:
+            await reply_json(send, status, {"detail": str(exc)}, *retry)
+        return status
 
     def _note_failure(self, cause: str) -> None:
         self.dispatcher.counts.failed += 1

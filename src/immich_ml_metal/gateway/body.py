@@ -5,20 +5,21 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import IO
 
 _PIECE_BYTES = 1024 * 1024
+_SMALL_BYTES = 4096
 _BOUNDARY = re.compile(rb'boundary="?([^";,]+)"?', re.IGNORECASE)
 
 
 class Body:
     """The bytes of one request, in memory or in a file that has no name."""
 
-    def __init__(self, *, spooled: bool) -> None:
+    def __init__(self) -> None:
         self.size_bytes = 0
-        self._pieces: list[bytes] = []
-        self._file: IO[bytes] | None = tempfile.TemporaryFile() if spooled else None  # noqa: SIM115 - closed by close()
+        self._pieces: list[bytes | bytearray] = []
+        self._file: IO[bytes] | None = None
 
     @property
     def spooled(self) -> bool:
@@ -32,12 +33,27 @@ class Body:
             OSError: the disk is full.
         """
         self.size_bytes += len(piece)
-        if self._file is None:
+        if self._file is not None:
+            await asyncio.to_thread(self._write_all, self._file.fileno(), piece)
+        elif len(piece) >= _SMALL_BYTES:
             self._pieces.append(piece)
-        else:
+        elif self._pieces and isinstance(last := self._pieces[-1], bytearray) and _has_room(last):
+            last += piece
+        else:  # an object of its own for each byte would take fifty times its size
+            self._pieces.append(bytearray(piece))
+
+    async def spill(self) -> None:
+        """Move to a file.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        pieces, self._pieces = self._pieces, []
+        for piece in pieces:
             await asyncio.to_thread(self._write_all, self._file.fileno(), piece)
 
-    async def pieces(self) -> AsyncIterator[list[bytes]]:
+    async def pieces(self) -> AsyncIterator[Sequence[bytes | bytearray]]:
         """Yield the bytes from the beginning, as often as asked."""
         if self._file is None:
             yield self._pieces
@@ -60,13 +76,17 @@ class Body:
             self._file.close()
 
     @staticmethod
-    def _write_all(fd: int, piece: bytes) -> None:
+    def _write_all(fd: int, piece: bytes | bytearray) -> None:
         view = memoryview(piece)
         while view:
             view = view[os.write(fd, view) :]
 
 
-def _digest(pieces: list[bytes], content_type: bytes) -> bytes:
+def _has_room(piece: bytearray) -> bool:
+    return len(piece) < _PIECE_BYTES
+
+
+def _digest(pieces: Sequence[bytes | bytearray], content_type: bytes) -> bytes:
     content = b"".join(pieces)
     if found := _BOUNDARY.search(content_type):  # Node draws a new boundary for every request
         content = content.replace(found[1], b"")

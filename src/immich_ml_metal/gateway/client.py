@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +84,7 @@ async def exchange(
     request: str,
     headers: Headers,
     size_bytes: int,
-    body: AsyncIterator[list[bytes]] | None,
+    body: AsyncIterator[Sequence[bytes | bytearray]] | None,
 ) -> WorkerAnswer:
     """Send one request (`GET /ping`) to the socket at `path`, and read the whole answer.
 
@@ -124,8 +124,11 @@ async def _try_to_connect(path: Path) -> socket.socket:
 
 
 async def _request(
-    request: str, headers: Headers, size_bytes: int, body: AsyncIterator[list[bytes]] | None
-) -> AsyncIterator[list[bytes]]:
+    request: str,
+    headers: Headers,
+    size_bytes: int,
+    body: AsyncIterator[Sequence[bytes | bytearray]] | None,
+) -> AsyncIterator[Sequence[bytes | bytearray]]:
     lines = [f"{request} HTTP/1.1".encode(), b"host: worker", b"connection: close"]
     lines += [name + b": " + value for name, value in headers]
     if body is not None:
@@ -136,7 +139,9 @@ async def _request(
             yield pieces
 
 
-async def _send(connection: socket.socket, pieces: AsyncIterator[list[bytes]]) -> None:
+async def _send(
+    connection: socket.socket, pieces: AsyncIterator[Sequence[bytes | bytearray]]
+) -> None:
     """Send as much as the worker takes.
 
     It may answer before it has read everything; then that answer counts, not the broken pipe. An

@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from immich_ml_metal.errors import InferenceError, Overloaded
+from immich_ml_metal.errors import Condemned, InferenceError, Overloaded
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer, WorkerLost, exchange
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.process import WorkerProcess
-from immich_ml_metal.gateway.replay import Condemned, Job, JobQueue
-from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, State, Supervisor
+from immich_ml_metal.gateway.replay import Job, JobQueue
+from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, Supervisor, WorkerState
 from immich_ml_metal.logs import REQUEST_ID_HEADER
 from immich_ml_metal.metrics import Metrics
 
@@ -95,7 +95,11 @@ class Dispatcher:
 
     def stop_if_idle(self, order: Order) -> bool:
         """End the worker if no request is here."""
-        if self.supervisor.state is not State.READY or self.queue.waiting or self.queue.running:
+        if (
+            self.supervisor.state is not WorkerState.READY
+            or self.queue.waiting
+            or self.queue.running
+        ):
             return False
         self.supervisor.end(order)
         return True
@@ -108,7 +112,7 @@ class Dispatcher:
 
     def _pump(self) -> None:
         worker = self.supervisor.worker
-        if self.supervisor.state is not State.READY or worker is None:
+        if self.supervisor.state is not WorkerState.READY or worker is None:
             return
         if self._stop_when_clear is not None:
             if not self.queue.running:

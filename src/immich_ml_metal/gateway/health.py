@@ -14,7 +14,7 @@ from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.qualifier import Qualifier
-from immich_ml_metal.gateway.supervisor import State
+from immich_ml_metal.gateway.supervisor import WorkerState
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.system.footprint import memory_bytes
 
@@ -65,7 +65,7 @@ def _status(parts: Parts, now_s: float) -> str:
     if parts.crashes.is_looping(now_s):
         return "crash-loop"
     state = parts.dispatcher.supervisor.state
-    return "ok" if state in {State.READY, State.IDLE} else str(state)
+    return "ok" if state in {WorkerState.READY, WorkerState.IDLE} else str(state)
 
 
 def _worker(parts: Parts, now_s: float) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _worker(parts: Parts, now_s: float) -> dict[str, Any]:
         "state": supervisor.state,
         "memory_bytes": watch.memory_now_bytes,
         "memory_peak_bytes": watch.memory_peak_bytes,
-        "pause_s": parts.crashes.pause_s() if supervisor.state is State.PAUSE else None,
+        "pause_s": parts.crashes.pause_s() if supervisor.state is WorkerState.PAUSE else None,
     }
     if (worker := supervisor.worker) is not None:
         known |= {"pid": worker.pid, "age_s": round(now_s - worker.started_s, 1)}

@@ -8,12 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from immich_ml_metal.errors import Overloaded
+from immich_ml_metal.errors import Condemned, Overloaded
 from immich_ml_metal.gateway.admission import ClientGone, Receive, Reception
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.replay import REMEMBER_S, Condemned, Job, Quarantine
+from immich_ml_metal.gateway.replay import REMEMBER_S, Job, Quarantine
 
 _UNAVAILABLE = 503
 _MIN_PAUSE_S = 0.1
@@ -38,7 +38,7 @@ class Holding:
 
         Raises:
             ImageTooLarge: the upload is over the limit.
-            TimedOut: the client stopped sending.
+            UploadStalled: the client stopped sending.
             ClientGone: the client hung up.
             Condemned: the request ended every worker that worked on it.
             Overloaded: it was held as long as it could be.

@@ -23,9 +23,12 @@ async def reply(send: Send, status: int, headers: Headers, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def reply_json(send: Send, status: int, content: Any, *headers: tuple[bytes, bytes]) -> None:
-    """Send one JSON answer. Any: whatever `json` takes."""
-    body = json.dumps(content, separators=(",", ":")).encode()
+async def reply_json(
+    send: Send, status: int, content: Any, *headers: tuple[bytes, bytes], indent: int | None = None
+) -> None:
+    """Send one JSON answer, indented for people. Any: whatever `json` takes."""
+    separators = (",", ":") if indent is None else None
+    body = json.dumps(content, separators=separators, indent=indent).encode()
     await reply(send, status, [(b"content-type", b"application/json"), *headers], body)
 
 

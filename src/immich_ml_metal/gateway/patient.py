@@ -49,7 +49,7 @@ class PatientProtocol(HttpToolsProtocol):
     """Closes a connection whose request line and headers are not complete in time, or too long.
 
     uvicorn itself waits for ever, from the connection on and after the first byte of each request,
-    and keeps all that comes.
+    and keeps all that comes. Goes when uvicorn has such limits.
     """
 
     header_limit_s = HEADER_LIMIT_S

@@ -33,10 +33,6 @@ class Job:
     causes: list[str] = field(default_factory=list)
 
 
-class Condemned(Exception):
-    """The request was in flight at as many worker deaths as a request may be."""
-
-
 class JobQueue:
     """Every unanswered request, in order of arrival."""
 

@@ -58,6 +58,8 @@ class GatewayServer(uvicorn.Server):
         """Start, and listen to signals."""
         self._loop = asyncio.get_running_loop()
         self._gateway.on_broken = self.begin_drain
+        if sockets:
+            self._gateway.port = sockets[0].getsockname()[1]
         await super().startup(sockets)
         again = Order("asked by SIGHUP")
         self._loop.add_signal_handler(signal.SIGHUP, self._gateway.dispatcher.recycle, again)

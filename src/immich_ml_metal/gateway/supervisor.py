@@ -35,7 +35,7 @@ LAST_WORDS_S = 1.0
 _FROM_OUTSIDE = {0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 
-class State(StrEnum):
+class WorkerState(StrEnum):
     """Where the worker stands, as on `/health`."""
 
     IDLE = "idle"
@@ -82,7 +82,7 @@ class Supervisor:
         on_ready: Callable[[], None],
         on_end: Callable[[End], None],
     ) -> None:
-        self.state = State.IDLE
+        self.state = WorkerState.IDLE
         self.worker: WorkerProcess | None = None
         self.starts = 0
         self._command = command
@@ -117,14 +117,14 @@ class Supervisor:
         """
         with SocketFolder() as folder:
             while True:
-                self.state = State.IDLE
+                self.state = WorkerState.IDLE
                 await self._wanted.wait()
-                self.state = State.PAUSE
+                self.state = WorkerState.PAUSE
                 await asyncio.sleep(self._crashes.pause_s())
                 await self._live(folder)
 
     async def _live(self, folder: SocketFolder) -> None:
-        self.state = State.STARTING
+        self.state = WorkerState.STARTING
         self.starts += 1
         self._order = asyncio.get_running_loop().create_future()
         try:
@@ -154,7 +154,7 @@ class Supervisor:
         finally:
             ready.cancel()
         if not (worker.gone.done() or order.done()):
-            self.state = State.READY
+            self.state = WorkerState.READY
             self._was_ready = True
             logger.info("worker ready pid=%d after_s=%.1f", worker.pid, _age_s(worker))
             self._on_ready()
@@ -162,7 +162,7 @@ class Supervisor:
         return await self._stop(worker, order)
 
     async def _stop(self, worker: WorkerProcess, order: "asyncio.Future[Order]") -> End:
-        self.state = State.STOPPING
+        self.state = WorkerState.STOPPING
         if not worker.gone.done():
             await asyncio.wait({worker.gone}, timeout=order.result().grace_s)
         if worker.gone.done():
@@ -180,7 +180,7 @@ class Supervisor:
 
     def _ended(self, end: End) -> None:
         self._order = None
-        self.state = State.PAUSE
+        self.state = WorkerState.PAUSE
         if end.fault:
             self._crashes.note_crash(f"worker ended: {end.cause}", time.monotonic())
             logger.error("worker ended cause=%r pause_s=%.1f", end.cause, self._crashes.pause_s())

@@ -11,7 +11,7 @@ from typing import Any
 from immich_ml_metal.gateway import client as worker_client
 from immich_ml_metal.gateway.client import WorkerLost
 from immich_ml_metal.gateway.dispatcher import Dispatcher
-from immich_ml_metal.gateway.supervisor import Order, State
+from immich_ml_metal.gateway.supervisor import Order, WorkerState
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.footprint import memory_bytes
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _TICK_S = 1.0
 # Long, because questions to a blocked worker pile up in its backlog, which has 128 places on macOS.
 _ASK_TIMEOUT_S = 15.0
-# Compiling a large model for the Neural Worker takes minutes, in one call that shows no progress.
+# Compiling a large model for the Neural Engine takes minutes, in one call that shows no progress.
 LOAD_LIMIT_S = 900.0
 # A model set that is larger than the limit must not keep the worker restarting.
 _RECYCLE_MIN_AGE_S = 60.0
@@ -53,6 +53,7 @@ class Watch:
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher) -> None:
         self.health: dict[str, Any] | None = None
+        self.last_health: dict[str, Any] | None = None  # also of a worker that is gone
         self.health_s = 0.0
         self.memory_now_bytes: int | None = None
         self.memory_peak_bytes = 0
@@ -71,7 +72,7 @@ class Watch:
     async def look(self) -> None:
         """Look once."""
         self.measure()
-        if self._dispatcher.supervisor.state is not State.READY:
+        if self._dispatcher.supervisor.state is not WorkerState.READY:
             self.health = None
             return
         self._check_memory()
@@ -95,11 +96,12 @@ class Watch:
         with contextlib.suppress(ValueError):
             if isinstance(health := json.loads(body), dict):
                 self.health, self.health_s = health, time.monotonic()
+                self.last_health = health
 
     async def ask_news(self) -> dict[str, Any] | None:
         """The worker's `/health`, if it has started or answered anything since the last time."""
         mark = (self._dispatcher.supervisor.starts, self._dispatcher.served_by_worker)
-        if self._dispatcher.supervisor.state is not State.READY or mark == self._told:
+        if self._dispatcher.supervisor.state is not WorkerState.READY or mark == self._told:
             return None
         self._told = mark
         await self.ask(_ASK_TIMEOUT_S)
@@ -112,7 +114,7 @@ class Watch:
 
     async def _get(self, path: str, timeout_s: float) -> bytes | None:
         supervisor = self._dispatcher.supervisor
-        if supervisor.worker is None or supervisor.state is not State.READY:
+        if supervisor.worker is None or supervisor.state is not WorkerState.READY:
             return None
         try:
             answer = await worker_client.get(supervisor.worker.socket, path, timeout_s=timeout_s)

@@ -17,7 +17,7 @@ SETTLED_S = 60.0
 PAUSE_S = 3600.0
 
 
-# Immich sends `entries` first, and short (contract §11).
+# Immich sends `entries` first, and short (contract §1.4).
 _HEAD_BYTES = 4096
 
 

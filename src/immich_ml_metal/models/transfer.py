@@ -1,7 +1,7 @@
 """Bring one remote file to disk: resumed where it stopped, checked, renamed only when whole.
 
 `huggingface_hub` 2.x throws a partial file away when its process ends, so the bytes are fetched
-here; it supplies the addresses, the sizes, the digests and the credentials.
+here; it supplies the addresses, the sizes, the digests and the credentials. Goes when it resumes.
 """
 
 import errno

@@ -10,7 +10,7 @@ import typer
 
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.onnx_mlx.compare import Difference, Shape, compare_nodes, compare_outputs
-from immich_ml_metal.onnx_mlx.explain import explain, render
+from immich_ml_metal.onnx_mlx.explain import explain, render, render_reasons
 
 app = typer.Typer(add_completion=False)
 
@@ -46,6 +46,7 @@ def parse_shape(text: str) -> tuple[str, Shape]:
 def main(
     model: Annotated[Path, typer.Argument(help="The ONNX file.", exists=True, dir_okay=False)],
     *,
+    why: Annotated[bool, typer.Option(help="Say why nodes were left unfused.")] = False,
     compare: Annotated[bool, typer.Option(help="Run on MLX and on ONNX Runtime.")] = False,
     nodes: Annotated[bool, typer.Option(help="Compare every value of the graph.")] = False,
     dtype: Annotated[Format, typer.Option(help="Number format on MLX.")] = Format.FLOAT32,
@@ -55,16 +56,19 @@ def main(
     """Explain a model; with --compare or --nodes, run it against ONNX Runtime on random input."""
     shapes = dict(parse_shape(text) for text in shape or [])
     try:
-        typer.echo(render(explain(model, shapes)))
+        found = explain(model, shapes)
+        typer.echo(render(found))
+        if why:
+            typer.echo(render_reasons(found))
         if compare or nodes:
             typer.echo(f"{'largest':>10} {'relative':>10} {'cosine':>12}  value")
         if nodes:
-            for found in compare_nodes(model, _DTYPES[dtype], shapes):
-                if found.relative >= above:
-                    typer.echo(_row(found))
+            for value in compare_nodes(model, _DTYPES[dtype], shapes):
+                if value.relative >= above:
+                    typer.echo(_row(value))
         elif compare:
-            for found in compare_outputs(model, _DTYPES[dtype], shapes):
-                typer.echo(_row(found))
+            for value in compare_outputs(model, _DTYPES[dtype], shapes):
+                typer.echo(_row(value))
     except ServiceError as exc:
         typer.echo(str(exc), err=True)
         sys.exit(1)

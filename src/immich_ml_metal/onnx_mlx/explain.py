@@ -29,6 +29,7 @@ class Explanation:
         layout_transposes: turns between channels-first and channels-last that the layout needs.
         parameters: elements of all floating constants.
         flops: multiplications and additions of one run at `shapes`.
+        left_alone: nodes that a pass looked at and left as they are, and why.
     """
 
     program: Program
@@ -40,6 +41,16 @@ class Explanation:
     parameters: int = 0
     flops: int = 0
     shapes: Mapping[str, Shape] | None = None
+    left_alone: tuple["LeftAlone", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """A node that a pass might have rewritten and did not."""
+
+    rewriting: str
+    node: Node
+    reason: str
 
 
 def explain(path: Path, shapes: Mapping[str, Shape] | None = None) -> Explanation:
@@ -50,7 +61,8 @@ def explain(path: Path, shapes: Mapping[str, Shape] | None = None) -> Explanatio
     unsupported = tuple(sorted(op for op in before if op not in known))
     if unsupported:
         return Explanation(program, before, unsupported)
-    lowered = lower(program)
+    left_alone: list[LeftAlone] = []
+    lowered = lower(program, remark=lambda *found: left_alone.append(LeftAlone(*found)))
     chosen = guess_shapes(program, shapes)
     values = infer_shapes(lowered.program, chosen)
     nodes = lowered.program.nodes
@@ -64,6 +76,7 @@ def explain(path: Path, shapes: Mapping[str, Shape] | None = None) -> Explanatio
         sum(v.size for v in lowered.program.constants.values() if v.dtype.kind == "f"),
         sum(count_flops(node, values) for node in nodes),
         chosen,
+        tuple(left_alone),
     )
 
 
@@ -108,6 +121,14 @@ def render(found: Explanation) -> str:
         f"  work    {found.flops / 1e9:.2f} GFLOP at {dict(found.shapes or {})}",
     ]
     return "\n".join(lines)
+
+
+def render_reasons(found: Explanation) -> str:
+    """A line for each node that a pass looked at and left alone."""
+    rows = [(one.rewriting, str(one.node), one.reason) for one in found.left_alone]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    lines = [f"  {a:{widths[0]}}  {b:{widths[1]}}  {reason}" for a, b, reason in rows]
+    return "\n".join(["why nodes were left alone", *(lines or ["  none was"])])
 
 
 def _spec(spec: TensorSpec) -> str:

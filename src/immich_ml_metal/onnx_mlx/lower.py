@@ -1,12 +1,13 @@
 """From the file's program to the one that runs: fold, free the batch, fuse, lay out."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from immich_ml_metal.onnx_mlx.executor import require_operators
 from immich_ml_metal.onnx_mlx.fold import fold_constants, fold_shapes
-from immich_ml_metal.onnx_mlx.graph import Program
+from immich_ml_metal.onnx_mlx.graph import Node, Program
 from immich_ml_metal.onnx_mlx.passes import PASSES
 from immich_ml_metal.onnx_mlx.passes.batch import free_batch
 
@@ -31,8 +32,17 @@ class Lowered:
     fused: Mapping[str, int]
 
 
-def lower(program: Program, *, skip: Collection[str] = ()) -> Lowered:
+Remark = Callable[[str, Node, str], None]  # pass, node, why it was left alone
+
+
+def _silent(name: str, node: Node, reason: str) -> None:
+    """The service wants the program alone."""
+
+
+def lower(program: Program, *, skip: Collection[str] = (), remark: Remark = _silent) -> Lowered:
     """Run every pass but those in `skip` (names of `PASSES`, and `batch`).
+
+    `remark` is told of each node that a pass looked at and left alone, and why.
 
     Raises:
         LoadFailed: an operator has no translation.
@@ -41,11 +51,11 @@ def lower(program: Program, *, skip: Collection[str] = ()) -> Lowered:
     program = fold_constants(fold_shapes(fold_constants(program)))
     reason = "not asked for"
     if "batch" not in skip:
-        program, reason = free_batch(program)
+        program, reason = free_batch(program, partial(remark, "batch"))
     before = Counter(node.op for node in program.nodes)
     for name, run in PASSES.items():
         if name not in skip:
-            program = run(program)
+            program = run(program, partial(remark, name))
     after = Counter(node.op for node in program.nodes)
     fused = {op: after[op] - before[op] for op in sorted(FUSED) if after[op] > before[op]}
     return Lowered(program, _takes_rows(program), reason, fused)

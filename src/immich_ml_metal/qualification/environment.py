@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import immich_ml_metal
-from immich_ml_metal.system.programs import Runner, run_program
+from immich_ml_metal.system.programs import RunProgram, run_program
 
 Facts = Mapping[str, str]
 
@@ -34,7 +34,7 @@ _DIGEST_LETTERS = 12
 class Environment:
     """This machine and this installation, as far as verdicts depend on them."""
 
-    def __init__(self, run: Runner = run_program) -> None:
+    def __init__(self, run: RunProgram = run_program) -> None:
         self._run = run
 
     def facts_for(self, engine: str) -> Facts:

@@ -166,6 +166,7 @@ class EnginePlan:
         self.choices = choices
         self._surroundings = surroundings
         self._engines: dict[str, Engine] = {}
+        self._chosen: dict[ModelKey, Engine] = {}
         self._configured = choices.configured()
         for key in self._configured.values():
             if self.serves(key):
@@ -181,11 +182,16 @@ class EnginePlan:
         Raises:
             LoadFailed: the engine does not have that format.
         """
-        engine = self._engine(key)  # may change the choice
-        choice = self.choices.of(key)
-        if choice.is_pending or choice.warning:
-            log.info("%s is answered by %s: %s", key, choice.candidate, choice.reason)
-        return in_format(engine, choice.candidate.number_format)
+        if key not in self._chosen:
+            engine = self._engine(key)  # may change the choice
+            choice = self.choices.of(key)
+            self._chosen[key] = in_format(engine, choice.candidate.number_format)
+            log.info("engine of model=%s is %s: %s", key, choice.candidate, choice.reason)
+        return self._chosen[key]
+
+    def spare(self) -> Engine:
+        """The engine that runs everywhere, for what another one has no answer to."""
+        return self._make(REFERENCE, is_explicit=False)
 
     def names(self) -> dict[Slot, str]:
         """The engine of each part of each task, for the configured models."""

@@ -60,7 +60,7 @@ def _visual(count: int) -> Samples:
 
 
 def _textual(count: int) -> Samples:
-    return Samples(tuple(clip.TextQuery(text, "en") for text in TEXTS[:count]))
+    return Samples(tuple(clip.SearchQuery(text, "en") for text in TEXTS[:count]))
 
 
 def _face_finding(count: int) -> Samples:
@@ -84,7 +84,7 @@ def _face_telling(count: int) -> Samples:
 def _text_finding(count: int) -> Samples:
     pages = [draw_lines(WORDS[row:] + WORDS[:row])[0] for row in range(count)]
     return Samples(
-        tuple(text_boxes.TextQuery(page, _TEXT_MIN_SCORE, _TEXT_SIDE_PX) for page in pages)
+        tuple(text_boxes.TextRegionQuery(page, _TEXT_MIN_SCORE, _TEXT_SIDE_PX) for page in pages)
     )
 
 

@@ -1,4 +1,4 @@
-"""Which service manager this system has, and where its logs belong."""
+"""Which service manager this system has."""
 
 import getpass
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 from immich_ml_metal.service.launchd import DAEMONS, Launchd
 from immich_ml_metal.service.plan import Manager, ServiceFailed
 from immich_ml_metal.service.systemd import Systemd
-from immich_ml_metal.system.programs import Runner
+from immich_ml_metal.system.programs import RunProgram
 
 
-def choose_manager(run: Runner, *, daemon: bool = False, system: str | None = None) -> Manager:
+def choose_manager(run: RunProgram, *, daemon: bool = False, system: str | None = None) -> Manager:
     """The manager of this system.
 
     Raises:
@@ -26,13 +26,6 @@ def choose_manager(run: Runner, *, daemon: bool = False, system: str | None = No
             raise ServiceFailed("--daemon is for macOS; on Linux: loginctl enable-linger")
         return Systemd(run, Path.home() / ".config")
     raise ServiceFailed(f"no service manager is known for {system}")
-
-
-def log_folder(system: str | None = None) -> Path:
-    """Where a user's service logs on this system."""
-    if (system or platform.system()) == "Darwin":
-        return Path.home() / "Library" / "Logs" / "immich-ml-metal"
-    return Path.home() / ".local" / "state" / "immich-ml-metal"
 
 
 def _login_user() -> str:

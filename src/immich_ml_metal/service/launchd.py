@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.service.plan import THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
-from immich_ml_metal.system.programs import Runner
+from immich_ml_metal.system.programs import RunProgram
 
 LABEL = "immich-ml-metal.service"
 DAEMONS = Path("/Library/LaunchDaemons")
@@ -22,7 +22,7 @@ class Launchd:
     """One launchd job."""
 
     def __init__(
-        self, run: Runner, home: Path, uid: int, *, user: str = "", daemons: Path | None = None
+        self, run: RunProgram, home: Path, uid: int, *, user: str = "", daemons: Path | None = None
     ) -> None:
         """With `daemons` (a folder), the job is a daemon that runs as `user`; else an agent."""
         self._run = run

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from immich_ml_metal.service.plan import THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
-from immich_ml_metal.system.programs import Completed, Runner
+from immich_ml_metal.system.programs import Completed, RunProgram
 
 UNIT = "immich-ml-metal.service"
 _NOT_FOUND = 127
@@ -13,7 +13,7 @@ _NOT_FOUND = 127
 class Systemd:
     """One systemd user unit."""
 
-    def __init__(self, run: Runner, config_home: Path) -> None:
+    def __init__(self, run: RunProgram, config_home: Path) -> None:
         """`config_home` is `~/.config`."""
         self._run = run
         self._definition = config_home / "systemd" / "user" / UNIT

@@ -16,7 +16,7 @@ class Completed:
     err: str = ""
 
 
-class Runner(Protocol):
+class RunProgram(Protocol):
     """Runs a program to its end."""
 
     def __call__(self, *args: str) -> Completed:

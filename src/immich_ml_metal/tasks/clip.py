@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 ResizeMode = Literal["shortest", "squash"]
 
-DEFAULT_CONTEXT_LENGTH = 77  # of every tower whose config names none (contract §4.3)
+DEFAULT_CONTEXT_LENGTH = 77  # of every tower whose config names none (contract §4.2)
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -33,11 +33,11 @@ _FILTERS = {
 }
 _PUNCTUATION = str.maketrans("", "", string.punctuation)  # the 32 ASCII marks SigLIP drops
 
-# What the text towers call their inputs (contract §3.2): OpenCLIP's, and M-CLIP's two.
+# What the text towers call their inputs (contract §2.2): OpenCLIP's, and M-CLIP's two.
 _TOKEN_INPUTS = ("text", "input_ids")
 _MASK_INPUT = "attention_mask"
 
-# FLORES-200 codes by the language tags of Immich's web client (contract §2.5). `jpn_Hira` is not a
+# FLORES-200 codes by the language tags of Immich's web client (contract §2.3). `jpn_Hira` is not a
 # real code, but it is what the official service sends.
 # fmt: off
 NLLB_CODES: Mapping[str, str] = {
@@ -176,7 +176,7 @@ class ClipVisualModel:
 
 
 @dataclass(frozen=True, slots=True)
-class TextQuery:
+class SearchQuery:
     """A search text as the user typed it, and the caller's language tag."""
 
     text: str
@@ -210,8 +210,8 @@ class TextConfig:
             raise LoadFailed(f"config.json: malformed text_cfg: {exc}") from exc
 
 
-def clean_text(query: TextQuery, config: TextConfig) -> str:
-    """The text as the tokenizer gets it (contract §4.3, steps 1 to 3)."""
+def clean_text(query: SearchQuery, config: TextConfig) -> str:
+    """The text as the tokenizer gets it (contract §4.2, steps 1 to 3)."""
     text = " ".join(query.text.split())
     if config.canonicalize:
         text = text.translate(_PUNCTUATION).lower()
@@ -264,7 +264,7 @@ class ClipTextualModel:
         self.max_batch = graph.max_batch
         self.size_bytes = graph.size_bytes
 
-    def preprocess(self, item: TextQuery) -> dict[str, Tensor]:
+    def preprocess(self, item: SearchQuery) -> dict[str, Tensor]:
         """Text → what each of the graph's inputs takes, (context length,) integers each."""
         encoding = self._tokenizer.encode(clean_text(item, self._config))
         return {
@@ -282,7 +282,7 @@ class ClipTextualModel:
         }
         return list(self._graph.run(feeds)[0])
 
-    def postprocess(self, raw: Tensor, item: TextQuery) -> Floats:
+    def postprocess(self, raw: Tensor, item: SearchQuery) -> Floats:
         """Check the vector."""
         return check_vector(raw, name=self._name, dim=self._dim)
 

@@ -223,7 +223,7 @@ def warp_affine(pixels: Bytes, matrix: Floats, side_px: int) -> Bytes:
 
     The official service runs OpenCV 4: positions in 1/32 pixel, rounded as it does. OpenCV 5
     interpolates otherwise in `warpAffine`, which moves face vectors by up to 0.0004 in cosine, but
-    its `remap` still takes fixed-point positions.
+    its `remap` still takes fixed-point positions. Goes when the official service runs OpenCV 5.
 
     Args:
         pixels: (H, W, 3) uint8.

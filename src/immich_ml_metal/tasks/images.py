@@ -108,7 +108,10 @@ def count_pixels(data: bytes) -> int:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Every format Pillow knows but EPS, for which it starts Ghostscript on the upload."""
+    """Every format Pillow knows but EPS, for which it starts Ghostscript on the upload.
+
+    Goes when Pillow no longer starts programs.
+    """
     Image.preinit()  # the common ones first, as Pillow itself tries them
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
@@ -159,7 +162,8 @@ def resize(
     """Resize an RGB picture, or `box` of it: across, then down.
 
     That was Pillow's order up to version 12, which the official service runs. Pillow 13 takes the
-    cheaper order, and as the bytes in between are rounded, pixels differ by up to 15 levels.
+    cheaper order, and as the bytes in between are rounded, pixels differ by up to 15 levels. Goes
+    when the official service runs Pillow 13.
 
     Args:
         image: the picture.

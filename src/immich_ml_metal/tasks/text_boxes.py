@@ -34,7 +34,7 @@ LINE_GAP_PX = 10  # boxes whose tops lie closer are on one line
 
 
 @dataclass(frozen=True, slots=True)
-class TextQuery:
+class TextRegionQuery:
     """Find text scoring at least `min_score`, the short side reduced to `max_resolution` px."""
 
     picture: Picture
@@ -86,7 +86,7 @@ class TextDetector:
         self._input = graph.inputs[0]
         self.size_bytes = graph.size_bytes
 
-    def preprocess(self, item: TextQuery) -> _Blob | None:
+    def preprocess(self, item: TextRegionQuery) -> _Blob | None:
         """Picture → (H, W, 3) uint8 RGB for a fused graph, else (3, H, W) float32 BGR in -1..1.
 
         None for a picture too small to hold text.
@@ -118,7 +118,7 @@ class TextDetector:
         probability = check_finite(output, name=self._name).reshape(output.shape[-2:])
         return probability[:height, :width]
 
-    def postprocess(self, raw: Floats, item: TextQuery) -> TextRegions:
+    def postprocess(self, raw: Floats, item: TextRegionQuery) -> TextRegions:
         """Map → boxes in the picture's pixels, in reading order."""
         if raw.size == 0:
             return TextRegions(np.empty((0, 4, 2), np.float32), np.empty(0, np.float32))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from immich_ml_metal.errors import InferenceError, InvalidOutput
+from immich_ml_metal.errors import InvalidOutput
 from immich_ml_metal.types import Bytes, Floats, Tensor
 
 
@@ -19,12 +19,12 @@ def check_finite(raw: Tensor, *, name: str) -> Floats:
     """`raw` as float32, or an error: comparing with NaN is false, which looks like *nothing found*.
 
     Raises:
-        InferenceError: a value is not finite.
+        InvalidOutput: a value is not finite.
     """
     values = np.asarray(raw, dtype=np.float32)
     bad = values.size - int(np.count_nonzero(np.isfinite(values)))
     if bad:
-        raise InferenceError(f"{name} gave {bad} values that are not finite")
+        raise InvalidOutput(f"{name} gave {bad} values that are not finite")
     return values
 
 

@@ -59,6 +59,7 @@ def build_app(settings: Settings, machine: Machine | None = None) -> ASGIApp:
         store,
         metrics=metrics,
         describe_engines=_describer(plan, record.trouble),
+        spare=plan.spare,
     )
 
 

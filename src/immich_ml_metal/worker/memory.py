@@ -3,7 +3,7 @@
 Plain decisions on plain data; the pool carries them out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -76,18 +76,18 @@ class Backoff:
     def __init__(self, *, first_s: float = 1.0, max_s: float = 30.0) -> None:
         self._first_s = first_s
         self._max_s = max_s
-        self._failures: dict[ModelKey, tuple[int, float]] = {}
+        self._failures: dict[Hashable, tuple[int, float]] = {}
 
-    def failed(self, key: ModelKey, now: float) -> None:
+    def failed(self, key: Hashable, now: float) -> None:
         """Remember a failure at `now`."""
         count = self._failures.get(key, (0, 0.0))[0] + 1
         pause = min(self._max_s, self._first_s * 2.0 ** (count - 1))
         self._failures[key] = (count, now + pause)
 
-    def succeeded(self, key: ModelKey) -> None:
+    def succeeded(self, key: Hashable) -> None:
         """Forget its failures."""
         self._failures.pop(key, None)
 
-    def wait_s(self, key: ModelKey, now: float) -> float:
+    def wait_s(self, key: Hashable, now: float) -> float:
         """Seconds until the next try; 0 when nothing failed."""
         return max(0.0, self._failures.get(key, (0, now))[1] - now)

@@ -13,10 +13,10 @@ import numpy as np
 
 from immich_ml_metal.errors import MissingDependency, MissingPayload, TimedOut
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.tasks.clip import TextQuery as SearchQuery
+from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
 from immich_ml_metal.tasks.images import Picture
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.tasks.text_lines import LineCrop
 from immich_ml_metal.types import (
     Answer,
@@ -34,20 +34,20 @@ from immich_ml_metal.types import (
     TextRegions,
 )
 from immich_ml_metal.worker.picture_cache import PictureCache
-from immich_ml_metal.worker.pool import Pool
+from immich_ml_metal.worker.second_try import SecondTry
 
 T = TypeVar("T")
 
 GIANT_PIXELS = 32_000_000  # ten previews' worth: some 220 MB decoded
-FACE_VECTOR_DIM = 512  # of every face model, fixed by Immich's database (contract §1.9)
+FACE_VECTOR_DIM = 512  # of every face model, fixed by Immich's database (contract §1.7)
 
 
 class Pipeline:
-    """Answers requests with the models of a pool."""
+    """Answers requests with the models of the service."""
 
     def __init__(
         self,
-        pool: Pool,
+        models: SecondTry,
         pictures: PictureCache,
         metrics: Metrics,
         *,
@@ -57,13 +57,13 @@ class Pipeline:
         """Work with these.
 
         Args:
-            pool: the models.
+            models: runs each item, on whichever engine can.
             pictures: decodes, once per picture.
             metrics: is told of stages, faces and lines.
             timeout_s: limits the work itself, not the loading of models before it.
             giant_pixels: pictures above this are worked on one at a time.
         """
-        self._pool = pool
+        self._models = models
         self._pictures = pictures
         self._metrics = metrics
         self._timeout_s = timeout_s
@@ -103,7 +103,7 @@ class Pipeline:
 
     async def _load_models(self, request: TaskRequest) -> None:
         """Fetch and load all models side by side, however long it takes: the caller waits."""
-        await _all(self._pool.get(key) for key in model_keys(request) if self._pool.serves(key))
+        await _all(self._models.get(key) for key in model_keys(request) if self._models.serves(key))
 
     async def _timed(self, work: Coroutine[None, None, Answer]) -> Answer:
         limit = asyncio.timeout(self._timeout_s)
@@ -119,7 +119,7 @@ class Pipeline:
         query = request.clip_textual
         assert query is not None, "checked"
         item = SearchQuery(text, query.language)
-        return Answer(clip=await self._pool.run(query.model, item))
+        return Answer(clip=await self._models.run(query.model, item))
 
     async def _look(self, request: TaskRequest, picture: Picture) -> Answer:
         clip = asyncio.create_task(self._embed(request, picture))
@@ -137,7 +137,7 @@ class Pipeline:
     async def _embed(self, request: TaskRequest, picture: Picture) -> Floats | None:
         if request.clip_visual is None:
             return None
-        vector: Floats = await self._pool.run(request.clip_visual.model, picture)
+        vector: Floats = await self._models.run(request.clip_visual.model, picture)
         return vector
 
     async def _find_faces(
@@ -148,14 +148,14 @@ class Pipeline:
     ) -> Faces | RecognisedFaces | None:
         if detection is None:
             return None
-        faces: Faces = await self._pool.run(
+        faces: Faces = await self._models.run(
             detection.model, FaceQuery(picture, detection.min_score)
         )
         self._metrics.faces.inc(len(faces))
         if recognition is None:
             return faces
         vectors: list[Floats] = await _all(
-            self._pool.run(recognition.model, FaceCrop(picture, landmarks))
+            self._models.run(recognition.model, FaceCrop(picture, landmarks))
             for landmarks in faces.landmarks
         )
         empty = np.empty((0, FACE_VECTOR_DIM), dtype=np.float32)
@@ -169,15 +169,16 @@ class Pipeline:
     ) -> TextRegions | TextLines | None:
         if detection is None:
             return None
-        query = TextQuery(picture, detection.min_score, detection.max_resolution)
-        regions: TextRegions = await self._pool.run(detection.model, query)
+        query = TextRegionQuery(picture, detection.min_score, detection.max_resolution)
+        regions: TextRegions = await self._models.run(detection.model, query)
         if recognition is None:
             return regions
         readings: Iterable[Reading] = (
             regions.readings
             if regions.readings is not None
             else await _all(
-                self._pool.run(recognition.model, LineCrop(picture, quad)) for quad in regions.quads
+                self._models.run(recognition.model, LineCrop(picture, quad))
+                for quad in regions.quads
             )
         )
         lines = keep_lines(

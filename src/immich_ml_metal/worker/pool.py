@@ -8,17 +8,18 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from immich_ml_metal.backends.base import AnyModel, Engine, EngineTable
 from immich_ml_metal.backends.batcher import Batcher
+from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelFiles, ModelKey
+from immich_ml_metal.worker.loaded import BatchWatch, Loaded, Place
 from immich_ml_metal.worker.memory import Backoff, MemoryRules
 
 log = logging.getLogger(__name__)
@@ -46,25 +47,6 @@ class Store(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Loaded:
-    """A model in memory, its queue, and who uses it."""
-
-    key: ModelKey
-    engine: Engine
-    model: AnyModel
-    batcher: Batcher[Any, Any]  # Any: models of every kind side by side
-    loaded_in_s: float
-    last_used: float
-    users: int = 0
-    is_closed: bool = False
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory it holds, as its engine measured it."""
-        return self.model.size_bytes
-
-
 class Pool:
     """The models of one process. Event loop only."""
 
@@ -86,10 +68,11 @@ class Pool:
         self._metrics = metrics
         self._memory = memory or MemoryRules()
         self._backoff = backoff or Backoff()
-        self._incoming_bytes: dict[ModelKey, int] = {}  # of models that are being loaded
+        self._incoming_bytes: dict[Place, int] = {}  # of models that are being loaded
         self._files_threads = CpuThreads(_FETCHES_AT_ONCE)
         self._clock = clock
-        self._models: dict[ModelKey, asyncio.Task[Loaded]] = {}
+        self._models: dict[Place, asyncio.Task[Loaded]] = {}
+        self._devices: set[Device] = set()  # of the engines that were ever used
         self._closing: set[asyncio.Future[list[None]]] = set()
         self.progress = 0  # grows with every step any model makes
 
@@ -105,11 +88,15 @@ class Pool:
     @property
     def loading(self) -> list[ModelKey]:
         """Models that are being fetched or loaded."""
-        return [key for key, task in self._models.items() if not task.done()]
+        return [key for (key, _), task in self._models.items() if not task.done()]
 
     def serves(self, key: ModelKey) -> bool:
-        """Whether an engine is set for this half; Apple Vision reads text while detecting it."""
+        """Whether an engine is set for this half."""
         return self._engines.serves(key)
+
+    def engine_of(self, key: ModelKey) -> Engine | None:
+        """The engine set for this half; None where Apple Vision reads text while detecting it."""
+        return self._engines.choose(key) if self._engines.serves(key) else None
 
     def describe(self) -> list[dict[str, Any]]:
         """Every loaded model for `/health`: name, engine, size, use."""
@@ -132,25 +119,32 @@ class Pool:
         """Every running download for `/health`."""
         return [progress.describe() for progress in self._store.downloads()]
 
-    async def get(self, key: ModelKey) -> Loaded:
+    async def get(self, key: ModelKey, engine: Engine | None = None) -> Loaded:
         """The model, fetched and loaded first if need be; callers at the same time share one load.
+
+        Args:
+            key: which half.
+            engine: who loads it; the one that is set for it when None.
 
         Raises:
             ModelError: it cannot be fetched or loaded. The next call tries again.
         """
-        task = self._models.get(key)
+        engine = engine or self._engines.choose(key)
+        self._devices.add(engine.device)
+        place = key, engine.name
+        task = self._models.get(place)
         if task is None:
-            task = asyncio.create_task(self._load(key))
-            self._models[key] = task
-            task.add_done_callback(lambda done: self._forget_failure(key, done))
+            task = asyncio.create_task(self._load(key, engine))
+            self._models[place] = task
+            task.add_done_callback(lambda done: self._forget_failure(place, done))
         return await asyncio.shield(task)  # a caller that hangs up does not stop the load
 
     @asynccontextmanager
-    async def lease(self, key: ModelKey) -> AsyncIterator[Loaded]:
+    async def lease(self, key: ModelKey, engine: Engine | None = None) -> AsyncIterator[Loaded]:
         """Hold the model in memory for the length of the block."""
-        loaded = await self.get(key)
+        loaded = await self.get(key, engine)
         while loaded.is_closed:  # unloaded between its load and our turn
-            loaded = await self.get(key)
+            loaded = await self.get(key, engine)
         loaded.users += 1
         try:
             yield loaded
@@ -158,12 +152,12 @@ class Pool:
             loaded.users -= 1
             loaded.last_used = self._clock()
 
-    async def run(self, key: ModelKey, item: Any) -> Any:
+    async def run(self, key: ModelKey, item: Any, engine: Engine | None = None) -> Any:
         """Take one item through the model's three verbs.
 
         Any: what goes in and out is the model's own (`tasks`).
         """
-        async with self.lease(key) as loaded:
+        async with self.lease(key, engine) as loaded:
             model, label = loaded.model, f"{key.task}/{key.part}"
             with self._metrics.stage(label, "preprocess"):
                 blob = await self._threads.run(lambda: model.preprocess(item))
@@ -172,39 +166,40 @@ class Pool:
             with self._metrics.stage(label, "postprocess"):
                 return await self._threads.run(lambda: model.postprocess(raw, item))
 
-    async def _load(self, key: ModelKey) -> Loaded:
-        engine = self._engines.choose(key)
-        outcome = "failed"
+    async def _load(self, key: ModelKey, engine: Engine) -> Loaded:
+        place, outcome = (key, engine.name), "failed"
         try:
-            await asyncio.sleep(self._backoff.wait_s(key, self._clock()))
-            files = await self._fetch(key) if engine.needs_files else None
+            await asyncio.sleep(self._backoff.wait_s(place, self._clock()))
+            files = await self._fetch(place) if engine.needs_files else None
             start = self._clock()
             model = await self._open(engine, key, files)
             outcome = "ok"
         except (DownloadFailed, LoadFailed):
-            self._backoff.failed(key, self._clock())
+            self._backoff.failed(place, self._clock())
             raise
         finally:
-            self._incoming_bytes.pop(key, None)
+            self._incoming_bytes.pop(place, None)
             self._metrics.model_loads.labels(str(key), engine.name, outcome).inc()
-        self._backoff.succeeded(key)
+        self._backoff.succeeded(place)
         self.progress += 1
         elapsed_s = self._clock() - start
         self._metrics.model_load_seconds.labels(engine.name).observe(elapsed_s)
-        self._metrics.model_bytes.labels(str(key)).set(model.size_bytes)
+        self._metrics.model_bytes.labels(str(key), engine.name).set(model.size_bytes)
         log.info("loaded model=%s engine=%s seconds=%.2f", key, engine.name, elapsed_s)
         batcher = Batcher(
             model.infer,
             name=str(key),
             max_batch=model.max_batch,
-            watch=_BatchWatch(self._metrics, key),
+            watch=BatchWatch(self._metrics, key, engine.name),
         )
         return Loaded(key, engine, model, batcher, elapsed_s, self._clock())
 
-    async def _fetch(self, key: ModelKey) -> ModelFiles:
+    async def _fetch(self, place: Place) -> ModelFiles:
+        key, _ = place
         files = await self._files_threads.run(lambda: self._store.ensure(key))
         self.progress += 1
-        await self._make_room(key, await self._files_threads.run(lambda: weight_bytes(files.graph)))
+        size_bytes = await self._files_threads.run(lambda: weight_bytes(files.graph))
+        await self._make_room(place, size_bytes)
         return files
 
     async def _open(self, engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyModel:
@@ -216,18 +211,18 @@ class Pool:
                 raise
             log.warning("damaged files were fetched again model=%s", key)
             model = await engine.device.call(lambda: engine.load(key, files))
-        await self._make_room(key, model.size_bytes)
+        await self._make_room((key, engine.name), model.size_bytes)
         return model
 
-    async def _make_room(self, key: ModelKey, size_bytes: int) -> None:
-        """Unload the least recently used so that `size_bytes` for `key` fit into the limit."""
-        self._incoming_bytes[key] = size_bytes
+    async def _make_room(self, place: Place, size_bytes: int) -> None:
+        """Unload the least recently used so that `size_bytes` for `place` fit into the limit."""
+        self._incoming_bytes[place] = size_bytes
         incoming = sum(self._incoming_bytes.values())
         await self._unload(self._memory.choose_evictions(self.loaded, incoming), "memory")
 
-    def _forget_failure(self, key: ModelKey, task: asyncio.Task[Loaded]) -> None:
+    def _forget_failure(self, place: Place, task: asyncio.Task[Loaded]) -> None:
         if task.cancelled() or task.exception() is not None:
-            self._models.pop(key, None)
+            self._models.pop(place, None)
 
     async def unload_idle(
         self, idle_s: float, *, keep: Collection[ModelKey] = ()
@@ -245,8 +240,8 @@ class Pool:
     async def _unload(self, chosen: Sequence[Loaded], reason: str) -> None:
         for loaded in chosen:  # first all out of reach, then the slow part
             loaded.is_closed = True
-            del self._models[loaded.key]
-            self._metrics.model_bytes.remove(str(loaded.key))
+            del self._models[loaded.place]
+            self._metrics.model_bytes.remove(str(loaded.key), loaded.engine.name)
         closing = asyncio.gather(*(self._close_model(loaded, reason) for loaded in chosen))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -271,23 +266,6 @@ class Pool:
         await asyncio.gather(*self._models.values(), return_exceptions=True)
         await self.unload_idle(float("-inf"))
         await asyncio.gather(*self._closing, return_exceptions=True)
-        for device in {engine.device for engine in self._engines.engines()}:
+        for device in self._devices | {engine.device for engine in self._engines.engines()}:
             await self._threads.run(device.close)
         await self._threads.run(self._files_threads.close)
-
-
-class _BatchWatch:
-    """Tells the metrics how long items waited and how long their batch ran."""
-
-    def __init__(self, metrics: Metrics, key: ModelKey) -> None:
-        label = f"{key.task}/{key.part}"
-        self._wait = metrics.stage_seconds.labels(label, "queue")
-        self._run = metrics.stage_seconds.labels(label, "infer")
-        self._items = metrics.batch_items.labels(str(key))
-
-    def waited(self, seconds: float) -> None:
-        self._wait.observe(seconds)
-
-    def ran(self, items: int, seconds: float) -> None:
-        self._items.observe(items)
-        self._run.observe(seconds)

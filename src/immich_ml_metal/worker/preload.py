@@ -3,21 +3,12 @@
 import logging
 from typing import Protocol
 
-from immich_ml_metal.catalog import model_key
+from immich_ml_metal.catalog import model_key, preload_setting
 from immich_ml_metal.errors import ConfigError, ServiceError, UnknownModel
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import ModelKey, Part, Task
+from immich_ml_metal.types import SLOTS, ModelKey, Part, Task
 
 logger = logging.getLogger(__name__)
-
-_SETTINGS = {
-    "preload_clip_textual": (Task.CLIP, Part.TEXTUAL),  # searching people wait, jobs do not
-    "preload_clip_visual": (Task.CLIP, Part.VISUAL),
-    "preload_face_detection": (Task.FACES, Part.DETECTION),
-    "preload_face_recognition": (Task.FACES, Part.RECOGNITION),
-    "preload_ocr_detection": (Task.OCR, Part.DETECTION),
-    "preload_ocr_recognition": (Task.OCR, Part.RECOGNITION),
-}
 
 
 def preload_keys(settings: Settings) -> tuple[ModelKey, ...]:
@@ -26,10 +17,11 @@ def preload_keys(settings: Settings) -> tuple[ModelKey, ...]:
     Raises:
         ConfigError: a name is no official model of that kind.
     """
+    texts_first = sorted(SLOTS, key=lambda slot: slot[1] is not Part.TEXTUAL)  # people wait there
     keys = [
-        key_of_setting(setting, name, task, part)
-        for setting, (task, part) in _SETTINGS.items()
-        for name in getattr(settings, setting)
+        key_of_setting(preload_setting(slot), name, *slot)
+        for slot in texts_first
+        for name in getattr(settings, preload_setting(slot))
     ]
     return tuple(dict.fromkeys(keys))
 

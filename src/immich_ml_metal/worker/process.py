@@ -37,7 +37,8 @@ class _Server(uvicorn.Server):
     """uvicorn that lets the process end with status 0 when it was asked to end.
 
     uvicorn would repeat the signal after its tidy end: that kills the process before the libraries
-    of the models are left, so that a crash of theirs there would never be seen.
+    of the models are left, so that a crash of theirs there would never be seen. Goes when uvicorn
+    returns instead.
     """
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

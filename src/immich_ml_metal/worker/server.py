@@ -1,4 +1,4 @@
-"""The worker app: HTTP in, HTTP out. The only module that knows about status codes."""
+"""The worker app: HTTP in, HTTP out."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
-from immich_ml_metal.backends.base import EngineTable
+from immich_ml_metal.backends.base import Engine, EngineTable
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
@@ -28,28 +28,13 @@ from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
 from immich_ml_metal.worker.wire import parse_entries, render
 
 log = logging.getLogger(__name__)
 
-STATUS: dict[type[errors.ServiceError], int] = {
-    errors.InvalidEntries: 422,
-    errors.UnknownModel: 422,
-    errors.MissingPayload: 400,
-    errors.MissingDependency: 400,
-    errors.InvalidImage: 400,
-    errors.ImageTooLarge: 413,
-    errors.ModelUnavailable: 503,
-    errors.DownloadFailed: 503,
-    errors.LoadFailed: 500,
-    errors.InferenceError: 500,
-    errors.InvalidOutput: 500,
-    errors.TimedOut: 503,
-    errors.Overloaded: 503,
-}
-_CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 _HOUSEKEEPING_S = 10.0
-_RETRY_AFTER_S = "5"  # a network comes back; the gateway asks again for as long as it may hold
+_TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
 def create_app(
@@ -59,12 +44,14 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     describe_engines: Callable[[], dict[str, Any]] = dict,
+    spare: Callable[[], Engine] | None = None,
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines.
+    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines;
+    `spare` makes the engine that answers where another fails, None for none.
     """
-    service = Service(settings, engines, store, metrics, describe_engines)
+    service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,7 +67,7 @@ def create_app(
     return app
 
 
-class Service:
+class WorkerRoutes:
     """The routes and what they share: threads, pictures, models, numbers."""
 
     def __init__(
@@ -90,6 +77,7 @@ class Service:
         store: Store,
         metrics: Metrics | None = None,
         describe_engines: Callable[[], dict[str, Any]] = dict,
+        spare: Callable[[], Engine] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -99,9 +87,10 @@ class Service:
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
         self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
-        self._pipeline = Pipeline(
-            self.pool, self._pictures, self.metrics, timeout_s=settings.request_timeout_s
-        )
+        timeout_s = settings.request_timeout_s
+        models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
+        self._models = models
+        self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = 0
@@ -110,17 +99,21 @@ class Service:
         self._housekeeper: asyncio.Task[None] | None = None
         self._preload_keys = preload_keys(settings)
         self._preloader: asyncio.Task[None] | None = None
-        self._describe_engines()
+        self._name_engines_in_metrics()
 
-    def _describe_engines(self) -> None:
+    def _name_engines_in_metrics(self) -> None:
         for (task, part), name in self._engines.names().items():
             self.metrics.engine_info.labels(f"{task}/{part}", name).set(1)
+        for name in {*self._engines.names().values(), "cpu"}:
+            for cause in CAUSES:  # at 0 from the start: a rate needs a first value
+                self.metrics.engine_failures.labels(name, cause)
+        self.metrics.fallbacks.labels(ANSWERED_BY_SPARE)
         for device in {engine.device for engine in self._engines.engines()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
-    async def __aenter__(self) -> "Service":
+    async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self.pool, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -167,6 +160,7 @@ class Service:
                     f"{task}/{part}": name for (task, part), name in self._engines.names().items()
                 },
                 "engine_plan": self._describe_plan(),
+                "engine_failures": self._models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
@@ -186,14 +180,14 @@ class Service:
                 tasks = parse_entries(form.entries, face_min_score=self.settings.face_min_score)
                 return await _unless_gone(request, self._answer(tasks, form.image, form.text))
             except ClientDisconnect:
-                return Response(status_code=_CLIENT_GONE)
+                return Response(status_code=errors.CLIENT_GONE)
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
                 return _render_error(exc)
 
     async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
         self._in_flight += 1
         self.metrics.in_flight.inc()
-        status = _CLIENT_GONE  # what remains when this is cancelled
+        status = errors.CLIENT_GONE  # what remains when this is cancelled
         try:
             async with self._admitted:
                 answer = await self._pipeline.answer(tasks, image, text)
@@ -201,7 +195,7 @@ class Service:
             status = 200
             return Response(body, media_type="application/json")
         except Exception as exc:
-            status = _status_of(exc)
+            status = errors.status_of(exc)
             raise
         finally:
             self._in_flight -= 1
@@ -212,7 +206,8 @@ class Service:
 
     async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
-            return await read_form(request, limit_bytes=self.settings.max_image_size_bytes)
+            limit_bytes = self.settings.max_image_size_bytes
+            return await read_form(request, self._threads, limit_bytes=limit_bytes)
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
@@ -223,7 +218,7 @@ async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=errors.CLIENT_GONE)
     finally:
         for task in (answer, gone):
             task.cancel()
@@ -238,17 +233,14 @@ async def _wait_for_hang_up(request: Request) -> None:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def _status_of(exc: Exception) -> int:
-    return STATUS[type(exc)] if isinstance(exc, errors.ServiceError) else 500
-
-
 def _render_error(exc: Exception) -> JSONResponse:
     """The reason as JSON; what is our fault goes to the log as well, once."""
-    status = _status_of(exc)
+    status = errors.status_of(exc)
     if status >= 500:
         log.error("request failed status=%d", status, exc_info=exc)
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
-    headers = {"Retry-After": _RETRY_AFTER_S} if isinstance(exc, errors.DownloadFailed) else None
+    after_s = errors.RETRY_AFTER_S.get(type(exc))  # type: ignore[arg-type]
+    headers = {"Retry-After": str(after_s)} if after_s is not None else None
     return JSONResponse({"detail": reason}, status_code=status, headers=headers)

@@ -4,6 +4,7 @@ The semantics are those of Immich 3.3 (contract §1): strict structure, unknown 
 vectors as strings that hold a JSON array, OCR as four parallel lists.
 """
 
+import reprlib
 from typing import Annotated, Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from immich_ml_metal.types import (
 
 _Score = Annotated[float, Field(ge=0, le=1)]
 _MAX_PROBLEMS = 5  # named in one error message
+_REPR = reprlib.Repr()  # Python's own fails on what is nested deeply
+_REPR.maxlevel, _REPR.maxstring = 2, 80
 
 
 class _Options(BaseModel):
@@ -151,6 +154,8 @@ def parse_entries(text: str, *, face_min_score: float) -> TaskRequest:
         entries = _Entries.model_validate(orjson.loads(text))
     except orjson.JSONDecodeError as exc:
         raise InvalidEntries(f"entries is not JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise InvalidEntries("entries is nested too deeply") from exc
     except ValidationError as exc:
         raise InvalidEntries(f"invalid entries: {_explain(exc)}") from exc
     request = _to_request(entries, face_min_score)
@@ -174,7 +179,7 @@ def _reason(kind: str, message: str) -> str:
 
 
 def _shorten(value: object, limit: int = 60) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

@@ -46,7 +46,7 @@ def open_session(model: bytes, options: Mapping[str, str]) -> Session:
     setup = session_options(core_count())
     setup.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        # MatMulAddFusion makes a node that Core ML does not take (contract §7.5)
+        # MatMulAddFusion makes a node that Core ML does not take (contract §7); goes when it does
         return ort.InferenceSession(  # type: ignore[no-any-return]
             model,
             setup,

@@ -41,7 +41,7 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 def disabled_optimizers() -> list[str]:
-    """Optimisations the official service switches off (contract §7.5)."""
+    """What the official service switches off (contract §7); goes when it does so no longer."""
     return ["ConvAddActivationFusion"] if platform.machine() in ("arm64", "aarch64") else []
 
 

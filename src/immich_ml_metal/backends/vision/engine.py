@@ -30,7 +30,7 @@ from immich_ml_metal.backends.vision.text import (
 )
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.tasks.faces import FaceQuery
-from immich_ml_metal.tasks.text_boxes import MIN_SIDE_PX, TextQuery
+from immich_ml_metal.tasks.text_boxes import MIN_SIDE_PX, TextRegionQuery
 from immich_ml_metal.types import (
     Bytes,
     Faces,
@@ -139,15 +139,15 @@ class VisionText:
         self._box_score = Calibration(LINE_BOX_KNOTS)
         self._corrects = corrects
 
-    def preprocess(self, item: TextQuery) -> TextQuery | None:
+    def preprocess(self, item: TextRegionQuery) -> TextRegionQuery | None:
         """Pass the item on as it is; None for a picture too small to hold text, as officially."""
         return item if min(item.picture.size) >= MIN_SIDE_PX else None
 
-    def infer(self, batch: Sequence[TextQuery | None]) -> list[list[SeenLine]]:
+    def infer(self, batch: Sequence[TextRegionQuery | None]) -> list[list[SeenLine]]:
         """Read the lines of each picture."""
         return [[] if item is None else self._read(item) for item in batch]
 
-    def postprocess(self, raw: Sequence[SeenLine], item: TextQuery) -> TextRegions:
+    def postprocess(self, raw: Sequence[SeenLine], item: TextRegionQuery) -> TextRegions:
         """Turn Vision's lines into regions scoring at least `item.min_score`."""
         return to_regions(
             raw,
@@ -160,7 +160,7 @@ class VisionText:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _read(self, item: TextQuery) -> list[SeenLine]:
+    def _read(self, item: TextRegionQuery) -> list[SeenLine]:
         height = min_text_height(item.picture.size, item.max_resolution)
         options = text_options(self._languages, height, corrects=self._corrects)
         return self._bridge.read_text(item.picture.pixels, options)

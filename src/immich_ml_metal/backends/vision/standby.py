@@ -11,7 +11,7 @@ from dataclasses import replace
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.tasks.faces import FaceQuery
-from immich_ml_metal.tasks.text_boxes import TextQuery
+from immich_ml_metal.tasks.text_boxes import TextRegionQuery
 from immich_ml_metal.tasks.text_lines import LineCrop
 from immich_ml_metal.types import Faces, ModelKey, Reading, Tensor, TextRegions
 
@@ -78,15 +78,15 @@ class OfficialText:
         """Memory of both halves."""
         return self._detector.size_bytes + self._reader.size_bytes
 
-    def preprocess(self, item: TextQuery) -> tuple[TextQuery, Tensor]:
+    def preprocess(self, item: TextRegionQuery) -> tuple[TextRegionQuery, Tensor]:
         """Prepare the picture for the detector, and keep it for the reader."""
         return item, self._detector.preprocess(item)
 
-    def infer(self, batch: Sequence[tuple[TextQuery, Tensor]]) -> list[TextRegions]:
+    def infer(self, batch: Sequence[tuple[TextRegionQuery, Tensor]]) -> list[TextRegions]:
         """Detect and read each picture."""
         return [self._read(item, blob) for item, blob in batch]
 
-    def postprocess(self, raw: TextRegions, item: TextQuery) -> TextRegions:
+    def postprocess(self, raw: TextRegions, item: TextRegionQuery) -> TextRegions:
         """Pass the regions on: they are finished."""
         return raw
 
@@ -95,7 +95,7 @@ class OfficialText:
         self._detector.close()
         self._reader.close()
 
-    def _read(self, item: TextQuery, blob: Tensor) -> TextRegions:
+    def _read(self, item: TextRegionQuery, blob: Tensor) -> TextRegions:
         raw = self._detector.infer([blob])[0]
         regions: TextRegions = self._detector.postprocess(raw, item)
         readings = tuple(self._read_line(LineCrop(item.picture, quad)) for quad in regions.quads)

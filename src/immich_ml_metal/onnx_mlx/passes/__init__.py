@@ -1,4 +1,7 @@
-"""The passes, in the order in which they run. Each takes a program and gives an equivalent one."""
+"""The passes, in the order in which they run. Each takes a program and gives an equivalent one.
+
+Each tells `note` where it might have done something and did not, and why (`match`).
+"""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -11,9 +14,10 @@ from immich_ml_metal.onnx_mlx.passes.idle import drop_idle
 from immich_ml_metal.onnx_mlx.passes.layer_norm import fuse_layer_norm
 from immich_ml_metal.onnx_mlx.passes.layout import lay_out
 from immich_ml_metal.onnx_mlx.passes.linear import fuse_linear
+from immich_ml_metal.onnx_mlx.passes.match import Note
 from immich_ml_metal.onnx_mlx.passes.transpose import merge_transposes
 
-Pass = Callable[[Program], Program]
+Pass = Callable[[Program, Note], Program]
 
 PASSES: Mapping[str, Pass] = MappingProxyType(
     {

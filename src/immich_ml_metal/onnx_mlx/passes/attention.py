@@ -11,7 +11,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.facts import constant_list, factor_of, is_last_axis
+from immich_ml_metal.onnx_mlx.passes.facts import (
+    constant_list,
+    factor_of,
+    is_last_axis,
+    scaled_by,
+)
+from immich_ml_metal.onnx_mlx.passes.match import (
+    NoMatch,
+    Note,
+    ignore,
+    made_for_this,
+    require,
+    rewrite,
+    used_by,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +38,20 @@ class Scores:
     mask: str
 
 
-def fuse_attention(program: Program) -> Program:
+def fuse_attention(program: Program, note: Note = ignore) -> Program:
     """Every attention around a softmax over its last axis → Sdpa."""
-    editor = Editor(program)
-    for softmax in editor:
-        if softmax.op == "Softmax" and _is_over_last(editor, softmax, program.opset):
-            _fuse_at(editor, softmax)
-    return editor.finish()
+    default = -1 if program.opset >= 13 else 1
+    return rewrite(program, {"Softmax"}, lambda e, node: _fuse_at(e, node, default), note)
 
 
-def _is_over_last(editor: Editor, softmax: Node, opset: int) -> bool:
-    axis = softmax.attributes.get("axis", -1 if opset >= 13 else 1)
-    return isinstance(axis, int) and is_last_axis(editor, softmax.inputs[0], axis)
-
-
-def _fuse_at(editor: Editor, softmax: Node) -> None:
+def _fuse_at(editor: Editor, softmax: Node, default_axis: int) -> None:
+    axis = softmax.attributes.get("axis", default_axis)
+    is_last = isinstance(axis, int) and is_last_axis(editor, softmax.inputs[0], axis)
+    require(is_last, f"axis {axis} is not known to be the last")
     weights, guarded = _guarded(editor, softmax)
-    product = editor.user(weights, "MatMul")
+    product = used_by(editor, weights, "MatMul")
+    require(product.inputs[0] == weights, f"{product} takes the weights as its right factor")
     scores = _scores(editor, softmax.inputs[0])
-    if product is None or product.inputs[0] != weights or scores is None:
-        return
     left, scale = _unscaled(editor, scores.left, scores.scale)
     right, scale = _unscaled(editor, scores.right, scale)
     keys, attributes, before = _keys(editor, right)
@@ -78,25 +86,31 @@ def _guarded(editor: Editor, softmax: Node) -> tuple[str, bool]:
     return name, False
 
 
-def _scores(editor: Editor, name: str) -> Scores | None:
+def _scores(editor: Editor, name: str) -> Scores:
     """Take apart what the softmax gets; every step must serve this attention alone."""
-    node = editor.private_producer(name, "Add", "MatMul", "Mul", "Div")
-    if node is None:
-        return None
+    node = made_for_this(editor, name, "Add", "MatMul", "Mul", "Div")
     if node.op == "MatMul":
         left, right = node.inputs
         return Scores(left, right, scale=1.0, mask="")
     if node.op != "Add":
-        scaled = factor_of(editor, node)
-        inner = _scores(editor, scaled[0]) if scaled else None
-        if scaled is None or inner is None or inner.mask:  # the mask would be scaled too
-            return None
-        return replace(inner, scale=inner.scale * scaled[1])
-    for product, mask in (node.inputs, node.inputs[::-1]):
-        inner = _scores(editor, product)
-        if inner is not None and not inner.mask:
+        source, factor = scaled_by(editor, node)
+        inner = _scores(editor, source)
+        require(not inner.mask, f"{node} scales the mask too")
+        return replace(inner, scale=inner.scale * factor)
+    return _masked(editor, node)
+
+
+def _masked(editor: Editor, add: Node) -> Scores:
+    reasons = []
+    for product, mask in (add.inputs, add.inputs[::-1]):
+        try:
+            inner = _scores(editor, product)
+            require(not inner.mask, f"{add} adds a second mask")
+        except NoMatch as exc:
+            reasons.append(str(exc))
+        else:
             return replace(inner, mask=mask)
-    return None
+    raise NoMatch("; ".join(reasons))
 
 
 def _unscaled(editor: Editor, name: str, scale: float) -> tuple[str, float]:

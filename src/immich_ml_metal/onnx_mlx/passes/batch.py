@@ -11,11 +11,12 @@ that must line up with the rows are repeated.
 
 from immich_ml_metal.onnx_mlx.fold import static_shapes
 from immich_ml_metal.onnx_mlx.graph import Program
+from immich_ml_metal.onnx_mlx.passes.match import Note, ignore
 from immich_ml_metal.onnx_mlx.passes.row_rules import RULES
 from immich_ml_metal.onnx_mlx.passes.rows import Rows, RowsMix
 
 
-def free_batch(program: Program) -> tuple[Program, str]:
+def free_batch(program: Program, note: Note = ignore) -> tuple[Program, str]:
     """Let a program with a fixed batch of 1 take any number of rows.
 
     Returns:
@@ -29,4 +30,5 @@ def free_batch(program: Program) -> tuple[Program, str]:
     try:
         return Rows(program, shapes).rewrite(RULES), ""
     except RowsMix as exc:
+        note(exc.node, exc.reason)
         return program, str(exc)

@@ -3,22 +3,32 @@
 import numpy as np
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
+from immich_ml_metal.onnx_mlx.passes.match import (
+    NoMatch,
+    Note,
+    ignore,
+    made_for_this,
+    other_input,
+    require,
+    rewrite,
+    used_by,
+)
 from immich_ml_metal.types import Tensor
 
 BIAS = 2  # position of the bias among the inputs of Conv
 
 
-def fold_batch_norm(program: Program) -> Program:
+def fold_batch_norm(program: Program, note: Note = ignore) -> Program:
     """Conv → BatchNormalization to one Conv, where all their parameters are constants."""
-    editor = Editor(program)
-    for norm in editor:
-        if norm.op != "BatchNormalization" or norm.attributes.get("training_mode"):
-            continue
-        conv = editor.private_producer(norm.inputs[0], "Conv")
-        if conv is None or any(name not in editor.constants for name in _parameters(conv, norm)):
-            continue
-        _merge_norm(editor, conv, norm)
-    return editor.finish()
+    return rewrite(program, {"BatchNormalization"}, _fold_norm_at, note)
+
+
+def _fold_norm_at(editor: Editor, norm: Node) -> None:
+    require(not norm.attributes.get("training_mode"), "it is in training mode")
+    conv = made_for_this(editor, norm.inputs[0], "Conv")
+    for name in _parameters(conv, norm):
+        require(name in editor.constants, f"{name!r} is no constant")
+    _merge_norm(editor, conv, norm)
 
 
 def _parameters(conv: Node, norm: Node) -> list[str]:
@@ -39,28 +49,29 @@ def _merge_norm(editor: Editor, conv: Node, norm: Node) -> None:
     _replace(editor, conv, norm, names)
 
 
-def fold_bias(program: Program) -> Program:
+def fold_bias(program: Program, note: Note = ignore) -> Program:
     """Add(Conv(x), (1, C, 1, 1) constant) → Conv with a bias: how Paddle exports it."""
-    editor = Editor(program)
-    for add in editor:
-        if add.op != "Add":
-            continue
-        for product, bias in (add.inputs, add.inputs[::-1]):
-            conv = editor.private_producer(product, "Conv")
-            if conv is not None and not _has_bias(conv) and _fits(editor, conv.inputs[1], bias):
-                flat = editor.add_constant(editor.constants[bias].reshape(-1), bias)
-                _replace(editor, conv, add, (conv.inputs[1], flat))
-                break
-    return editor.finish()
+    return rewrite(program, {"Conv"}, _fold_bias_at, note)
 
 
-def _fits(editor: Editor, weight: str, bias: str) -> bool:
-    """Whether the constant `bias` holds one number for each channel that `weight` makes."""
+def _fold_bias_at(editor: Editor, conv: Node) -> None:
+    if _has_bias(conv):
+        return
+    add = used_by(editor, conv.outputs[0], "Add")
+    name = other_input(add, conv.outputs[0])
+    _require_bias(editor, conv.inputs[1], name)
+    flat = editor.add_constant(editor.constants[name].reshape(-1), name)
+    _replace(editor, conv, add, (conv.inputs[1], flat))
+
+
+def _require_bias(editor: Editor, weight: str, bias: str) -> None:
+    """The constant `bias` must hold one number for each channel that `weight` makes."""
     w, b = editor.constants.get(weight), editor.constants.get(bias)
     if w is None or b is None:
-        return False
+        raise NoMatch(f"{weight if w is None else bias!r} is no constant")
     channels, places = w.shape[0], w.ndim - 2
-    return b.shape in ((channels, *[1] * places), (1, channels, *[1] * places))
+    shapes = ((channels, *[1] * places), (1, channels, *[1] * places))
+    require(b.shape in shapes, f"{bias!r} has the shape {b.shape}, not {shapes[1]}")
 
 
 def _has_bias(conv: Node) -> bool:

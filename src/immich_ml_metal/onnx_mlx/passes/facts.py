@@ -2,6 +2,7 @@
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node
 from immich_ml_metal.onnx_mlx.passes.families import BROADCAST, UNARY
+from immich_ml_metal.onnx_mlx.passes.match import NoMatch
 
 # operators whose result has the rank of their first input that is not a constant
 _SAME_RANK = UNARY | (BROADCAST - {"PRelu"}) | {"Softmax", "LayerNormalization", "Slice", "Linear"}
@@ -70,3 +71,15 @@ def factor_of(editor: Editor, node: Node) -> tuple[str, float] | None:
             if value is not None:
                 return x, value
     return None
+
+
+def scaled_by(editor: Editor, node: Node) -> tuple[str, float]:
+    """Like `factor_of`, for a node that must be of this form.
+
+    Raises:
+        NoMatch: neither operand is a constant of one element.
+    """
+    found = factor_of(editor, node)
+    if found is None:
+        raise NoMatch(f"{node} has no constant factor of one element")
+    return found

@@ -8,6 +8,7 @@ from onnx import TensorProto
 
 from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
 from immich_ml_metal.onnx_mlx.passes.families import FLOATING, SAME_TYPE
+from immich_ml_metal.onnx_mlx.passes.match import Note, ignore
 
 FLOATS = frozenset(
     {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
@@ -15,16 +16,22 @@ FLOATS = frozenset(
 _DEPTH = 32
 
 
-def drop_idle(program: Program) -> Program:
+def drop_idle(program: Program, note: Note = ignore) -> Program:
     """Remove operations without effect."""
     editor = Editor(program)
     alias: dict[str, str] = {}
     for node in editor:
         inputs = tuple(alias.get(name, name) for name in node.inputs)
-        if _is_idle(editor, node, inputs) and node.outputs[0] not in program.output_names:
+        is_idle = _is_idle(editor, node, inputs)
+        if is_idle and node.outputs[0] not in program.output_names:
             alias[node.outputs[0]] = inputs[0]
             editor.replace(node)
-        elif inputs != node.inputs:
+            continue
+        if is_idle:
+            note(node, "it makes a result of the model")
+        elif node.op == "Cast" and node.attributes.get("to") in FLOATS:
+            note(node, f"{inputs[0]!r} is not known to be floating already")
+        if inputs != node.inputs:
             editor.replace(node, Node(node.op, inputs, node.outputs, node.attributes, node.name))
     return editor.finish()
 

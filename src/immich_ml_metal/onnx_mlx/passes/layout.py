@@ -18,6 +18,7 @@ from immich_ml_metal.onnx_mlx.passes.families import (
     UNARY,
     WINDOWS,
 )
+from immich_ml_metal.onnx_mlx.passes.match import NoMatch, Note, ignore, require
 from immich_ml_metal.types import Tensor
 
 TO_LAST, TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -29,14 +30,15 @@ FOLLOW = UNARY | GLOBAL_POOLS | {"BatchNormalization", "Resize"}
 AXIS = frozenset({"Concat", "Softmax"})
 
 
-def lay_out(program: Program) -> Program:
+def lay_out(program: Program, note: Note = ignore) -> Program:
     """Keep pictures channels-last between convolutions."""
-    return _Layout(program).run()
+    return _Layout(program, note).run()
 
 
 class _Layout:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, note: Note) -> None:
         self._program = program
+        self._note = note
         self._constants = dict(program.constants)
         self._nodes: list[Node] = []
         self._last: dict[str, str] = {}  # ONNX name → name of the channels-last value
@@ -54,8 +56,13 @@ class _Layout:
 
     def run(self) -> Program:
         for node in self._program.nodes:
-            rule = self._rules.get(node.op)
-            if rule is None or not rule(node):
+            rule = self._rules.get(node.op, self._unknown)
+            try:
+                is_done = rule(node)
+            except NoMatch as exc:
+                self._note(node, str(exc))
+                is_done = False
+            if not is_done:
                 self._emit_plain(node)
         for name in self._program.output_names:
             self._to_plain(name)
@@ -100,20 +107,28 @@ class _Layout:
         self._constants[name + MARK] = np.ascontiguousarray(value)
         return name + MARK
 
-    # -- rules: True when the node was emitted channels-last ----------------------------------
+    # -- rules: True when the node was emitted channels-last, False when none of its inputs is;
+    # -- NoMatch where one is and the node does not take it so: that costs a turn -------------
+
+    def _unknown(self, node: Node) -> bool:
+        """An operator that knows channels-first only."""
+        turned = [name for name in node.inputs if name in self._last and name not in self._plain]
+        require(not turned, f"it knows channels-first only, and {turned} is channels-last")
+        return False
 
     def _window(self, node: Node) -> bool:
         if node.op in ("Conv", "ConvTranspose"):
             weight = self._constants.get(node.inputs[1])
-            if weight is None or weight.ndim != RANK:
-                return False
+            require(weight is not None, f"the weights {node.inputs[1]!r} are no constant")
+            assert weight is not None
+            require(weight.ndim == RANK, f"its weights have {weight.ndim} axes, not {RANK}")
             inputs = list(node.inputs)
             if node.op == "Conv":
                 inputs[1] = self._constant(inputs[1], weight.transpose(TO_LAST))
         else:
             kernel = node.attributes.get("kernel_shape")
-            if not isinstance(kernel, tuple) or len(kernel) != RANK - 2:
-                return False
+            is_picture = isinstance(kernel, tuple) and len(kernel) == RANK - 2
+            require(is_picture, f"its window is {kernel}, not one over a picture")
             inputs = list(node.inputs)
         return self._emit_last(node, (self._to_last(inputs[0]), *inputs[1:]))
 
@@ -125,8 +140,9 @@ class _Layout:
     def _broadcast(self, node: Node) -> bool:
         if not any(name in self._last for name in node.inputs):
             return False
-        if not all(name in self._last or self._bends(name) for name in node.inputs):
-            return False
+        for name in node.inputs:
+            fits = name in self._last or self._bends(name)
+            require(fits, f"{name!r} is neither channels-last nor a constant")
         return self._emit_last(node, tuple(self._bent(name) for name in node.inputs))
 
     def _bends(self, name: str) -> bool:
@@ -146,15 +162,16 @@ class _Layout:
 
     def _reduce(self, node: Node) -> bool:
         axes = self._integers(node, "axes")
-        if node.inputs[0] not in self._last or not axes:
+        if node.inputs[0] not in self._last:
             return False
+        require(axes, "its axes are no constant")
         source = (self._last[node.inputs[0]],)
         stored = tuple(STORED[axis % RANK] for axis in axes)
         attributes: dict[str, Attribute] = {**node.attributes, "axes": stored}
         if node.attributes.get("keepdims", 1):
             return self._emit_last(node, source, attributes)
-        if {axis % RANK for axis in axes} != {2, 3}:  # what remains would be in another order
-            return False
+        # what remains of other axes would be in another order
+        require({axis % RANK for axis in axes} == {2, 3}, f"it drops the axes {axes}, not [2, 3]")
         self._nodes.append(Node(node.op, source, node.outputs, attributes, node.name))
         self._plain.update(node.outputs)
         return True
@@ -168,21 +185,24 @@ class _Layout:
         return [] if value is None else [int(v) for v in value.ravel()]
 
     def _axis(self, node: Node) -> bool:
-        if self._program.opset < 13 and node.op == "Softmax":
+        if not any(name in self._last for name in node.inputs):
             return False
-        if not all(name in self._last for name in node.inputs):
-            return False
+        flattens = self._program.opset < 13 and node.op == "Softmax"
+        require(not flattens, "before opset 13 it flattens its axes")
+        plain = [name for name in node.inputs if name not in self._last]
+        require(not plain, f"{plain} is not channels-last")
         axis = node.attributes.get("axis", -1)
         if not isinstance(axis, int):
-            return False
+            raise NoMatch("it has no single axis")
         attributes = {**node.attributes, "axis": STORED[axis % RANK]}
         return self._emit_last(node, tuple(self._last[name] for name in node.inputs), attributes)
 
     def _pad(self, node: Node) -> bool:
         pads = self._integers(node, "pads")
-        has_axes = len(node.inputs) > 3
-        if node.inputs[0] not in self._last or len(pads) != 2 * RANK or has_axes:
+        if node.inputs[0] not in self._last:
             return False
+        require(len(node.inputs) <= 3, "it names its axes")
+        require(len(pads) == 2 * RANK, "its pads are no constant for four axes")
         turned = tuple(pads[side * RANK + axis] for side in (0, 1) for axis in TO_LAST)
         inputs = (self._last[node.inputs[0]], "", *node.inputs[2:])
         return self._emit_last(node, inputs, {**node.attributes, "pads": turned})

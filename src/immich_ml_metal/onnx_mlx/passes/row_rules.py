@@ -19,6 +19,8 @@ from immich_ml_metal.onnx_mlx.passes.families import (
     UNARY,
     WINDOWS,
 )
+from immich_ml_metal.onnx_mlx.passes.row_lookup import gather, gather_elements, gather_nd
+from immich_ml_metal.onnx_mlx.passes.row_products import attention, gemm, matmul, norm
 from immich_ml_metal.onnx_mlx.passes.rows import Rows, Rule
 
 PICTURES = (
@@ -41,7 +43,7 @@ def _reshape(rows: Rows, node: Node) -> int:
     axis = rows.carried(node)
     before = math.prod(rows.shape(source)[:axis]) * rows.outer(source)
     found = place_rows(rows.shape(target), before)
-    rows.refuse_if(found is None, node)
+    rows.refuse_if(found is None, f"no axis of {rows.shape(target)} can hold the rows")
     axis, outer = found or (0, 1)
     if outer > 1:
         rows.interleave(target, outer)
@@ -75,68 +77,11 @@ def _broadcast(rows: Rows, node: Node) -> int:
         for name in node.inputs
         if (axis := rows.axis(name)) is not None
     }
-    rows.refuse_if(len(places) != 1, node)
+    rows.refuse_if(len(places) != 1, f"its operands hold rows on the axes {sorted(places)}")
     (place,) = places
-    inputs = tuple(_aligned(rows, node, name, place, rank) for name in node.inputs)
+    inputs = tuple(rows.aligned(node, name, place) for name in node.inputs)
     rows.emit(node, inputs=inputs)
     return place
-
-
-def _aligned(rows: Rows, node: Node, name: str, place: int, rank: int) -> str:
-    """An operand whose length at the rows' axis fits: as many for each row, or one in all."""
-    shape, wanted = rows.shape(name), rows.shape(node.outputs[0])[place]
-    own = place - (rank - len(shape))
-    length = shape[own] if own >= 0 else 1
-    if rows.axis(name) is not None:
-        rows.refuse_if(length != wanted, node)
-        return name
-    if length == 1 and (wanted == 1 or own < 0):
-        return name
-    rows.refuse_if(length != wanted and length != 1, node)
-    return name if length == 1 else rows.repeat(name, own)
-
-
-def _matmul(rows: Rows, node: Node) -> int:
-    left, right = node.inputs
-    x, y, out = (len(rows.shape(name)) for name in (left, right, node.outputs[0]))
-    a, b = rows.axis(left), rows.axis(right)
-    rows.refuse_if(min(x, y) < 2, node)
-    if b is None and y == 2 and a is not None:
-        rows.refuse_if(a == x - 1, node)
-        rows.emit(node)
-        return a
-    if a is None and b == y - 1:
-        rows.refuse_if(x > 2, node)
-        rows.emit(node)
-        return out - 1
-    places = {axis + out - rank for axis, rank in ((a, x), (b, y)) if axis is not None}
-    rows.refuse_if(len(places) != 1, node)
-    (place,) = places
-    if b is None and place == out - 2:
-        rows.refuse_if(any(n != 1 for n in rows.shape(right)[:-2]), node)
-        rows.emit(node)
-        return place
-    rows.refuse_if(place >= out - 2, node)
-    rows.emit(node, inputs=tuple(_aligned(rows, node, name, place, out) for name in node.inputs))
-    return place
-
-
-def _gemm(rows: Rows, node: Node) -> int:
-    axis = rows.carried(node)
-    rows.refuse_if(axis != 0 or bool(node.attributes.get("transA")), node)
-    inputs = node.inputs
-    if len(inputs) > 2 and inputs[2]:
-        bias = rows.shape(inputs[2])
-        rows.refuse_if(len(bias) > 1 and bias[0] != 1, node)
-    rows.emit(node)
-    return 0
-
-
-def _norm(rows: Rows, node: Node) -> int:
-    axis = rows.carried(node)
-    rows.refuse_if(axis >= rows.attribute_axis(node, -1), node)
-    rows.emit(node)
-    return axis
 
 
 def _along(rows: Rows, node: Node) -> int:
@@ -149,7 +94,8 @@ def _along(rows: Rows, node: Node) -> int:
     else:
         along = rows.attribute_axis(node, default)
     flattens = rows.opset < 13 and node.op in ("Softmax", "LogSoftmax")
-    rows.refuse_if(along == axis or (flattens and along < axis), node)
+    mixes = along == axis or (flattens and along < axis)
+    rows.refuse_if(mixes, f"it works along axis {along}, rows lie on {axis}")
     rows.emit(node)
     dropped = node.op in ("ArgMax", "ArgMin") and not node.attributes.get("keepdims", 1)
     return axis - 1 if dropped and along < axis else axis
@@ -159,7 +105,7 @@ def _reduce(rows: Rows, node: Node) -> int:
     axis = rows.carried(node)
     rank = len(rows.shape(node.inputs[0]))
     axes = [a % rank for a in rows.list_of(node, "axes", 1) or range(rank)]
-    rows.refuse_if(axis in axes, node)
+    rows.refuse_if(axis in axes, f"it reduces the axes {axes}, rows lie on {axis}")
     rows.emit(node)
     if node.attributes.get("keepdims", 1):
         return axis
@@ -168,10 +114,11 @@ def _reduce(rows: Rows, node: Node) -> int:
 
 def _picture(rows: Rows, node: Node) -> int:
     axis = rows.carried(node)
-    rows.refuse_if(axis != 0, node)
+    rows.refuse_if(axis != 0, f"rows lie on axis {axis}, not 0")
     if node.op == "Resize" and len(node.inputs) > 3:
         sizes, old = rows.list_of(node, "sizes", 3), rows.shape(node.inputs[0])
-        rows.refuse_if("axes" in node.attributes or not sizes, node)
+        rows.refuse_if("axes" in node.attributes, "it names its axes")
+        rows.refuse_if(not sizes, "it has no sizes")
         scales = np.asarray([new / before for new, before in zip(sizes or (), old, strict=True)])
         given = rows.add_constant(node.outputs[0], scales.astype(np.float32))
         rows.emit(node, inputs=(*node.inputs[:2], given))
@@ -191,7 +138,7 @@ def _expand(rows: Rows, node: Node) -> int:
     before = rows.carried(node)
     old, new = rows.shape(node.inputs[0]), rows.shape(node.outputs[0])
     axis = before + len(new) - len(old)
-    rows.refuse_if(old[before] != new[axis], node)
+    rows.refuse_if(old[before] != new[axis], f"it repeats the rows {new[axis]} times")
     shape = [1 if a == axis else length for a, length in enumerate(new)]
     given = rows.add_constant(node.outputs[0], np.asarray(shape, np.int64))
     rows.emit(node, inputs=(node.inputs[0], given))
@@ -200,9 +147,9 @@ def _expand(rows: Rows, node: Node) -> int:
 
 def _concat(rows: Rows, node: Node) -> int:
     axes = {axis for name in node.inputs if (axis := rows.axis(name)) is not None}
-    rows.refuse_if(len(axes) != 1, node)
+    rows.refuse_if(len(axes) != 1, f"its inputs hold rows on the axes {sorted(axes)}")
     (axis,) = axes
-    rows.refuse_if(axis == rows.attribute_axis(node), node)
+    rows.refuse_if(axis == rows.attribute_axis(node), "it joins along the rows")
     inputs = [n if rows.axis(n) is not None else rows.repeat(n, axis) for n in node.inputs]
     rows.emit(node, inputs=tuple(inputs))
     return axis
@@ -213,7 +160,7 @@ def _slice(rows: Rows, node: Node) -> int:
     rank = len(rows.shape(node.inputs[0]))
     starts = rows.list_of(node, "starts", 1) or []
     axes = rows.list_of(node, "axes", 3) or list(range(len(starts)))
-    rows.refuse_if(axis in [a % rank for a in axes], node)
+    rows.refuse_if(axis in [a % rank for a in axes], "it cuts along the rows")
     rows.emit(node)
     return axis
 
@@ -224,68 +171,9 @@ def _pad(rows: Rows, node: Node) -> int:
     pads = rows.list_of(node, "pads", 1) or []
     axes = [a % rank for a in rows.list_of(node, "axes", 3) or range(rank)]
     touched = [a for i, a in enumerate(axes) if pads[i] or pads[i + len(axes)]]
-    rows.refuse_if(axis in touched, node)
+    rows.refuse_if(axis in touched, "it pads along the rows")
     rows.emit(node)
     return axis
-
-
-def _gather(rows: Rows, node: Node) -> int:
-    data, index = node.inputs
-    along = rows.attribute_axis(node)
-    places = len(rows.shape(index))
-    a, i = rows.axis(data), rows.axis(index)
-    if a is None and i is not None:
-        rows.emit(node)
-        return along + i
-    if a is not None and a != along and i is None:
-        rows.emit(node)
-        return a if a < along else a + places - 1
-    rows.refuse_if(a != along, node)
-    if i is None:  # the same places of each row: they need an axis to put the rows on
-        rows.refuse_if(1 not in rows.shape(index), node)
-        i = rows.shape(index).index(1)
-    rows.emit(node, op="GatherRows", inputs=(data, index, rows.counter), index_axis=i)
-    return along + i
-
-
-def _gather_elements(rows: Rows, node: Node) -> int:
-    places = {axis for name in node.inputs if (axis := rows.axis(name)) is not None}
-    rows.refuse_if(len(places) != 1, node)
-    (axis,) = places
-    rows.refuse_if(axis == rows.attribute_axis(node), node)
-    lengths = {rows.shape(name)[axis] for name in node.inputs}
-    rows.refuse_if(len(lengths) != 1, node)
-    inputs = [n if rows.axis(n) is not None else rows.repeat(n, axis) for n in node.inputs]
-    rows.emit(node, inputs=tuple(inputs))
-    return axis
-
-
-def _gather_nd(rows: Rows, node: Node) -> int:
-    data, index = node.inputs
-    a, i = rows.axis(data), rows.axis(index)
-    rank = len(rows.shape(index))
-    rows.refuse_if(bool(node.attributes.get("batch_dims")) or i is None or i == rank - 1, node)
-    if a is None:
-        rows.emit(node)
-    else:
-        rows.refuse_if(a >= rows.shape(index)[-1], node)
-        inputs = (data, index, rows.counter)
-        rows.emit(node, op="GatherNDRows", inputs=inputs, data_axis=a, index_axis=i or 0)
-    return i or 0
-
-
-def _attention(rows: Rows, node: Node) -> int:
-    """Rows on the first axis of q, k and v; a mask without rows must not have them either."""
-    rows.refuse_if(any(rows.axis(name) != 0 for name in node.inputs[:3]), node)
-    if len(node.inputs) > 3 and node.inputs[3]:
-        mask, rank = node.inputs[3], 4
-        if rows.axis(mask) is None:
-            shape = rows.shape(mask)
-            rows.refuse_if(len(shape) == rank and shape[0] != 1, node)
-        else:
-            rows.refuse_if(rows.axis(mask) != 0 or len(rows.shape(mask)) != rank, node)
-    rows.emit(node)
-    return 0
 
 
 RULES: Mapping[str, Rule] = {
@@ -295,17 +183,17 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(PICTURES, _picture),
     **dict.fromkeys(ALONG_AXIS, _along),
-    "MatMul": _matmul,
-    "Gemm": _gemm,
-    "LayerNormalization": _norm,
-    "RMSNormalization": _norm,
+    "MatMul": matmul,
+    "Gemm": gemm,
+    "LayerNormalization": norm,
+    "RMSNormalization": norm,
     "Transpose": _transpose,
     "Expand": _expand,
     "Concat": _concat,
     "Slice": _slice,
     "Pad": _pad,
-    "Gather": _gather,
-    "GatherElements": _gather_elements,
-    "GatherND": _gather_nd,
-    "Attention": _attention,
+    "Gather": gather,
+    "GatherElements": gather_elements,
+    "GatherND": gather_nd,
+    "Attention": attention,
 }

@@ -8,13 +8,19 @@ from collections.abc import Callable, Mapping
 from immich_ml_metal.onnx_mlx.executor import infer_shapes
 from immich_ml_metal.onnx_mlx.graph import Attribute, Node, Program, prune, replace_body
 from immich_ml_metal.onnx_mlx.passes.families import RESHAPES, UNARY
+from immich_ml_metal.onnx_mlx.passes.match import NoMatch, require
 from immich_ml_metal.types import Tensor, TensorSpec
 
 INTERLEAVED = RESHAPES | UNARY | {"Gemm"}  # what does not care about the order of the rows
 
 
 class RowsMix(Exception):
-    """No rule keeps the rows apart here; says where."""
+    """No rule keeps the rows apart here; says where and why."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(f"{node}: {reason}")
+        self.node = node
+        self.reason = reason
 
 
 class Rows:
@@ -44,18 +50,22 @@ class Rows:
                 self._nodes.append(node)
         for name in self._program.output_names:
             if self._axis.get(name) != 0 or self._shapes[name][0] != 1:
-                raise RowsMix(f"output {name!r} does not hold one row for each input row")
+                maker = next(node for node in self._program.nodes if name in node.outputs)
+                raise RowsMix(maker, f"output {name!r} does not hold one row for each input row")
         program = replace_body(self._program, tuple(self._nodes), self._constants)
         return prune(_with_free_batch(program))
 
     def _rewrite(self, node: Node, rules: Mapping[str, "Rule"]) -> None:
         rule = rules.get(node.op)
         if rule is None:
-            raise RowsMix(f"no rule for {node}")
+            raise RowsMix(node, "there is no rule for rows through this operator")
         interleaved = max(self.outer(name) for name in node.inputs)
         if interleaved > 1 and node.op not in INTERLEAVED:
-            raise RowsMix(f"{node} gets interleaved rows")
-        axis = rule(self, node)
+            raise RowsMix(node, "it gets interleaved rows")
+        try:
+            axis = rule(self, node)
+        except NoMatch as exc:
+            raise RowsMix(node, str(exc)) from exc
         if interleaved > 1 and node.op not in RESHAPES:
             self._outer.update(dict.fromkeys(node.outputs, interleaved))
         for name in node.outputs:
@@ -77,7 +87,7 @@ class Rows:
         """The axis of the one input (of those at `positions`) that holds rows; others must not."""
         carriers = [i for i, name in enumerate(node.inputs) if name in self._axis]
         if set(carriers) - set(positions or (0,)):
-            raise RowsMix(f"rows reach {node} through input {carriers[-1]}")
+            raise NoMatch(f"rows reach it through input {carriers[-1]}")
         return self._axis[node.inputs[carriers[0]]]
 
     def axis(self, name: str) -> int | None:
@@ -100,7 +110,7 @@ class Rows:
         """The node's `axis`, counted from the start."""
         axis = node.attributes.get("axis", default)
         if not isinstance(axis, int):
-            raise RowsMix(f"{node} has no single axis")
+            raise NoMatch("it has no single axis")
         return axis % len(self._shapes[node.inputs[0]])
 
     def list_of(self, node: Node, name: str, position: int) -> list[int] | None:
@@ -111,7 +121,7 @@ class Rows:
         if len(node.inputs) > position and node.inputs[position]:
             value = self._constants.get(node.inputs[position])
             if value is None:
-                raise RowsMix(f"{node} takes {name} from the data")
+                raise NoMatch(f"it takes {name} from the data")
             return [int(v) for v in value.ravel()]
         return None
 
@@ -135,10 +145,29 @@ class Rows:
         """A value with one element of its first axis for each row."""
         return self._counter
 
-    def refuse_if(self, condition: bool, node: Node) -> None:
-        """Give up on a node that mixes rows."""
-        if condition:
-            raise RowsMix(f"{node} works across rows")
+    def aligned(self, node: Node, name: str, place: int) -> str:
+        """An operand whose length at the rows' axis fits: as many for each row, or one in all.
+
+        `place` is that axis in the node's result.
+        """
+        shape, result = self._shapes[name], self._shapes[node.outputs[0]]
+        wanted, own = result[place], place - (len(result) - len(shape))
+        length = shape[own] if own >= 0 else 1
+        if name in self._axis:
+            self.refuse_if(length != wanted, f"{name!r} has {length} for each row, not {wanted}")
+            return name
+        if length == 1 and (wanted == 1 or own < 0):
+            return name
+        self.refuse_if(length not in (wanted, 1), f"{name!r} has {length} beside rows of {wanted}")
+        return name if length == 1 else self.repeat(name, own)
+
+    def refuse_if(self, condition: bool, reason: str) -> None:
+        """Give up on a node that mixes rows.
+
+        Raises:
+            NoMatch: `condition` holds.
+        """
+        require(not condition, reason)
 
 
 Rule = Callable[[Rows, Node], int]  # emits the node, gives the axis of its rows

@@ -1,11 +1,12 @@
 """Transpositions that follow each other become one, or none."""
 
 from immich_ml_metal.onnx_mlx.graph import Attribute, Editor, Node, Program
+from immich_ml_metal.onnx_mlx.passes.match import Note, ignore
 
 Order = tuple[int, ...]
 
 
-def merge_transposes(program: Program) -> Program:
+def merge_transposes(program: Program, note: Note = ignore) -> Program:
     """Transpose(Transpose(x)) → one Transpose; those that change nothing vanish."""
     editor = Editor(program)
     alias: dict[str, str] = {}
@@ -17,10 +18,12 @@ def merge_transposes(program: Program) -> Program:
                 editor.replace(node, _with_inputs(node, inputs))
             continue
         source, order, is_layout = merged
-        if order == tuple(range(len(order))) and node.outputs[0] not in program.output_names:
-            alias[node.outputs[0]] = source
-            editor.replace(node)
-            continue
+        if order == tuple(range(len(order))):
+            if node.outputs[0] not in program.output_names:
+                alias[node.outputs[0]] = source
+                editor.replace(node)
+                continue
+            note(node, "it changes nothing, but makes a result of the model")
         attributes: dict[str, Attribute] = {"perm": order}
         if is_layout:
             attributes["layout"] = 1
