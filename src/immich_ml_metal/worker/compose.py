@@ -43,14 +43,11 @@ def build_app(settings: Settings, machine: Machine | None = None) -> ASGIApp:
     store = ModelStore(settings, on_download=metrics.count_download)
     record = Record(StateFolder(settings.state_folder))
     choices = Choices(settings, machine or this_machine(), record.entries(), store)
-    plan = EnginePlan(
-        choices,
-        Surroundings(
-            settings,
-            files_of=store.ensure,
-            on_fallback=lambda reason: metrics.fallbacks.labels(reason).inc(),
-        ),
-    )
+
+    def count(reason: str) -> None:
+        metrics.fallbacks.labels(reason).inc()
+
+    plan = EnginePlan(choices, Surroundings(settings, files_of=store.ensure, on_fallback=count))
     _report_plan(plan)
     report_models(settings, store)
     return create_app(
