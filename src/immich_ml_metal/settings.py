@@ -75,6 +75,12 @@ class Settings(BaseModel):
         pattern=r"^[\w.-]+$",
         help="Revision of Immich's model repositories: main, or v2 for the optimised exports.",
     )
+    index_guard: Literal["hold", "warn", "off"] = setting(
+        "hold",
+        "ML_INDEX_GUARD",
+        help="When vectors would be made otherwise than the index's: hold serves the former ones "
+        "until `models accept`; warn only says so; off does neither.",
+    )
     immich_compat: Literal["3.3", "3.2"] = setting(
         "3.3",
         "ML_IMMICH_COMPAT",

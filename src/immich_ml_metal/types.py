@@ -69,11 +69,13 @@ class ModelFiles:
         folder: holds the half's side files (`preprocess_cfg.json`, `tokenizer.json`,
             `charset.txt`).
         root: holds the files that both halves share (`config.json`).
+        compat: the server whose resize rule made the index, where it is not the settings'.
     """
 
     graph: Path
     folder: Path
     root: Path
+    compat: str | None = None
 
 
 # -- requests: one frozen dataclass per entry, options included -----------------------------------

@@ -7,6 +7,7 @@ import pytest
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
 from immich_ml_metal.doctor.facts import GIB, EngineTest, Facts, Machine, ModelFact, Outcome, Port
 from immich_ml_metal.immich.advice import Advice
+from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.settings import Settings
 
 MAC = Machine("Darwin", "arm64", False, "15.2", (3, 12, 4), 24 * GIB, 12 * GIB, sleep_min=0)
@@ -24,6 +25,7 @@ HEALTHY = Facts(
     service="running",
     immich=(),
     clock_skew_s=0.4,
+    index=(IndexFinding("clip/ViT-B-32__openai", "same", "as set", "made as they were"),),
 )
 
 
@@ -168,6 +170,20 @@ def test_every_other_failure_of_a_broken_set_up_points_to_the_cause(name: str) -
 
 def result_of(facts: Facts, name: str) -> Finding:
     return next(r for r in examine(CHECKS, facts) if r.name == name)
+
+
+def test_an_index_that_was_made_otherwise_is_a_warning_with_the_way_out() -> None:
+    said = "vectors of ViT-B-32__openai were made with erf GELU"
+    changed = IndexFinding("clip/ViT-B-32__openai", "changed", "as before", said)
+    found = result_of(replace(HEALTHY, index=(changed,)), "index")
+    assert (found.level, found.text) == (Outcome.WARN, said)
+    assert "models accept" in found.fix
+
+
+def test_without_a_history_the_index_is_not_called_the_same() -> None:
+    found = result_of(replace(HEALTHY, index=()), "index")
+    assert found.level is Outcome.SKIP
+    assert "not known" in found.text
 
 
 def test_a_healthy_set_up_has_nothing_to_fix() -> None:

@@ -4,6 +4,7 @@ ROLE is `gateway` (settings as the next argument), `worker` or `check`: each sta
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def main(role: str, argument: str) -> None:
     elif role == "worker":
         settings = Settings.model_validate_json(read_settings())
         configure_logging(settings, "worker")
-        serve(build_app(settings, odd_mac(settings.models_dir)), Path(argument))
+        serve(
+            build_app(settings, odd_mac(settings.models_dir), start=str(os.getppid())),
+            Path(argument),
+        )
     else:
         check(Settings.model_validate_json(argument))
 

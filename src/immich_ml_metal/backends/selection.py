@@ -97,6 +97,7 @@ class Candidate:
         return cls(engine, number_format)
 
 
+VISION = Candidate("vision", OWN_FORMAT)
 REFERENCE = Candidate("cpu")  # what all others are compared with; it needs no verdict
 
 

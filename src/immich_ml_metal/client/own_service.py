@@ -142,6 +142,7 @@ def running_service(
     port = _free_port()
     arguments = [part for pair in options.items() for part in pair if part]
     command = [sys.executable, "-m", "immich_ml_metal", "serve", "--host", "127.0.0.1"]
+    command += ["--index-guard", "off"]  # nothing of it goes into an index
     with tempfile.TemporaryFile("w+") as words:
         process = subprocess.Popen(
             [*command, "--port", str(port), *arguments], stdout=words, stderr=subprocess.STDOUT

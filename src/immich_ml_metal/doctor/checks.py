@@ -62,6 +62,7 @@ CHECKS = (
     ),
     Check("start at boot", service.check_service, after=(*_BASE, "port")),
     Check("address", service.check_address),
+    Check("index", service.check_index),
     Check("immich", service.check_immich, after=("settings", "port")),
     Check("sleep", service.check_sleep),
     Check("logs", service.check_logs),

@@ -7,6 +7,7 @@ from typing import Literal
 
 from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.immich.advice import Advice
+from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.settings import Settings
 
 GIB = 2**30
@@ -82,6 +83,7 @@ class Facts:
         immich_error: why the server could not be asked.
         clock_skew_s: our clock minus a server's; None unknown.
         logs_bytes: size of all log files.
+        index: what the index guard knows of each model.
     """
 
     version: str
@@ -102,6 +104,7 @@ class Facts:
     immich_error: str = ""
     clock_skew_s: float | None = None
     logs_bytes: int = 0
+    index: tuple[IndexFinding, ...] = ()
 
 
 class Outcome(StrEnum):

@@ -93,6 +93,18 @@ def check_immich(facts: Facts) -> Answer:
     return level, facts.immich[0].text, "immich-ml-metal immich status"
 
 
+def check_index(facts: Facts) -> Answer:
+    """Vectors are made as those in Immich's index were."""
+    changed = [one for one in facts.index if one.state == "changed"]
+    if changed:
+        fix = "immich-ml-metal models accept NAME, once you have decided"
+        return Outcome.WARN, "; ".join(one.text for one in changed), fix
+    if not facts.index:
+        return Outcome.SKIP, "nothing was served yet: what made the index is not known here", ""
+    names = ", ".join(one.model.partition("/")[2] for one in facts.index)
+    return Outcome.OK, f"made as since the first use here: {names}", ""
+
+
 def check_clock(facts: Facts) -> Answer:
     """The clock is right."""
     skew_s = facts.clock_skew_s

@@ -80,7 +80,7 @@ class DerivedForm:
             NotOnnx: the model cannot be read.
         """
         sources = weight_files(self.model)
-        stamp, digest = _stamp(sources), _digest(sources)
+        stamp, digest = stamp_files(sources), digest_files(sources)
         target = self._home / f"{self.model.stem}-{digest[:_DIGITS]}-{self._suffix}"
         self._home.mkdir(exist_ok=True)
         self._remove_abandoned()
@@ -157,7 +157,7 @@ def stamp_of(model: Path) -> Stamp:
     Raises:
         NotOnnx, OSError: the model cannot be read.
     """
-    return _stamp(weight_files(model))
+    return stamp_files(weight_files(model))
 
 
 def digest_of(model: Path) -> str:
@@ -166,10 +166,11 @@ def digest_of(model: Path) -> str:
     Raises:
         NotOnnx, OSError: the model cannot be read.
     """
-    return _digest(weight_files(model))[:_DIGITS]
+    return digest_files(weight_files(model))[:_DIGITS]
 
 
-def _digest(sources: Sequence[Path]) -> str:
+def digest_files(sources: Sequence[Path]) -> str:
+    """One SHA-256 of several files, hexadecimal."""
     total = hashlib.sha256()
     for file in sources:
         with file.open("rb") as stream:
@@ -177,7 +178,7 @@ def _digest(sources: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def _stamp(sources: Sequence[Path]) -> Stamp:
+def stamp_files(sources: Sequence[Path]) -> Stamp:
     """What tells a replaced file without reading it: size and time of change in nanoseconds."""
     folder = sources[0].parent
     found = {str(file.relative_to(folder)): file.stat() for file in sources}

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 from immich_ml_metal.onnx_files.derived import DerivedForm
-from immich_ml_metal.onnx_files.references import NotOnnx
+from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.onnx_mlx.graph import Node, Program
 from immich_ml_metal.onnx_mlx.lower import Lowered
 from immich_ml_metal.onnx_mlx.ops.call import Value

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 from immich_ml_metal.backends.base import Engine, in_format
 from immich_ml_metal.backends.makers import MAKERS, Maker, Surroundings
 from immich_ml_metal.backends.selection import (
+    FACE_FINDING,
     REFERENCE,
     SETTINGS,
     TEXT_READING,
+    VISION,
     Candidate,
     Platform,
     Rule,
@@ -78,10 +80,30 @@ class Choices:
         self._entries = entries
         self._store = store
         self._made: dict[ModelKey, Choice] = {}
+        self._held = ""
 
     def rule(self, slot: Slot) -> Rule:
-        """What the settings allow."""
-        return rule_for(slot, self.settings, self.machine.platform)
+        """What the settings allow, and for faces what the index was made with."""
+        rule = rule_for(slot, self.settings, self.machine.platform)
+        if slot != FACE_FINDING or not self._held:
+            return rule
+        kept = [one for one in rule.candidates if one.family == self._held]
+        other = VISION if self._held == VISION.family else REFERENCE
+        return Rule(tuple(kept) or (other,), f"{rule.why}, but as the index was made")
+
+    def hold_faces(self, family: str) -> None:
+        """Find faces as those in the index were (`immich` or `vision`); empty lets them go."""
+        self._held = family
+        for key in [key for key in self._made if (key.task, key.part) == FACE_FINDING]:
+            del self._made[key]
+
+    def could_use_vision(self) -> bool:
+        """Whether Apple Vision could find faces here, as far as is known without asking it."""
+        judged = self.entry(self.configured()[FACE_FINDING]).judged.get(VISION)
+        is_here = self.machine.platform.is_apple_silicon or (
+            VISION in self.rule(FACE_FINDING).candidates
+        )
+        return is_here and (judged is None or judged.verdict.is_usable)
 
     def entry(self, key: ModelKey) -> Entry:
         """What is remembered of a model."""

@@ -8,7 +8,9 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from immich_ml_metal.backends.makers import Surroundings
+from immich_ml_metal.backends.selection import FACE_FINDING
 from immich_ml_metal.catalog import get_model
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.plan import Choices, EnginePlan, Machine, this_machine
@@ -16,6 +18,7 @@ from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
 from immich_ml_metal.types import Part, Task
+from immich_ml_metal.worker.guarded_store import GuardedStore
 from immich_ml_metal.worker.preload import key_of_setting
 from immich_ml_metal.worker.server import create_app
 
@@ -30,34 +33,46 @@ _MODEL_SETTINGS = MappingProxyType(
 )
 
 
-def build_app(settings: Settings, machine: Machine | None = None) -> ASGIApp:
+def build_app(settings: Settings, machine: Machine | None = None, *, start: str = "") -> ASGIApp:
     """The worker app as `serve` runs it; says which engines answer and which models are here.
 
-    It starts with what is remembered of its engines and tests none of them.
+    It starts with what is remembered of its engines and tests none of them. `start` names the start
+    of the service that this worker belongs to.
 
     Raises:
         ConfigError: an engine that was asked for by name cannot be used on this machine, or a
             setting names no official model.
     """
     metrics = Metrics("worker")
+    count = metrics.fallbacks.labels
     store = ModelStore(settings, on_download=metrics.count_download)
     record = Record(StateFolder(settings.state_folder))
     choices = Choices(settings, machine or this_machine(), record.entries(), store)
-
-    def count(reason: str) -> None:
-        metrics.fallbacks.labels(reason).inc()
-
-    plan = EnginePlan(choices, Surroundings(settings, files_of=store.ensure, on_fallback=count))
+    guard = _guard(choices, settings)
+    choices.hold_faces(guard.held_points())
+    fallen = Surroundings(
+        settings, files_of=store.ensure, on_fallback=lambda reason: count(reason).inc()
+    )
+    plan = EnginePlan(choices, fallen)
     _report_plan(plan)
     report_models(settings, store)
+    guarded = GuardedStore(store, guard, settings, start)
     return create_app(
         settings,
         plan,
-        store,
+        guarded,
         metrics=metrics,
         describe_engines=_describer(plan, record.trouble),
+        describe_index=guarded.describe,
         spare=plan.spare,
     )
+
+
+def _guard(choices: Choices, settings: Settings) -> IndexGuard:
+    """The guard of this start, which may let faces be found as those in the index were."""
+    finder = choices.of(choices.configured()[FACE_FINDING]).candidate
+    points = "vision" if finder.engine == "vision" else "immich"
+    return IndexGuard(settings, points, has_vision=choices.could_use_vision())
 
 
 def _describer(plan: EnginePlan, trouble: str) -> Callable[[], dict[str, Any]]:

@@ -44,14 +44,16 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     describe_engines: Callable[[], dict[str, Any]] = dict,
+    describe_index: Callable[[], list[dict[str, Any]]] = list,
     spare: Callable[[], Engine] | None = None,
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines;
-    `spare` makes the engine that answers where another fails, None for none.
+    `metrics` are its own when None; `describe_engines` and `describe_index` tell what `/health`
+    adds; `spare` makes the engine that answers where another fails, None for none.
     """
     service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
+    service.describe_index = describe_index
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,8 +82,8 @@ class WorkerRoutes:
         spare: Callable[[], Engine] | None = None,
     ) -> None:
         self.settings = settings
+        self.describe_index: Callable[[], list[dict[str, Any]]] = list
         self.metrics = metrics or Metrics()
-        self._engines = engines
         self._describe_plan = describe_engines
         self._threads = CpuThreads(settings.request_threads)
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
@@ -89,7 +91,7 @@ class WorkerRoutes:
         self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
-        self._models = models
+        self._models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
@@ -160,6 +162,7 @@ class WorkerRoutes:
                     f"{task}/{part}": name for (task, part), name in self._engines.names().items()
                 },
                 "engine_plan": self._describe_plan(),
+                "index": self.describe_index(),
                 "engine_failures": self._models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
