@@ -49,11 +49,9 @@ def build_app(settings: Settings, machine: Machine | None = None, *, start: str 
     record = Record(StateFolder(settings.state_folder))
     choices = Choices(settings, machine or this_machine(), record.entries(), store)
     guard = _guard(choices, settings)
-    choices.hold_faces(guard.held_points())
-    fallen = Surroundings(
-        settings, files_of=store.ensure, on_fallback=lambda reason: count(reason).inc()
+    plan = EnginePlan(
+        choices, Surroundings(settings, store.ensure, lambda reason: count(reason).inc())
     )
-    plan = EnginePlan(choices, fallen)
     _report_plan(plan)
     report_models(settings, store)
     guarded = GuardedStore(store, guard, settings, start)
@@ -69,10 +67,12 @@ def build_app(settings: Settings, machine: Machine | None = None, *, start: str 
 
 
 def _guard(choices: Choices, settings: Settings) -> IndexGuard:
-    """The guard of this start, which may let faces be found as those in the index were."""
+    """The guard of this start; faces are found as those in the index were, if it says so."""
     finder = choices.of(choices.configured()[FACE_FINDING]).candidate
     points = "vision" if finder.engine == "vision" else "immich"
-    return IndexGuard(settings, points, has_vision=choices.could_use_vision())
+    guard = IndexGuard(settings, points, has_vision=choices.could_use_vision())
+    choices.hold_faces(guard.held_points())
+    return guard
 
 
 def _describer(plan: EnginePlan, trouble: str) -> Callable[[], dict[str, Any]]:
