@@ -266,17 +266,17 @@ class Settings(BaseModel):
         None,
         "ML_IMMICH_URL",
         pattern=r"^https?://",
-        help="Address of the Immich server, for the immich commands (http://nas:2283).",
+        help="Address of the Immich server, to look after its queues (http://nas:2283).",
     )
     immich_api_key: SecretStr | None = setting(
         None,
         "ML_IMMICH_API_KEY",
-        help="API key of an Immich admin, for the immich commands; never logged.",
+        help="API key of an Immich admin, to look after its queues; never logged.",
     )
-    immich_requeue: bool = setting(
-        False,
-        "ML_IMMICH_REQUEUE",
-        help="After an outage that failed answers, ask Immich once for its missing jobs.",
+    immich_guard: bool = setting(
+        True,
+        "ML_IMMICH_GUARD",
+        help="Pause Immich's queues while we cannot serve; ask for lost jobs. Needs url and key.",
     )
 
     @property

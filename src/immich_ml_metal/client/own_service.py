@@ -19,6 +19,7 @@ from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.settings import Settings
 
 TIMEOUT_S = 3.0
+LOST_FROM_STATUS = 500  # a 4xx is the fault of what was sent
 _ANY_HOST = frozenset({"0.0.0.0", "::", "[::]", ""})
 _REQUESTS = "immich_ml_http_requests_total"
 GREETING = "Immich ML"  # what `GET /` answers, here and in the official service

@@ -29,6 +29,7 @@ class Job:
     content_type: bytes
     request_id: str
     answer: "asyncio.Future[WorkerAnswer]"
+    tasks: tuple[str, ...] = ()
     deaths: int = 0
     causes: list[str] = field(default_factory=list)
 
@@ -66,16 +67,35 @@ class JobQueue:
         """Queue a request by its number."""
         bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
 
-    def take(self, limit: int) -> list[Job]:
-        """Move to the worker what it may have next, `limit` at once; a suspect goes alone."""
+    def take(self, limit: int, slow: frozenset[str] = frozenset()) -> list[Job]:
+        """Move to the worker what it may have next, `limit` at once; a suspect goes alone.
+
+        Of the `slow` tasks, which fail for now, no more than a third of the places is taken.
+        """
         if any(job.deaths for job in self._running):
             return []
         count = limit - len(self._running)
         if self._waiting and self._waiting[0].deaths:  # suspects arrived before all others
             count = 0 if self._running else 1
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        taken = self._choose(count, slow, share=max(1, limit // 3))
+        self._waiting = [job for job in self._waiting if job not in taken]
         self._running.update(taken)
         return taken
+
+    def _choose(self, count: int, slow: frozenset[str], share: int) -> list[Job]:
+        if not slow:
+            return self._waiting[:count]
+        slow_now = sum(1 for job in self._running if slow.intersection(job.tasks))
+        chosen: list[Job] = []
+        for job in self._waiting:
+            if len(chosen) >= count:
+                break
+            if slow.intersection(job.tasks):
+                if slow_now >= share:
+                    continue
+                slow_now += 1
+            chosen.append(job)
+        return chosen
 
     def remove(self, job: Job) -> None:
         """Forget a request: it was answered, or nobody waits for it."""

@@ -44,14 +44,11 @@ def build_app(settings: Settings, machine: Machine | None = None, *, start: str 
             setting names no official model.
     """
     metrics = Metrics("worker")
-    count = metrics.fallbacks.labels
     store = ModelStore(settings, on_download=metrics.count_download)
     record = Record(StateFolder(settings.state_folder))
     choices = Choices(settings, machine or this_machine(), record.entries(), store)
     guard = _guard(choices, settings)
-    plan = EnginePlan(
-        choices, Surroundings(settings, store.ensure, lambda reason: count(reason).inc())
-    )
+    plan = EnginePlan(choices, Surroundings(settings, store.ensure, metrics.count_fallback))
     _report_plan(plan)
     report_models(settings, store)
     guarded = GuardedStore(store, guard, settings, start)

@@ -34,6 +34,7 @@ from immich_ml_metal.worker.wire import parse_entries, render
 log = logging.getLogger(__name__)
 
 _HOUSEKEEPING_S = 10.0
+ERROR_HEADER = "X-ML-Error"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
@@ -244,6 +245,8 @@ def _render_error(exc: Exception) -> JSONResponse:
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
+    headers = {ERROR_HEADER: type(exc).__name__}  # tells the gateway what lasts
     after_s = errors.RETRY_AFTER_S.get(type(exc))  # type: ignore[arg-type]
-    headers = {"Retry-After": str(after_s)} if after_s is not None else None
+    if after_s is not None:
+        headers["Retry-After"] = str(after_s)
     return JSONResponse({"detail": reason}, status_code=status, headers=headers)
