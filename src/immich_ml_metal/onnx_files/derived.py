@@ -169,6 +169,15 @@ def digest_of(model: Path) -> str:
     return digest_files(weight_files(model))[:_DIGITS]
 
 
+def source_digest(*folders: Path) -> str:
+    """Eight hexadecimal digits for the Python source in `folders`, for the version of a form."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def digest_files(sources: Sequence[Path]) -> str:
     """One SHA-256 of several files, hexadecimal."""
     total = hashlib.sha256()

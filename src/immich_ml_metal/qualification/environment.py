@@ -4,13 +4,13 @@ Cheap enough for a start: reads versions and small files, imports no library.
 """
 
 import functools
-import hashlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import immich_ml_metal
+from immich_ml_metal.onnx_files.derived import source_digest
 from immich_ml_metal.system.programs import RunProgram, run_program
 
 Facts = Mapping[str, str]
@@ -24,11 +24,10 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 }
 _SOURCES: Mapping[str, tuple[str, ...]] = {
     "cpu": ("backends/ort",),
-    "mlx": ("onnx_mlx", "onnx_files"),
-    "coreml": ("backends/coreml", "onnx_files"),
+    "mlx": ("onnx_mlx", "onnx_graph"),
+    "coreml": ("backends/coreml", "onnx_graph"),
     "vision": ("backends/vision",),
 }
-_DIGEST_LETTERS = 12
 
 
 class Environment:
@@ -40,7 +39,7 @@ class Environment:
     def facts_for(self, engine: str) -> Facts:
         """What an engine's numbers depend on, by name; equal facts mean equal numbers."""
         packages = {name: _version(name) for name in _PACKAGES.get(engine, ())}
-        source = source_digest(*_SOURCES.get(engine, ()))
+        source = _source(*_SOURCES.get(engine, ()))
         return {"chip": self._chip, "system": self._system, **packages, "compiler": source}
 
     @functools.cached_property
@@ -65,14 +64,9 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def source_digest(*folders: str) -> str:
-    """Digest of our own source in some rooms of the package: other code, other numbers."""
+def _source(*folders: str) -> str:
     root = Path(immich_ml_metal.__file__).parent
-    digest = hashlib.sha256()
-    for folder in folders:
-        for file in sorted((root / folder).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:_DIGEST_LETTERS]
+    return source_digest(*(root / folder for folder in folders))
 
 
 def changes(old: Facts, new: Facts) -> str:
