@@ -21,7 +21,7 @@ from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.threads import CpuThreads
-from immich_ml_metal.types import TaskRequest
+from immich_ml_metal.types import Answer, TaskRequest
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.other_formats import OtherFormats
@@ -30,10 +30,11 @@ from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
 from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
-from immich_ml_metal.worker.wire import parse_entries, render
+from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 log = logging.getLogger(__name__)
 
+_RENDERED_AT_ONCE = 16  # faces and lines: a millisecond
 _HOUSEKEEPING_S = 10.0
 ERROR_HEADER = "X-ML-Error"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
@@ -197,7 +198,7 @@ class WorkerRoutes:
         try:
             async with self._admitted:
                 answer = await self._pipeline.answer(tasks, image, text)
-            body = render(answer)
+            body = await self._render(answer)
             status = 200
             return Response(body, media_type="application/json")
         except Exception as exc:
@@ -209,6 +210,12 @@ class WorkerRoutes:
             self._answered += 1
             for task in sorted({key.task for key in model_keys(tasks)}):
                 self.metrics.requests.labels(task, str(status)).inc()
+
+    async def _render(self, answer: Answer) -> bytes:
+        """The answer's JSON; a long one is written on a thread."""
+        if count_items(answer) <= _RENDERED_AT_ONCE:
+            return render(answer)
+        return await self._threads.run(lambda: render(answer))
 
     async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
