@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer
+from immich_ml_metal.urgency import Turns, Urgency
 
 MAX_DEATHS = 2
 # A SIGKILL comes from outside, from a person or a kernel out of memory: two of them prove nothing.
@@ -29,14 +30,16 @@ class Job:
     content_type: bytes
     request_id: str
     answer: "asyncio.Future[WorkerAnswer]"
+    urgency: Urgency = Urgency.PICTURES
     deaths: int = 0
     causes: list[str] = field(default_factory=list)
 
 
 class JobQueue:
-    """Every unanswered request, in order of arrival."""
+    """Every unanswered request: the most urgent first, then in order of arrival."""
 
     def __init__(self) -> None:
+        self._turns = Turns()
         self._waiting: list[Job] = []
         self._running: set[Job] = set()
 
@@ -67,15 +70,28 @@ class JobQueue:
         bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
 
     def take(self, limit: int) -> list[Job]:
-        """Move to the worker what it may have next, `limit` at once; a suspect goes alone."""
+        """Move to the worker what it may have next; a suspect goes alone.
+
+        Args:
+            limit: how many at once; as many searches are let through beside them.
+        """
         if any(job.deaths for job in self._running):
             return []
-        count = limit - len(self._running)
         if self._waiting and self._waiting[0].deaths:  # suspects arrived before all others
-            count = 0 if self._running else 1
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._running.update(taken)
+            return [] if self._running else [self._start(self._waiting[0])]
+        searches = [job for job in self._waiting if job.urgency is Urgency.SEARCH]
+        others = [job for job in self._waiting if job.urgency is not Urgency.SEARCH]
+        running = sum(job.urgency is Urgency.SEARCH for job in self._running)
+        taken = [self._start(job) for job in searches[: max(0, limit - running)]]
+        for _ in range(min(len(others), limit - (self.running - running - len(taken)))):
+            turn = self._turns.choose([job.urgency for job in others])
+            taken.append(self._start(others.pop(turn)))
         return taken
+
+    def _start(self, job: Job) -> Job:
+        self._waiting.remove(job)
+        self._running.add(job)
+        return job
 
     def remove(self, job: Job) -> None:
         """Forget a request: it was answered, or nobody waits for it."""

@@ -22,10 +22,11 @@ from immich_ml_metal.system.allocator import release_free_memory
 from immich_ml_metal.tasks.images import ImageLimits, decode
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import TaskRequest
+from immich_ml_metal.urgency import Urgency
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.picture_cache import PictureCache
-from immich_ml_metal.worker.pipeline import Pipeline, model_keys
+from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
 from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
@@ -91,7 +92,7 @@ class WorkerRoutes:
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
         self._models = models
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
-        self._admitted = asyncio.Semaphore(settings.concurrency)
+        self._admitted = _limits(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = 0
         self._answered = 0
@@ -135,6 +136,7 @@ class WorkerRoutes:
                 await self.pool.unload_idle(ttl_s, keep=self._preload_keys)
             if self._in_flight == 0 and self._answered > self._released_at:
                 self._released_at = self._answered
+                self._pictures.clear()
                 await self._threads.run(release_free_memory)
 
     # -- routes ------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class WorkerRoutes:
         self.metrics.in_flight.inc()
         status = errors.CLIENT_GONE  # what remains when this is cancelled
         try:
-            async with self._admitted:
+            async with self._admitted[urgency_of_tasks(tasks)]:
                 answer = await self._pipeline.answer(tasks, image, text)
             body = render(answer)
             status = 200
@@ -208,6 +210,12 @@ class WorkerRoutes:
         with self.metrics.stage("request", "read"):
             limit_bytes = self.settings.max_image_size_bytes
             return await read_form(request, self._threads, limit_bytes=limit_bytes)
+
+
+def _limits(concurrency: int) -> dict[Urgency, asyncio.Semaphore]:
+    """So many requests at once, and as many searches beside them."""
+    searches, others = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
+    return {one: searches if one is Urgency.SEARCH else others for one in Urgency}
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
