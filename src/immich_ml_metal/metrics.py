@@ -25,6 +25,9 @@ Stage = Literal["read", "queue", "decode", "preprocess", "infer", "postprocess"]
 
 # From a cached decode (1 ms) to the 300 s after which Immich's own client gives up.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120, 300)
+# What `/predict` may be answered with, and the queues that we may pause in Immich.
+PREDICT_STATUSES = ("200", "400", "408", "413", "422", "500", "503")
+QUEUES = ("smartSearch", "faceDetection", "ocr")
 BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -41,6 +44,7 @@ class Metrics:
         self._make_model_instruments()
         self._shown_in = self.registry if process != "worker" else None
         self._make_gateway_instruments()
+        self._show_zeros()
         Gauge(
             "immich_ml_memory_bytes", "Resident memory of the process.", registry=self.registry
         ).set_function(lambda: psutil.Process().memory_info().rss)
@@ -131,6 +135,27 @@ class Metrics:
         )
         self.replays = self._counter("replays", "Requests sent again after the worker died.")
         self.requeues = self._counter("requeues", "Times Immich was asked for its missing jobs.")
+        self.paused_queues = self._gauge(
+            "paused_queues", "1 while we keep this queue of Immich's paused.", "queue"
+        )
+        self.unplanned_end = self._gauge(
+            "unplanned_end_timestamp_seconds",
+            "When a start last found that the run before had not ended as planned; 0 for never.",
+        )
+
+    def _show_zeros(self) -> None:
+        """Every label that an alert asks for is there from the start.
+
+        Prometheus sees no increase in a series that begins with its first failure.
+        """
+        for status in PREDICT_STATUSES:
+            self.http_requests.labels("/predict", status)
+        for reason in ("crash", "idle", "memory"):
+            self.worker_restarts.labels(reason)
+        for queue in QUEUES:
+            self.paused_queues.labels(queue)
+        for outcome in ("ok", "failed"):
+            self.downloads.labels(outcome)
 
     @contextmanager
     def stage(self, task: str, stage: Stage) -> Iterator[None]:

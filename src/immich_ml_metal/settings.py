@@ -74,6 +74,12 @@ class Settings(BaseModel):
         pattern=r"^[\w.-]+$",
         help="Revision of Immich's model repositories: main, or v2 for the optimised exports.",
     )
+    index_guard: Literal["hold", "warn", "off"] = setting(
+        "hold",
+        "ML_INDEX_GUARD",
+        help="When vectors would be made otherwise than the index's: hold serves the former ones "
+        "until `models accept`; warn only says so; off does neither.",
+    )
     immich_compat: Literal["3.3", "3.2"] = setting(
         "3.3",
         "ML_IMMICH_COMPAT",
@@ -228,6 +234,11 @@ class Settings(BaseModel):
     max_image_size_bytes: Size = setting(
         100 * MIB, "ML_MAX_IMAGE_SIZE", help="Largest upload, in bytes or as 64MB."
     )
+    decode_other_formats: bool = setting(
+        False,
+        "ML_DECODE_OTHER_FORMATS",
+        help="Also decode TIFF, HEIF, AVIF, BMP and others; Immich sends JPEG or WebP.",
+    )
     request_timeout_s: float = setting(
         120.0,
         "ML_REQUEST_TIMEOUT",
@@ -259,17 +270,17 @@ class Settings(BaseModel):
         None,
         "ML_IMMICH_URL",
         pattern=r"^https?://",
-        help="Address of the Immich server, for the immich commands (http://nas:2283).",
+        help="Address of the Immich server, to look after its queues (http://nas:2283).",
     )
     immich_api_key: SecretStr | None = setting(
         None,
         "ML_IMMICH_API_KEY",
-        help="API key of an Immich admin, for the immich commands; never logged.",
+        help="API key of an Immich admin, to look after its queues; never logged.",
     )
-    immich_requeue: bool = setting(
-        False,
-        "ML_IMMICH_REQUEUE",
-        help="After an outage that failed answers, ask Immich once for its missing jobs.",
+    immich_guard: bool = setting(
+        True,
+        "ML_IMMICH_GUARD",
+        help="Pause Immich's queues while we cannot serve; ask for lost jobs. Needs url and key.",
     )
 
     @property

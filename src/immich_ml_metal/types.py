@@ -69,11 +69,13 @@ class ModelFiles:
         folder: holds the half's side files (`preprocess_cfg.json`, `tokenizer.json`,
             `charset.txt`).
         root: holds the files that both halves share (`config.json`).
+        compat: the server whose resize rule made the index, where it is not the settings'.
     """
 
     graph: Path
     folder: Path
     root: Path
+    compat: str | None = None
 
 
 # -- requests: one frozen dataclass per entry, options included -----------------------------------
@@ -206,6 +208,9 @@ class TextLines:
     box_scores: Floats
     texts: tuple[str, ...]
     text_scores: Floats
+
+    def __len__(self) -> int:
+        return len(self.texts)
 
 
 @dataclass(frozen=True, slots=True)

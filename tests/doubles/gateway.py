@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -36,6 +37,14 @@ def fake_worker(folder: Path) -> list[str]:
 
 def settings(**changes: Any) -> Settings:
     return Settings(**{"host": "127.0.0.1", "port": 0, **changes})
+
+
+def dump(chosen: Settings) -> str:
+    """As JSON, with the key that `model_dump_json` hides."""
+    known = json.loads(chosen.model_dump_json())
+    if chosen.immich_api_key is not None:
+        known["immich_api_key"] = chosen.immich_api_key.get_secret_value()
+    return json.dumps(known)
 
 
 def right_answer(body: bytes) -> dict[str, str]:
@@ -178,11 +187,14 @@ async def gateway_process(
     open_files: int | None = None,
     hard_files: int | None = None,
     programs: Path | None = None,
+    port: int = 0,
+    times: dict[str, float] | None = None,
     **changes: Any,
 ) -> AsyncIterator[GatewayProcess]:
     """A process that finds `open_files` as its soft limit and `programs` first on its path.
 
-    `hard_files` is its hard limit, this process's own if None.
+    `hard_files` is its hard limit, this process's own if None; `times` are those of the guard of
+    Immich's queues.
     """
 
     def limit_files() -> None:
@@ -190,12 +202,14 @@ async def gateway_process(
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard_files or hard))
 
-    port = changes.pop("port", 0) or free_port()
+    port = port or free_port()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(MAIN),
         str(folder),
-        settings(port=port, **changes).model_dump_json(),
+        dump(settings(port=port, **changes)),
+        *([json.dumps(times)] if times else []),
+        stdin=asyncio.subprocess.DEVNULL,
         preexec_fn=limit_files,
         env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"} if programs else None,
     )

@@ -4,7 +4,8 @@ It answers a `/predict` with the SHA-256 of the body it got. Words in the body m
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
 `[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
-`slow` (holding seconds), `stubborn`; what `health.json` holds is told on `/health`. It writes what
+`slow` (holding seconds), `stubborn`; what `health.json` holds is told on `/health`; `broken-clip`
+(or another task) holds the name of the failure that every request of that task gets. It writes what
 it does into `journal` there.
 Run as `python fake_worker.py FOLDER SOCKET`.
 """
@@ -24,6 +25,16 @@ from typing import Any
 from immich_ml_metal.worker.process import EXIT_BAD_SETTINGS, read_settings, serve
 
 _WORD = re.compile(rb"\[(abort|hang|block|burn|sleep|leak|status|bye|later) ?([\d.]*)\]")
+
+_AGAIN = (b"retry-after", b"0")
+BROKEN: dict[str, tuple[int, list[tuple[bytes, bytes]]]] = {
+    "ModelUnavailable": (503, []),
+    "UnknownModel": (422, []),
+    "LoadFailed": (500, []),
+    "InferenceError": (500, []),
+    "InvalidImage": (400, []),
+    "DownloadFailed": (503, [_AGAIN]),
+}
 
 
 class FakeEngine:
@@ -73,6 +84,11 @@ class FakeEngine:
             self.note(f"hung-up {hashlib.sha256(body).hexdigest()}")
             return
         self.progress += 1
+        if broken := self.broken(bytes(body)):
+            status, headers = BROKEN[broken]
+            text = json.dumps({"detail": f"{broken}: as the test wants it"})
+            await reply(send, status, text, (b"x-ml-error", broken.encode()), *headers)
+            return
         later = [(b"retry-after", b"0")] if b"[later]" in body and status == 503 else []
         await reply(send, status, json.dumps({"digest": hashlib.sha256(body).hexdigest()}), *later)
 
@@ -95,6 +111,12 @@ class FakeEngine:
             else:
                 fail(word, value)
         return status
+
+    def broken(self, body: bytes) -> str:
+        for path in self.folder.glob("broken-*"):
+            if f'"{path.name.removeprefix("broken-")}"'.encode() in body:
+                return path.read_text().strip()
+        return ""
 
     def note(self, line: str) -> None:
         with (self.folder / "journal").open("a") as journal:

@@ -4,14 +4,10 @@ import asyncio
 import copy
 import json
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
 from doubles.immich import CONFIG, KEY, ImmichDouble
-from doubles.timing import Clock
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -24,12 +20,17 @@ from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.immich.advice import OurSide, advise
 from immich_ml_metal.immich.api import ImmichApi, connect, parse_settings
 from immich_ml_metal.immich.gain import measure_gains
-from immich_ml_metal.immich.requeue import RequeuePolicy, tasks_of
-from immich_ml_metal.immich.requeuer import Requeuer, make_requeuer
-from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Task
 
 Loopback = Callable[[Any], str]
+
+
+def busy() -> ImmichDouble:
+    immich = ImmichDouble()
+    immich.queues["smartSearch"].waiting.extend(range(40))
+    immich.queues["smartSearch"].active = 2
+    immich.queues["faceDetection"].failed = 1
+    return immich
 
 
 def run(url: str, *args: str, key: str = KEY, port: int = 3003) -> Any:
@@ -38,7 +39,7 @@ def run(url: str, *args: str, key: str = KEY, port: int = 3003) -> Any:
 
 
 def test_status_shows_models_queues_and_concurrency(loopback: Loopback) -> None:
-    result = run(loopback(ImmichDouble().app), "status", port=1)
+    result = run(loopback(busy().app), "status", port=1)
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["clip", "ViT-B-32__openai", "2", "2", "40", "0"] in lines
     assert ["facial-recognition", "buffalo_l", "2", "0", "0", "1"] in lines
@@ -48,7 +49,7 @@ def test_status_shows_models_queues_and_concurrency(loopback: Loopback) -> None:
 
 
 def test_status_as_json_and_a_foreign_url_is_a_finding(loopback: Loopback) -> None:
-    immich = ImmichDouble()
+    immich = busy()
     immich.config["machineLearning"]["urls"] = ["http://immich-machine-learning:3003"]
     result = run(loopback(immich.app) + "/api", "status", "--json")
     report = json.loads(result.stdout)
@@ -161,7 +162,7 @@ def test_a_well_set_server_needs_no_advice() -> None:
 
 
 def test_a_measured_gain_is_told_and_no_gain_is_no_advice() -> None:
-    gains = {Task.CLIP: 1.64, Task.FACES: 1.0, Task.OCR: 0.98}
+    gains: dict[str, float] = {Task.CLIP: 1.64, Task.FACES: 1.0, Task.OCR: 0.98}
     ours = OurSide(3003, OURS.hosts, "3.2", lambda *_: "", gains=gains)
     said = texts(CONFIG, ours)
     assert said == [
@@ -200,140 +201,6 @@ def test_a_second_place_and_a_switched_off_server_are_noticed() -> None:
     said = texts(config)
     assert said[0] == "machine learning is switched off in Immich's settings"
     assert any(text.startswith("http://nas:3003 is asked first") for text in said)
-
-
-# -- the requeue policy ----------------------------------------------------------------------------
-
-
-def test_nothing_lost_means_nothing_due() -> None:
-    policy = RequeuePolicy()
-    policy.answered([Task.CLIP], 200, 0)
-    policy.answered([Task.CLIP], 400, 1)
-    assert policy.due(1e6) == ()
-
-
-def test_a_run_is_due_once_answers_have_been_good_for_a_while() -> None:
-    policy = RequeuePolicy(settled_s=60)
-    policy.answered([Task.CLIP, Task.OCR], 503, 0)
-    assert policy.due(1000) == ()  # still down, for all we know
-    policy.answered([Task.CLIP], 200, 1000)
-    assert policy.due(1059) == ()
-    assert policy.due(1060) == (Task.CLIP, Task.OCR)
-
-
-def test_a_new_failure_starts_the_wait_again() -> None:
-    policy = RequeuePolicy(settled_s=60)
-    policy.answered([Task.CLIP], 503, 0)
-    policy.answered([Task.CLIP], 200, 10)
-    policy.answered([Task.CLIP], 500, 50)
-    assert policy.due(200) == ()
-    policy.answered([Task.CLIP], 200, 200)
-    assert policy.due(260) == (Task.CLIP,)
-
-
-def test_one_run_per_outage_and_none_soon_after() -> None:
-    policy = RequeuePolicy(settled_s=60, pause_s=3600)
-    policy.answered([Task.CLIP], 503, 0)
-    policy.answered([Task.CLIP], 200, 1)
-    policy.started(Task.CLIP, 61)
-    assert policy.due(100) == ()
-    policy.answered([Task.CLIP], 503, 200)  # a photo of the run kills the engine again
-    policy.answered([Task.CLIP], 200, 201)
-    assert policy.due(1000) == ()
-    assert policy.due(61 + 3600) == (Task.CLIP,)
-
-
-def test_a_run_that_immich_did_not_take_stays_due() -> None:
-    policy = RequeuePolicy(settled_s=0)
-    policy.answered([Task.OCR], 500, 0)
-    policy.answered([Task.OCR], 200, 1)
-    assert policy.due(2) == policy.due(3) == (Task.OCR,)
-
-
-@given(st.lists(st.tuples(st.sampled_from([200, 400, 503]), st.floats(0, 100)), max_size=40))
-def test_however_it_goes_runs_of_a_task_are_never_closer_than_the_pause(
-    steps: list[tuple[int, float]],
-) -> None:
-    policy, now_s, runs = RequeuePolicy(settled_s=30, pause_s=500), 0.0, []
-    for status, wait_s in steps:
-        now_s += wait_s
-        policy.answered([Task.CLIP], status, now_s)
-        for task in policy.due(now_s):
-            policy.started(task, now_s)
-            runs.append(now_s)
-    assert all(later - earlier >= 500 for earlier, later in pairwise(runs))
-
-
-def test_a_refused_run_is_tried_again_only_later() -> None:
-    policy = RequeuePolicy(settled_s=60)
-    policy.answered([Task.OCR], 500, 0)
-    policy.answered([Task.OCR], 200, 1)
-    policy.refused(100)
-    assert policy.due(159) == ()
-    assert policy.due(160) == (Task.OCR,)
-
-
-@pytest.mark.parametrize(
-    ("body", "tasks"),
-    [
-        (b'--x\r\nname="entries"\r\n\r\n{"ocr":{"detection":{}}}', (Task.OCR,)),
-        (b'{"facial-recognition":{}}' + b"\xff" * 9000 + b'"clip"', (Task.FACES,)),
-        (b"\x00garbage", tuple(Task)),
-    ],
-)
-def test_the_tasks_are_found_in_the_unread_body(body: bytes, tasks: tuple[Task, ...]) -> None:
-    assert tasks_of(body) == tasks
-
-
-CLIP_BODY = b'{"clip":{"visual":{}}}'
-
-
-def make(connect_to: Callable[[], ImmichApi], clock: Clock, started: list[int]) -> Requeuer:
-    policy = RequeuePolicy(settled_s=60)
-    return Requeuer(connect_to, lambda: started.append(1), policy=policy, clock=clock)
-
-
-async def test_after_an_outage_immich_is_asked_once(loopback: Loopback) -> None:
-    immich, clock, started = ImmichDouble(), Clock(0), list[int]()
-    url = loopback(immich.app)
-    requeuer = make(lambda: ImmichApi(url, SecretStr(KEY)), clock, started)
-    for _ in range(79):
-        requeuer.answered(CLIP_BODY, 503)
-    requeuer.answered(CLIP_BODY, 200)
-    await requeuer.tick()
-    assert immich.started == []
-    clock.now_s = 61
-    await requeuer.tick()
-    await requeuer.tick()
-    assert [name for name, _ in immich.started] == ["smartSearch"]
-    assert started == [1]
-
-
-async def test_an_immich_that_is_down_as_well_is_asked_later(loopback: Loopback) -> None:
-    immich, clock, started = ImmichDouble(), Clock(0), list[int]()
-    urls = ["http://127.0.0.1:1", loopback(immich.app)]
-    requeuer = make(lambda: ImmichApi(urls.pop(0), SecretStr(KEY)), clock, started)
-    requeuer.answered(CLIP_BODY, 500)
-    requeuer.answered(CLIP_BODY, 200)
-    clock.now_s = 61
-    await requeuer.tick()
-    await requeuer.tick()
-    assert (immich.started, len(urls)) == ([], 1)
-    clock.now_s = 130
-    await requeuer.tick()
-    assert len(immich.started) == 1
-
-
-def test_the_requeuer_is_there_only_when_asked_for_and_needs_a_key() -> None:
-    assert make_requeuer(Settings(), lambda: None) is None
-    with pytest.raises(ConfigError, match="immich_url"):
-        make_requeuer(Settings(immich_requeue=True), lambda: None)
-    whole = Settings(
-        immich_requeue=True,
-        immich_url="http://nas:2283",
-        immich_api_key="k",  # type: ignore[arg-type]
-    )
-    assert isinstance(make_requeuer(whole, lambda: None), Requeuer)
 
 
 # -- the measured gain -----------------------------------------------------------------------------

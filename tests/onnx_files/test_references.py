@@ -5,9 +5,9 @@ from doubles.hub import external_onnx, onnx_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.onnx_files.references import (
     ExternalFile,
-    NotOnnx,
     external_files,
     weight_bytes,
     weight_files,

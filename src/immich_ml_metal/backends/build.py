@@ -36,7 +36,8 @@ def build_model(key: ModelKey, files: ModelFiles, graph: Graph, settings: Settin
 
 def _clip_visual(key: ModelKey, files: ModelFiles, graph: Graph, settings: Settings) -> AnyModel:
     config = VisualConfig.parse(
-        _read_json(files.folder / "preprocess_cfg.json"), compat=settings.immich_compat
+        _read_json(files.folder / "preprocess_cfg.json"),
+        compat=files.compat or settings.immich_compat,
     )
     return ClipVisualModel(graph, config, name=str(key), dim=_dim(key))
 

@@ -1,6 +1,7 @@
-"""`immich status|requeue`: see the Immich server's side, and bring lost jobs back."""
+"""`immich status|requeue|release`: see the Immich server's side, and bring lost jobs back."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from immich_ml_metal.immich.advice import Advice
-    from immich_ml_metal.immich.api import QueueCounts, ServerSettings
+    from immich_ml_metal.immich.api import ImmichApi, QueueCounts, ServerSettings
     from immich_ml_metal.settings import Settings
-    from immich_ml_metal.types import Task
 
 app = typer.Typer(
     help="See the Immich server's settings and queues; bring back lost jobs.", no_args_is_help=True
@@ -62,29 +62,71 @@ def requeue(
 ) -> None:
     """Start Immich's "missing" runs: every photo without a result is asked for again.
 
-    Exit code: 0 started, 3 Immich is unreachable or refuses.
+    Exit code: 0 started, 1 a queue works just now, 3 Immich is unreachable or refuses.
     """
-    from immich_ml_metal.immich.api import QUEUES, ImmichError, connect
-    from immich_ml_metal.settings_sources import load_settings
+    from immich_ml_metal.immich.release import ask_for_missing
     from immich_ml_metal.types import Task
 
     if wrong := [name for name in task or [] if name not in {*Task}]:
         raise typer.BadParameter(f"unknown task {wrong[0]!r}; there are: {', '.join(Task)}")
-    settings = load_settings()
-    with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
-        for one in [Task(name) for name in task or list(Task)]:
-            try:
-                api.start_missing(one)
-            except ImmichError as exc:
-                typer.echo(f"immich-ml-metal: {exc}", err=True)
-                raise typer.Exit(Exit.UNREACHABLE) from exc
-            typer.echo(f"Asked Immich for the missing {QUEUES[one]} jobs.")
+    with _connected() as (api, _):
+        all_started = ask_for_missing(api, task or list(Task), _tell_asked)
+    raise typer.Exit(Exit.OK if all_started else Exit.FINDING)
+
+
+def _tell_asked(queue: str, is_started: bool) -> None:
+    if is_started:
+        typer.echo(f"Asked Immich for the missing {queue} jobs.")
+    else:
+        typer.echo(f"{queue} works just now, so Immich starts nothing in it: ask again later.")
+
+
+@app.command("release")
+def release(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Resume what somebody else has paused as well.")
+    ] = False,
+) -> None:
+    """Resume Immich's queues that this service has paused, for example to go back to Docker.
+
+    Exit code: 0 done, 1 what we paused cannot be read, 3 Immich is unreachable or refuses.
+    """
+    from immich_ml_metal.immich.release import release, state_folder
+
+    with _connected() as (api, settings):
+        done = release(api, state_folder(settings), everything=everything)
+    for queue in done.resumed:
+        typer.echo(f"{queue} goes on.")
+    for queue in done.others:
+        typer.echo(f"{queue} is paused, but not by us; with --all it goes on as well.")
+    if not done.resumed and not done.others:
+        typer.echo("No queue is paused.")
+
+
+@contextmanager
+def _connected() -> "Iterator[tuple[ImmichApi, Settings]]":
+    """Immich and the settings that lead to it; one that cannot be asked ends the command."""
+    from immich_ml_metal.cli.config import default_file
+    from immich_ml_metal.immich.api import ImmichError, connect
+    from immich_ml_metal.settings_sources import load_settings
+
+    settings = load_settings(file=default_file())
+    try:
+        with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
+            yield api, settings
+    except ImmichError as exc:
+        typer.echo(f"immich-ml-metal: {exc}", err=True)
+        raise typer.Exit(Exit.UNREACHABLE) from exc
 
 
 def _failed_answers(settings: "Settings") -> int | None:
     """How many `/predict` answers were failures of ours since the start; None not known."""
-    from immich_ml_metal.client.own_service import NotServing, answers_by_status, local_url
-    from immich_ml_metal.immich.requeue import LOST_FROM_STATUS
+    from immich_ml_metal.client.own_service import (
+        LOST_FROM_STATUS,
+        NotServing,
+        answers_by_status,
+        local_url,
+    )
 
     try:
         counts = answers_by_status(local_url(settings))
@@ -95,7 +137,7 @@ def _failed_answers(settings: "Settings") -> int | None:
 
 def _print_json(
     server: "ServerSettings",
-    queues: "dict[Task, QueueCounts]",
+    queues: "dict[str, QueueCounts]",
     failed: int | None,
     advice: "list[Advice]",
 ) -> None:
@@ -111,7 +153,7 @@ def _print_json(
 def _print_tables(
     settings: "Settings",
     server: "ServerSettings",
-    queues: "dict[Task, QueueCounts]",
+    queues: "dict[str, QueueCounts]",
     failed: int | None,
     advice: "list[Advice]",
 ) -> None:
@@ -128,7 +170,7 @@ def _print_tables(
         console.print(f" {mark} {item.text}", style=style, markup=False)
 
 
-def _queue_table(server: "ServerSettings", queues: "dict[Task, QueueCounts]") -> "Table":
+def _queue_table(server: "ServerSettings", queues: "dict[str, QueueCounts]") -> "Table":
     from rich.table import Table
 
     from immich_ml_metal.types import Task

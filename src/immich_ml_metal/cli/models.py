@@ -13,6 +13,8 @@ from immich_ml_metal.cli import models_show as show
 from immich_ml_metal.cli.models_pull import pull_models, verify_models
 from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_json
 from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.index_guard.guard import IndexGuard
+from immich_ml_metal.index_guard.recipe import JOBS
 from immich_ml_metal.models import prune as waste
 from immich_ml_metal.models.advice import reads
 from immich_ml_metal.models.advice import recommend as suitable
@@ -192,7 +194,23 @@ def info(
     spec = find_by_name(name)
     statuses = [store.status(spec.key(part)) for part in spec.parts]
     records = load_manifest(store.shelf.root(spec.key(spec.parts[0]))).files
-    show.print_info(spec, statuses, records, settings, as_json=as_json)
+    index = IndexGuard(settings).finding(f"{spec.task}/{spec.name}")
+    show.print_info(spec, statuses, records, settings, index, as_json=as_json)
+
+
+@app.command("accept")
+def accept(
+    names: SomeNames,
+    models_dir: FolderOption = None,
+) -> None:
+    """Let vectors be made as the settings say from now on, although the index has others."""
+    settings, _ = _open(models_dir)
+    guard = IndexGuard(settings)
+    for spec in [find_by_name(name) for name in names]:
+        if spec.task not in JOBS:
+            raise typer.BadParameter(f"{spec.name} makes no vectors: there is nothing to accept")
+        guard.history.accept(f"{spec.task}/{spec.name}")
+        typer.echo(f"Accepted for {spec.name}. Restart the service, then {JOBS[spec.task]}.")
 
 
 @app.command("recommend")

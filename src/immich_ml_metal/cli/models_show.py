@@ -13,6 +13,7 @@ from immich_ml_metal.backends.selection import EnginePlan
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
 from immich_ml_metal.cli.output import print_json
 from immich_ml_metal.errors import ModelError
+from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.models.advice import Recommendation, memory_bytes
 from immich_ml_metal.models.importing import Imported
 from immich_ml_metal.models.manifest import FileRecord
@@ -129,14 +130,16 @@ def print_info(
     statuses: Sequence[PartStatus],
     records: Mapping[str, FileRecord],
     settings: Settings,
+    index: IndexFinding,
     *,
     as_json: bool,
 ) -> None:
-    """One model, with what changing to it means."""
+    """One model, with what changing to it means and what made the index that it has."""
     row = describe_model(spec, statuses)
     row["origin"] = {path: asdict(record) for path, record in records.items()}
     row["memory_bytes"] = memory_bytes(spec)
     row["changing"] = what_changing_means(spec, settings)
+    row["index"] = index.as_dict()
     if as_json:
         print_json(row)
         return
@@ -148,6 +151,9 @@ def print_info(
     if any(status.size_bytes for status in statuses):
         console.print(_files_table(statuses, records))
     console.print(row["changing"])
+    if spec.task is not Task.OCR:
+        style = "yellow" if index.state == "changed" else ""
+        console.print(f"Index: {index.text}.", style=style, markup=False)
 
 
 def describe_model(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str, Any]:

@@ -29,9 +29,11 @@ from immich_ml_metal.client.calls import (
     find_photos,
 )
 from immich_ml_metal.client.own_service import local_url
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.parity.judge import ParityReport, TaskSummary
 from immich_ml_metal.parity.report import render_html
 from immich_ml_metal.parity.run import TEXTS, compare, conclude, questions, warm_up
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
 
 _EXITS = (Exit.OK, Exit.FINDING, Exit.UNSAFE, Exit.FINDING)  # by Difference
@@ -74,6 +76,7 @@ def parity(
     settings = load_settings(models)
     names = configured_names(settings)
     first, second = ImmichClient(ours or local_url(settings), names), ImmichClient(against, names)
+    _tell_of_the_index(settings)
     with closing(first), closing(second):
         report = _examine(files, text or TEXTS, tasks, (first, second))
     if html is not None:
@@ -81,6 +84,13 @@ def parity(
         typer.echo(f"Wrote {html}", err=True)
     (_print_json if as_json else _print_table)(report)
     raise typer.Exit(_EXITS[report.verdict.level])
+
+
+def _tell_of_the_index(settings: Settings) -> None:
+    """A change that waits for the user's word decides what the comparison means."""
+    for finding in IndexGuard(settings).findings():
+        if finding.state == "changed":
+            typer.echo(f"index: {finding.text}", err=True)
 
 
 def _known_tasks(wanted: Sequence[str]) -> list[str]:

@@ -25,6 +25,9 @@ Gateway = Annotated[
     ),
 ]
 
+# For the services that other commands start: what those answer is in nobody's index.
+IndexGuardOption = Annotated[str | None, typer.Option("--index-guard", hidden=True)]
+
 
 def serve(
     host: Host = None,
@@ -34,9 +37,11 @@ def serve(
     config: Config = None,
     env_file: EnvFile = None,
     gateway: Gateway = True,
+    index_guard: IndexGuardOption = None,
 ) -> None:
     """Answer Immich's requests on port 3003."""
     given = {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level}
+    given["index_guard"] = index_guard
     settings, origin = resolve(given, file=config, env_file=env_file)
     configure_logging(settings, "gateway" if gateway else "worker")
     for warning in doubtful_names(origin, env_file=env_file):

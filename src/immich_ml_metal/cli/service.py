@@ -50,11 +50,27 @@ def install(
     if show:
         typer.echo(f"# {manager.definition}\n{text}")
         return
+    _warn_of_privacy(settings, file)
     manager.install(plan)
     typer.echo(f"Wrote {manager.definition}")
     typer.echo(f"It runs {' '.join(plan.command)}, now and at every boot.")
     typer.echo(f"Logs: {plan.log_file}")
     _explain(daemon=daemon)
+
+
+def _warn_of_privacy(settings: "Settings", file: Path | None) -> None:
+    """What macOS will keep from the job, before it is one."""
+    import platform
+
+    from immich_ml_metal.service import mac_privacy
+
+    if platform.system() != "Darwin":
+        return
+    closed = mac_privacy.unreadable(mac_privacy.used_paths(settings, file), Path.home())
+    if closed:
+        typer.echo(f"Warning: {mac_privacy.explain_unreadable(closed)}.", err=True)
+    if mac_privacy.needs_local_network(settings, platform.mac_ver()[0]):
+        typer.echo(f"Note: {mac_privacy.EXPLAIN_LOCAL_NETWORK}.", err=True)
 
 
 @app.command("uninstall")
@@ -63,6 +79,7 @@ def uninstall(daemon: DaemonOption = False) -> None:
     manager = _manager(daemon=daemon)
     manager.uninstall()
     typer.echo(f"Removed {manager.definition}")
+    _release()
 
 
 @app.command("start")
@@ -75,8 +92,16 @@ def start(daemon: DaemonOption = False) -> None:
 @app.command("stop")
 def stop(daemon: DaemonOption = False) -> None:
     """Stop it, once what is in flight is answered, until the next start or boot."""
+    from immich_ml_metal.immich.release import paused_by_us
+    from immich_ml_metal.settings_sources import load_settings
+
     _installed(daemon=daemon).stop()
     typer.echo("Stopped.")
+    if queues := paused_by_us(load_settings(file=default_file())):
+        typer.echo(
+            f"Immich's queues {', '.join(queues)} stay paused, so that no job is lost, until the "
+            "service starts again.\nTo let them go on without it: immich-ml-metal immich release"
+        )
 
 
 @app.command("restart")
@@ -136,6 +161,29 @@ def logs(
         typer.echo("\n".join(tail(file, lines)))
     if follow:
         _follow(present)
+
+
+def _release() -> None:
+    """Nobody of ours comes back: let Immich's queues go on, or say how."""
+    from contextlib import closing
+
+    from immich_ml_metal.errors import ServiceError
+    from immich_ml_metal.immich.api import connect
+    from immich_ml_metal.immich.release import paused_by_us, release, state_folder
+    from immich_ml_metal.settings_sources import load_settings
+
+    settings = load_settings(file=default_file())
+    if not paused_by_us(settings):
+        return
+    try:
+        with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
+            done = release(api, state_folder(settings), everything=False)
+    except ServiceError as exc:
+        typer.echo(f"immich-ml-metal: Immich's queues are still paused: {exc}", err=True)
+        typer.echo("Resume them later: immich-ml-metal immich release, or in Immich under Jobs.")
+        raise typer.Exit(Exit.FINDING) from exc
+    if done.resumed:
+        typer.echo(f"Immich's queues go on: {', '.join(done.resumed)}")
 
 
 def _follow(files: list[Path]) -> None:

@@ -19,6 +19,7 @@ from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.settings import Settings
 
 TIMEOUT_S = 3.0
+LOST_FROM_STATUS = 500  # a 4xx is the fault of what was sent
 _ANY_HOST = frozenset({"0.0.0.0", "::", "[::]", ""})
 _REQUESTS = "immich_ml_http_requests_total"
 GREETING = "Immich ML"  # what `GET /` answers, here and in the official service
@@ -142,6 +143,7 @@ def running_service(
     port = _free_port()
     arguments = [part for pair in options.items() for part in pair if part]
     command = [sys.executable, "-m", "immich_ml_metal", "serve", "--host", "127.0.0.1"]
+    command += ["--index-guard", "off"]  # nothing of it goes into an index
     with tempfile.TemporaryFile("w+") as words:
         process = subprocess.Popen(
             [*command, "--port", str(port), *arguments], stdout=words, stderr=subprocess.STDOUT

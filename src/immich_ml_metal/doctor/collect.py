@@ -25,10 +25,12 @@ from immich_ml_metal.errors import ConfigError, UnknownModel
 from immich_ml_metal.immich.advice import Advice, advise
 from immich_ml_metal.immich.api import ImmichError, ServerSettings, connect
 from immich_ml_metal.immich.our_side import look_at_ours
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.log_files import log_files
+from immich_ml_metal.service.mac_privacy import unreadable, used_paths
 from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
@@ -49,10 +51,7 @@ def collect_facts(
     settings, config_error = _read_settings(file, env_file)
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
-    names = _names(settings, server)
-    hub, skew_s = "not asked, as the settings are refused", None  # they may forbid it
-    if not config_error:
-        hub, skew_s = read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
+    hub, skew_s = _ask_hub(settings, config_error)
     return Facts(
         version=__version__,
         machine=(machine := read_machine(run)),
@@ -62,8 +61,8 @@ def collect_facts(
         config_error=config_error,
         models_dir_error=folder_error,
         disk_free_bytes=free_bytes,
+        names=(names := _names(settings, server)),
         models=read_models(settings, (names.clip, names.faces, names.ocr), digests=digests),
-        names=names,
         hub=hub,
         addresses=tuple(lan_addresses()),
         service=read_service(run),
@@ -71,7 +70,16 @@ def collect_facts(
         immich_error=immich_error,
         clock_skew_s=skew_s,
         logs_bytes=size_of_logs(log_files(settings)),
+        index=tuple(IndexGuard(settings).findings()),
+        closed=tuple(unreadable(used_paths(settings, file), Path.home())),
     )
+
+
+def _ask_hub(settings: Settings, config_error: str) -> tuple[str, float | None]:
+    """Whether the hub is reachable; not asked where settings are refused, as they may forbid it."""
+    if config_error:
+        return "not asked, as the settings are refused", None
+    return read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
 
 
 def _read_settings(file: Path | None, env_file: Path | None) -> tuple[Settings, str]:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Literal
 
 from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.immich.advice import Advice
+from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.settings import Settings
 
 GIB = 2**30
@@ -82,6 +84,8 @@ class Facts:
         immich_error: why the server could not be asked.
         clock_skew_s: our clock minus a server's; None unknown.
         logs_bytes: size of all log files.
+        index: what the index guard knows of each model.
+        closed: what the installed service uses and macOS keeps from jobs.
     """
 
     version: str
@@ -102,6 +106,8 @@ class Facts:
     immich_error: str = ""
     clock_skew_s: float | None = None
     logs_bytes: int = 0
+    index: tuple[IndexFinding, ...] = ()
+    closed: tuple[Path, ...] = ()
 
 
 class Outcome(StrEnum):

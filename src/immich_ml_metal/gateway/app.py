@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from immich_ml_metal.errors import (
     RETRY_AFTER_S,
@@ -20,6 +20,8 @@ from immich_ml_metal.errors import (
     status_of,
 )
 from immich_ml_metal.gateway.admission import ClientGone, Reception, make_reception
+from immich_ml_metal.gateway.asked import TASKS, Upload
+from immich_ml_metal.gateway.client import WorkerAnswer
 from immich_ml_metal.gateway.companions import Companions, make_companions
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
@@ -27,8 +29,12 @@ from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
+from immich_ml_metal.gateway.own_side import see_own_side
 from immich_ml_metal.gateway.page import Page, is_foreign, redirect, send_to_page
+from immich_ml_metal.gateway.probe import Prober
+from immich_ml_metal.gateway.refused import Refused
 from immich_ml_metal.gateway.supervisor import WorkerState
+from immich_ml_metal.gateway.troubles import Troubles, is_failure, reason_of
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge
@@ -44,8 +50,15 @@ WORKER_COMMAND = (sys.executable, "-m", "immich_ml_metal.worker.process")
 _TEXT = (b"content-type", b"text/plain; charset=utf-8")
 _RETRY = (b"retry-after", b"%d" % RETRY_AFTER_S[Overloaded])
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
-_HEAD_BYTES = 4096
+_CLIENTS_FAULT = 400
 _ASK_TIMEOUT_S = 0.25  # what `/health` and `/metrics` wait for the worker's part
+
+
+class _Told(NamedTuple):
+    """What became of a request: its status (None when nobody was left), whether it is our fault."""
+
+    status: int | None = None
+    is_lost: bool = False
 
 
 class Gateway:
@@ -72,15 +85,23 @@ class Gateway:
         self.started_s = time.monotonic()
         self.metrics = Metrics("gateway")
         self.crashes = crashes or CrashRecord()
-        self.dispatcher = _dispatcher(settings, command, self.crashes, self.metrics)
-        reception = reception or make_reception(settings.max_image_size_bytes)
-        self.holding = Holding(self.dispatcher, reception, hold_limit_s=settings.hold_limit_s)
+        self._make_way(command, reception or make_reception(settings.max_image_size_bytes))
+        self.refused, self.history = Refused(), History()
         self.watch = Watch(settings, self.dispatcher)
-        self.companions = companions or make_companions(settings, self.metrics)
-        self.history = History()
+        own = see_own_side(self.dispatcher, self.troubles, self.prober, lambda: self.port)
+        self.companions = companions or make_companions(settings, self.metrics, own)
         self._page = Page(settings, self.history, self._describe_engines, port=lambda: self.port)
         self._pages = self._make_pages()
         self._feed_gauges()
+
+    def _make_way(self, command: Sequence[str], reception: Reception) -> None:
+        """What a request goes through."""
+        self.troubles = Troubles(reception.room.largest_bytes // len(TASKS))
+        self.dispatcher = _dispatcher(self, command)
+        self.prober = Prober(self.dispatcher, self.troubles)
+        self.holding = Holding(
+            self.dispatcher, reception, self.troubles, hold_limit_s=self.settings.hold_limit_s
+        )
 
     def _make_pages(self) -> dict[str, App]:
         """What answers GET: a path itself and all below it."""
@@ -108,6 +129,7 @@ class Gateway:
         tasks = [
             asyncio.create_task(self.dispatcher.supervisor.run()),
             asyncio.create_task(self.watch.run()),
+            asyncio.create_task(self.prober.run()),
             asyncio.create_task(self.companions.run()),
         ]
         for task in tasks:
@@ -119,6 +141,7 @@ class Gateway:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self.companions.close()
 
     def can_serve(self) -> bool:
         """Whether a request that arrives now can be expected to be answered."""
@@ -196,9 +219,14 @@ class Gateway:
             started_s=self.started_s,
             is_draining=self.is_draining,
         )
+        queues = {
+            "refused": self.refused.describe(),
+            "troubles": self.troubles.describe(),
+            "guard": self.companions.describe(),
+        }
         is_for_people = scope["query_string"] == b"pretty" or send_to_page(dict(scope["headers"]))
         self._page.note_models(bool((self.watch.health or {}).get("models")))
-        await reply_json(send, 200, report(parts), indent=2 if is_for_people else None)
+        await reply_json(send, 200, report(parts) | queues, indent=2 if is_for_people else None)
 
     async def _metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = {"gateway": self.metrics.render()}
@@ -209,52 +237,57 @@ class Gateway:
     async def _predict(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
         self.open_requests += 1
         self.dispatcher.counts.received += 1
-        upload = _Upload(receive)
-        status: int | None = None
+        upload = Upload(receive)
+        told = _Told()
         started_s = time.monotonic()
         self.companions.begin()
         try:
-            status = await self._hold(headers, upload, send)
+            told = await self._hold(headers, upload, send)
         finally:
             self.open_requests -= 1
-            self.companions.end(upload.head, status)
-            self.history.note(upload.head, status, time.monotonic() - started_s)
+            self.companions.end(upload.asked, is_lost=told.is_lost)
+            self.history.note(upload.head, told.status, time.monotonic() - started_s)
 
-    async def _hold(
-        self, headers: Mapping[bytes, bytes], receive: Receive, send: Send
-    ) -> int | None:
-        """Answer one `/predict`; the status that was sent, None when nobody is left to read it."""
-        counts = self.dispatcher.counts
+    async def _hold(self, headers: Mapping[bytes, bytes], upload: Upload, send: Send) -> _Told:
+        """Answer one `/predict`."""
         try:
-            answer = await self.holding.answer(headers, receive, request_id.get() or "")
+            answer = await self.holding.answer(headers, upload, request_id.get() or "")
         except ClientGone:
-            counts.cancelled += 1
-            return None
+            self.dispatcher.counts.cancelled += 1
+            return _Told()
         except ServiceError as exc:
-            return await self._refuse(exc, receive, send)
-        counts.answered += 1
-        if answer.status >= 500:
-            self._note_failure(f"the worker answered {answer.status}")
+            return await self._refuse(exc, upload, send)
+        return await self._pass_on(answer, send)
+
+    async def _pass_on(self, answer: WorkerAnswer, send: Send) -> _Told:
+        self.dispatcher.counts.answered += 1
+        if is_lost := is_failure(answer):
+            self._note_failure(f"the worker {reason_of(answer)}")
+        elif answer.status >= _CLIENTS_FAULT:
+            self.refused.note(answer.status, reason_of(answer))
         await reply(send, answer.status, answer.headers, answer.body)
-        return answer.status
+        return _Told(answer.status, is_lost)
 
     def _describe_engines(self) -> Mapping[str, Any]:
         """Slot → engine and verdict, as the worker told last."""
         engines = (self.watch.last_health or {}).get("engines", {})
         return {slot: {"engine": engine} for slot, engine in engines.items()}
 
-    async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> int:
+    async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> _Told:
+        """Answer with a failure of the gateway's own."""
         status, after_s = status_of(exc), RETRY_AFTER_S.get(type(exc))
         retry = [(b"retry-after", b"%d" % after_s)] if after_s is not None else []
-        if isinstance(exc, RequestError):
+        is_lost = not isinstance(exc, RequestError)
+        if not is_lost:
             self.dispatcher.counts.refused += 1
+            self.refused.note(status, str(exc))
         else:
             self._note_failure(str(exc))
         if isinstance(exc, RequestError | Overloaded):  # its body may not have been read
             await reply_unread(receive, send, status, str(exc), *retry)
         else:
             await reply_json(send, status, {"detail": str(exc)}, *retry)
-        return status
+        return _Told(status, is_lost)
 
     def _note_failure(self, cause: str) -> None:
         self.dispatcher.counts.failed += 1
@@ -262,28 +295,14 @@ class Gateway:
         logger.error("request failed cause=%s", cause)
 
 
-class _Upload:
-    """Passes an upload through and remembers how it begins: `entries` is the first part."""
-
-    def __init__(self, receive: Receive) -> None:
-        self.head = b""
-        self._receive = receive
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self.head += message.get("body", b"")[: _HEAD_BYTES - len(self.head)]
-        return message
-
-
-def _dispatcher(
-    settings: Settings, command: Sequence[str], crashes: CrashRecord, metrics: Metrics
-) -> Dispatcher:
+def _dispatcher(gateway: Gateway, command: Sequence[str]) -> Dispatcher:
     return Dispatcher(
         command,
-        settings.model_dump_json(),
-        limit=settings.concurrency,
-        crashes=crashes,
-        metrics=metrics,
+        gateway.settings.model_dump_json(),
+        limit=gateway.settings.concurrency,
+        crashes=gateway.crashes,
+        metrics=gateway.metrics,
+        slow_tasks=gateway.troubles.slow_tasks,
     )
 
 

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from immich_ml_metal.errors import Condemned, InferenceError, Overloaded
@@ -48,6 +48,7 @@ class Dispatcher:
         limit: int,
         crashes: CrashRecord,
         metrics: Metrics,
+        slow_tasks: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.queue = JobQueue()
         self.counts = Counts()
@@ -63,6 +64,7 @@ class Dispatcher:
         )
         self._limit = limit
         self._metrics = metrics
+        self._slow_tasks = slow_tasks
         self._numbers = itertools.count()
         self._sending: dict[Job, asyncio.Task[None]] = {}
         self._stop_when_clear: Order | None = None
@@ -72,11 +74,13 @@ class Dispatcher:
         self.last_active_s = time.monotonic()
         self.supervisor.wake()
 
-    def submit(self, body: Body, content_type: bytes, request_id: str) -> Job:
+    def submit(
+        self, body: Body, content_type: bytes, request_id: str, *, tasks: tuple[str, ...] = ()
+    ) -> Job:
         """Queue a request; its `answer` gets the worker's answer or raises `Condemned`."""
         answer: asyncio.Future[WorkerAnswer] = asyncio.get_running_loop().create_future()
         urgency = urgency_of_request(body.head, body.size_bytes)
-        job = Job(next(self._numbers), body, content_type, request_id, answer, urgency)
+        job = Job(next(self._numbers), body, content_type, request_id, answer, tasks, urgency)
         self.queue.add(job)
         self.expect()
         self._pump()
@@ -120,7 +124,7 @@ class Dispatcher:
             if not self.queue.running:
                 self.supervisor.end(self._stop_when_clear)
             return
-        for job in self.queue.take(self._limit):
+        for job in self.queue.take(self._limit, self._slow_tasks()):
             self._sending[job] = asyncio.create_task(self._send(job, worker))
 
     async def _send(self, job: Job, worker: WorkerProcess) -> None:

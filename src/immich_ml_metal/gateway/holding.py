@@ -10,10 +10,12 @@ from typing import Any
 
 from immich_ml_metal.errors import Condemned, Overloaded
 from immich_ml_metal.gateway.admission import ClientGone, Receive, Reception
+from immich_ml_metal.gateway.asked import Asked, Upload
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.replay import REMEMBER_S, Job, Quarantine
+from immich_ml_metal.gateway.troubles import Troubles
 
 _UNAVAILABLE = 503
 _MIN_PAUSE_S = 0.1
@@ -23,16 +25,22 @@ class Holding:
     """Holds requests for as long as the caller waits for them."""
 
     def __init__(
-        self, dispatcher: Dispatcher, reception: Reception, *, hold_limit_s: float
+        self,
+        dispatcher: Dispatcher,
+        reception: Reception,
+        troubles: Troubles,
+        *,
+        hold_limit_s: float,
     ) -> None:
         self.reception = reception
+        self._troubles = troubles
         self.quarantine = Quarantine()
         self._dispatcher = dispatcher
         self._hold_limit_s = hold_limit_s
         self._ended = asyncio.Event()
 
     async def answer(
-        self, headers: Mapping[bytes, bytes], receive: Receive, request_id: str
+        self, headers: Mapping[bytes, bytes], upload: Upload, request_id: str
     ) -> WorkerAnswer:
         """Get the worker's answer, whatever becomes of workers meanwhile.
 
@@ -46,67 +54,92 @@ class Holding:
         put_off: list[WorkerAnswer] = []
         try:
             async with asyncio.timeout(self._hold_limit_s):
-                return await self._answer(headers, receive, request_id, put_off)
+                return await self._answer(headers, upload, request_id, put_off)
         except TimeoutError as exc:
             if put_off:
                 return put_off[-1]  # it says why
             state = self._dispatcher.supervisor.state
             reason = f"held for {self._hold_limit_s:g} s, the worker's state is {state}"
+            self._troubles.note_failure(upload.asked, reason, is_lasting=False)
             raise Overloaded(reason) from exc
 
     async def _answer(
         self,
         headers: Mapping[bytes, bytes],
-        receive: Receive,
+        upload: Upload,
         request_id: str,
         put_off: list[WorkerAnswer],
     ) -> WorkerAnswer:
         self._dispatcher.expect()
-        body, lease = await self.reception.take(receive, _declared_bytes(headers))
+        body, lease = await self.reception.take(upload, _declared_bytes(headers))
         try:
-            content_type = headers.get(b"content-type", b"")
+            asked, content_type = upload.asked, headers.get(b"content-type", b"")
             await self._refuse_known(body, content_type)
             while True:
-                answer = await self._dispatch(body, content_type, receive, request_id)
+                if await self._is_hopeless(asked, body, upload, put_off):
+                    return put_off[-1]
+                answer = await self._dispatch(body, content_type, upload, request_id)
+                self._troubles.note_answer(asked, answer)
+                if self._troubles.find_holding(asked, body.size_bytes) is not None:
+                    continue
                 pause_s = _pause_s(answer)
                 if pause_s is None:
                     return answer
                 put_off[:] = [answer]
-                if await self._ends_within(pause_s, receive):
+                if await self._ends_within(pause_s, upload):
                     return answer
         finally:
             body.close()
             self.reception.room.release(lease)
 
+    async def _is_hopeless(
+        self, asked: Asked, body: Body, upload: Upload, put_off: list[WorkerAnswer]
+    ) -> bool:
+        """Wait while its task cannot be answered; whether there is to be no further try."""
+        trouble = self._troubles.find_holding(asked, body.size_bytes)
+        if trouble is None or trouble.answer is None:
+            return False
+        put_off[:] = [trouble.answer]
+        with self._troubles.held(trouble, body.size_bytes):
+            return await self._ends_within(self._hold_limit_s, upload, trouble.mended)
+
     def end(self) -> None:
         """Try nothing again from now on: the service ends."""
         self._ended.set()
 
-    async def _ends_within(self, pause_s: float, receive: Receive) -> bool:
-        """Wait before the next try; whether there is to be none.
+    async def _ends_within(
+        self, pause_s: float, receive: Receive, mended: asyncio.Event | None = None
+    ) -> bool:
+        """Wait before the next try, or until `mended`; whether there is to be none.
 
         Raises:
             ClientGone: the client hung up.
         """
         gone = asyncio.ensure_future(_until_gone(receive))
-        ended = asyncio.ensure_future(self._ended.wait())
+        others = [asyncio.ensure_future(self._ended.wait())]
+        if mended is not None:
+            others.append(asyncio.ensure_future(mended.wait()))
         try:
-            await asyncio.wait({gone, ended}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {gone, *others}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
-            gone.cancel()
-            ended.cancel()
+            for waiting in (gone, *others):
+                waiting.cancel()
         if gone.done() and not gone.cancelled():
             raise ClientGone
         return self._ended.is_set()
 
     async def _dispatch(
-        self, body: Body, content_type: bytes, receive: Receive, request_id: str
+        self, body: Body, content_type: bytes, upload: Upload, request_id: str
     ) -> WorkerAnswer:
-        job = self._dispatcher.submit(body, content_type, request_id)
+        asked = upload.asked
+        job = self._dispatcher.submit(body, content_type, request_id, tasks=asked.tasks)
         try:
-            return await _answer_or_gone(job, receive)
+            return await _answer_or_gone(job, upload)
         except Condemned as exc:
             reason = f"the worker ended each time it worked on this ({exc})"
+            self._troubles.note_failure(asked, reason, is_lasting=False)
             self.quarantine.add(await body.digest(content_type), reason, time.monotonic())
             raise Condemned(reason) from exc
         finally:

@@ -30,6 +30,7 @@ class Job:
     content_type: bytes
     request_id: str
     answer: "asyncio.Future[WorkerAnswer]"
+    tasks: tuple[str, ...] = ()
     urgency: Urgency = Urgency.PICTURES
     deaths: int = 0
     causes: list[str] = field(default_factory=list)
@@ -69,24 +70,42 @@ class JobQueue:
         """Queue a request by its number."""
         bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
 
-    def take(self, limit: int) -> list[Job]:
+    def take(self, limit: int, slow: frozenset[str] = frozenset()) -> list[Job]:
         """Move to the worker what it may have next; a suspect goes alone.
 
         Args:
             limit: how many at once; as many searches are let through beside them.
+            slow: tasks that fail for now: they take no more than a third of the places.
         """
         if any(job.deaths for job in self._running):
             return []
         if self._waiting and self._waiting[0].deaths:  # suspects arrived before all others
             return [] if self._running else [self._start(self._waiting[0])]
-        searches = [job for job in self._waiting if job.urgency is Urgency.SEARCH]
-        others = [job for job in self._waiting if job.urgency is not Urgency.SEARCH]
-        running = sum(job.urgency is Urgency.SEARCH for job in self._running)
-        taken = [self._start(job) for job in searches[: max(0, limit - running)]]
-        for _ in range(min(len(others), limit - (self.running - running - len(taken)))):
-            turn = self._turns.choose([job.urgency for job in others])
-            taken.append(self._start(others.pop(turn)))
-        return taken
+        searches = self._choose(limit, slow, are_searches=True)
+        return [*searches, *self._choose(limit, slow, are_searches=False)]
+
+    def _choose(self, limit: int, slow: frozenset[str], *, are_searches: bool) -> list[Job]:
+        """Start those of one kind, searches or the rest, for which there is room."""
+
+        def is_slow(job: Job) -> bool:
+            return bool(slow.intersection(job.tasks))
+
+        def is_asked(job: Job) -> bool:
+            return (job.urgency is Urgency.SEARCH) is are_searches
+
+        room = limit - sum(map(is_asked, self._running))
+        slow_room = max(1, limit // 3) - sum(map(is_slow, self._running))
+        waiting = [job for job in self._waiting if is_asked(job)]
+        chosen: list[Job] = []
+        while len(chosen) < room:
+            if slow and slow_room <= 0:
+                waiting = [job for job in waiting if not is_slow(job)]
+            if not waiting:
+                break
+            job = waiting.pop(self._turns.choose([each.urgency for each in waiting]))
+            slow_room -= is_slow(job)
+            chosen.append(self._start(job))
+        return chosen
 
     def _start(self, job: Job) -> Job:
         self._waiting.remove(job)

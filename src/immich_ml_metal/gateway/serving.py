@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -24,6 +25,7 @@ _END_RESERVE_S = 3.0
 # told with the answer that the connection ends.
 _QUIET_S = 0.5
 _POLL_S = 0.05
+_LOOKS = 6  # at what Immich is in the middle of; it may count what it will never send
 # launchd allows 256; every held request has a connection, and a file once memory is full.
 _OPEN_FILES = 8192
 _OWN_FILES = 64  # listeners, pipes, logs, probes
@@ -67,22 +69,26 @@ class GatewayServer(uvicorn.Server):
         """Take SIGTERM or SIGINT; uvicorn installs this as their handler."""
         logger.info("stopping signal=%s", signal.Signals(sig).name)
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.begin_drain)
+            is_planned = sig != signal.SIGINT  # Ctrl-C: nobody is going to start us again
+            self._loop.call_soon_threadsafe(partial(self.begin_drain, is_planned=is_planned))
 
-    def begin_drain(self) -> None:
-        """Stop taking connections, answer what is here, then end. The second call ends at once."""
+    def begin_drain(self, *, is_planned: bool = True) -> None:
+        """Let Immich keep its jobs, answer what is here, then end. A second call ends at once."""
         if self._drain is None:
             self._gateway.is_draining = True
-            self._drain = asyncio.ensure_future(self._answer_the_rest())
+            self._drain = asyncio.ensure_future(self._answer_the_rest(is_planned=is_planned))
         else:
             self.force_exit = self.should_exit = True
 
-    async def _answer_the_rest(self) -> None:
-        for listener in self.servers:
-            listener.close()
+    async def _answer_the_rest(self, *, is_planned: bool) -> None:
+        is_paused = await self._gateway.companions.before_end(is_planned=is_planned)
+        self._gateway.troubles.end()
         limit_s = self._gateway.settings.drain_limit_s
         try:
             async with asyncio.timeout(max(limit_s - _END_RESERVE_S, limit_s / 2)):
+                if is_paused:  # a job that Immich took just before still finds us
+                    await self._quiet_at_immich()
+                self._close_the_port()
                 await self._quiet()
         except TimeoutError:
             left = self._gateway.open_requests
@@ -90,7 +96,19 @@ class GatewayServer(uvicorn.Server):
             self._gateway.dispatcher.refuse_all("the service is stopping")
             self._gateway.holding.end()
         finally:
+            self._close_the_port()
             self.should_exit = True
+
+    def _close_the_port(self) -> None:
+        for listener in self.servers:
+            listener.close()
+
+    async def _quiet_at_immich(self) -> None:
+        """Return once Immich is in the middle of no job; it may not know for sure."""
+        for _ in range(_LOOKS):
+            await self._quiet()
+            if not await self._gateway.companions.active_jobs():
+                return
 
     async def _quiet(self) -> None:
         """Return once no request has been open for `_QUIET_S`."""

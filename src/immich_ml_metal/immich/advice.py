@@ -9,9 +9,9 @@ from immich_ml_metal.immich.api import ServerSettings
 from immich_ml_metal.types import Task
 
 # Enough in flight that batches form, while each waits its turn well below Immich's 300 s.
-GOOD_CONCURRENCY: Mapping[Task, int] = MappingProxyType({Task.CLIP: 8, Task.FACES: 4, Task.OCR: 4})
+GOOD_CONCURRENCY: Mapping[str, int] = MappingProxyType({Task.CLIP: 8, Task.FACES: 4, Task.OCR: 4})
 WORTH_IT = 1.05  # below this a gain is noise
-_TITLES: Mapping[Task, str] = MappingProxyType(
+_TITLES: Mapping[str, str] = MappingProxyType(
     {Task.CLIP: "smart search", Task.FACES: "face detection", Task.OCR: "OCR"}
 )
 SQUASH_SINCE = (3, 3)  # the first server whose own service squashes where models say so
@@ -34,8 +34,8 @@ class OurSide:
     hosts: frozenset[str]
     immich_compat: str
     why_not_served: Callable[[Task, str], str]
-    engines: Mapping[Task, str] = field(default_factory=dict)
-    gains: Mapping[Task, float] | None = None
+    engines: Mapping[str, str] = field(default_factory=dict)
+    gains: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _is_mine(url: str, ours: OurSide) -> bool:
 
 def _models(server: ServerSettings, ours: OurSide) -> Iterator[Advice]:
     for task, name in server.models.items():
-        if reason := ours.why_not_served(task, name):
+        if reason := ours.why_not_served(Task(task), name):
             yield Advice(f"{_TITLES[task]} asks for {name}: {reason}", is_fault=True)
         elif ours.engines.get(task) == "vision":
             yield Advice(

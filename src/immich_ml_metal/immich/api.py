@@ -1,28 +1,35 @@
 """Immich's documented HTTP API, as far as machine learning is concerned.
 
-Needs the key of an admin with the permissions systemConfig.read, job.read and job.create.
+Needs the key of an admin with the permissions systemConfig.read, job.read and job.create. Tasks are
+plain strings here: `types.Task` brings NumPy, which the gateway does without.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from pydantic import SecretStr
 
 from immich_ml_metal.errors import ConfigError, ServiceError
-from immich_ml_metal.types import Task
 
 TIMEOUT_S = 10.0
-# Immich's names of the queues that ask a machine-learning service.
-QUEUES: Mapping[Task, str] = MappingProxyType(
-    {Task.CLIP: "smartSearch", Task.FACES: "faceDetection", Task.OCR: "ocr"}
+# Immich's names of the queues that ask a machine-learning service, by task.
+QUEUES: Mapping[str, str] = MappingProxyType(
+    {"clip": "smartSearch", "facial-recognition": "faceDetection", "ocr": "ocr"}
 )
+DUPLICATES = "duplicateDetection"  # Immich's own work on what smart search found
+PERMISSIONS = ("systemConfig.read", "job.read", "job.create")
+_BUSY = "already running"  # in the 400 to a start of a queue that works
 
 
 class ImmichError(ServiceError):
     """The Immich server cannot be reached, or does not let us."""
+
+
+class QueueBusy(ImmichError):
+    """The queue works, so nothing can be started in it now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,11 @@ class QueueCounts:
     waiting: int
     failed: int
     is_paused: bool
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in it."""
+        return not self.active and not self.waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +62,8 @@ class ServerSettings:
 
     is_enabled: bool
     urls: tuple[str, ...]
-    models: Mapping[Task, str]
-    concurrency: Mapping[Task, int]
+    models: Mapping[str, str]
+    concurrency: Mapping[str, int]
     version: str = ""
     face_min_score: float = 0.7
     text_max_resolution: int = 736
@@ -74,63 +86,106 @@ class ImmichApi:
         """Close the connections."""
         self._client.close()
 
-    def settings(self) -> ServerSettings:
+    def settings(self, timeout_s: float = TIMEOUT_S) -> ServerSettings:
         """What the server is set to.
 
         Raises:
             ImmichError: it cannot be reached, refuses the key, or answers something unknown.
         """
-        config = self._ask("GET", "/api/system-config")
-        version = self._version()
+        config = self._ask("GET", "/api/system-config", timeout_s=timeout_s)
+        version = self._version(timeout_s)
         try:
             return parse_settings(config, version)
         except (KeyError, TypeError, ValueError) as exc:
             raise ImmichError(f"{self.url} has settings of an unknown shape: {exc!r}") from exc
 
-    def queues(self) -> dict[Task, QueueCounts]:
-        """How many jobs the machine-learning queues hold.
+    def queues(self, timeout_s: float = TIMEOUT_S) -> dict[str, QueueCounts]:
+        """The queues that this server has, by task, and `DUPLICATES`.
 
         Raises:
             ImmichError: as for `settings`.
         """
-        answer = self._ask("GET", "/api/jobs")
+        answer = self._ask("GET", "/api/jobs", timeout_s=timeout_s)
+        names = {**QUEUES, DUPLICATES: DUPLICATES}
         try:
             return {
-                task: _parse_queue(answer[name]) for task, name in QUEUES.items() if name in answer
+                task: _parse_queue(answer[name]) for task, name in names.items() if name in answer
             }
         except (KeyError, TypeError, ValueError) as exc:
             raise ImmichError(f"{self.url} has queues of an unknown shape: {exc!r}") from exc
 
-    def start_missing(self, task: Task) -> None:
-        """Queue every asset that has no result of `task` yet.
+    def start_missing(self, task: str) -> None:
+        """Queue every asset that has no result of `task` (or of `DUPLICATES`) yet.
+
+        Raises:
+            QueueBusy: it works; what it does not work on stays missing.
+            ImmichError: as for `settings`.
+        """
+        self._command(task, "start", TIMEOUT_S)
+
+    def pause(self, task: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Let no further job of `task` begin. A paused queue stays so until it is resumed.
 
         Raises:
             ImmichError: as for `settings`.
         """
-        self._ask("PUT", f"/api/jobs/{QUEUES[task]}", {"command": "start", "force": False})
+        self._command(task, "pause", timeout_s)
 
-    def _version(self) -> str:
-        answer = self._ask("GET", "/api/server/version")
+    def resume(self, task: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Let the jobs of `task` go on.
+
+        Raises:
+            ImmichError: as for `settings`.
+        """
+        self._command(task, "resume", timeout_s)
+
+    def _command(
+        self, task: str, command: Literal["start", "pause", "resume"], timeout_s: float
+    ) -> None:
+        body = {"command": command, "force": False}
+        self._ask("PUT", f"/api/jobs/{QUEUES.get(task, task)}", body, timeout_s=timeout_s)
+
+    def _version(self, timeout_s: float) -> str:
+        answer = self._ask("GET", "/api/server/version", timeout_s=timeout_s)
         parts = [answer.get(part) for part in ("major", "minor", "patch")]
         return ".".join(str(part) for part in parts) if all(p is not None for p in parts) else ""
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float,
+    ) -> Any:
         headers = {"x-api-key": self._key.get_secret_value(), "Accept": "application/json"}
         try:
-            reply = self._client.request(method, self.url + path, headers=headers, json=body)
+            reply = self._client.request(
+                method, self.url + path, headers=headers, json=body, timeout=timeout_s
+            )
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise ImmichError(f"cannot reach Immich at {self.url}: {type(exc).__name__}") from exc
-        if reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise ImmichError(
-                f"Immich at {self.url} refuses the API key for {path} ({reply.status_code}): "
-                "it needs an admin's key with systemConfig.read, job.read and job.create"
-            )
+        if refusal := _refusal(reply.status_code, method, path):
+            raise ImmichError(f"Immich at {self.url} refuses the API key for {path}: {refusal}")
+        if reply.status_code == httpx.codes.BAD_REQUEST and _BUSY in reply.text:
+            raise QueueBusy(f"{path.rpartition('/')[2]} is busy: Immich starts nothing in it now")
         if not reply.is_success:
             raise ImmichError(f"Immich at {self.url} answered {reply.status_code} to {path}")
         try:
             return reply.json() if reply.content else {}
         except ValueError as exc:
             raise ImmichError(f"{self.url}{path} is not Immich's API") from exc
+
+
+def _refusal(status: int, method: str, path: str) -> str:
+    """What the key lacks, going by what was asked; empty when it was let in."""
+    if status == httpx.codes.UNAUTHORIZED:
+        return f"no such key (401); make one with {', '.join(PERMISSIONS[:2])} and {PERMISSIONS[2]}"
+    if status != httpx.codes.FORBIDDEN:
+        return ""
+    lacking = "systemConfig.read" if "system-config" in path else "job.read"
+    lacking = "job.create" if method == "PUT" else lacking
+    return f"it lacks {lacking}, or is not an admin's (403)"
 
 
 def connect(url: str | None, key: SecretStr | None) -> ImmichApi:
@@ -151,10 +206,10 @@ def connect(url: str | None, key: SecretStr | None) -> ImmichApi:
 def parse_settings(config: Mapping[str, Any], version: str = "") -> ServerSettings:
     """Pick what concerns us out of `GET /system-config`; older servers lack some of it."""
     learning = config["machineLearning"]
-    sections = {Task.CLIP: "clip", Task.FACES: "facialRecognition", Task.OCR: "ocr"}
+    sections = {"clip": "clip", "facial-recognition": "facialRecognition", "ocr": "ocr"}
     found = {task: learning[name] for task, name in sections.items() if name in learning}
     jobs = config.get("job", {})
-    faces, ocr = found.get(Task.FACES, {}), found.get(Task.OCR, {})
+    faces, ocr = found.get("facial-recognition", {}), found.get("ocr", {})
     return ServerSettings(
         is_enabled=bool(learning["enabled"]),
         urls=tuple(learning.get("urls") or filter(None, [learning.get("url")])),

@@ -26,7 +26,7 @@ TURNS = 2  # a machine busy with something else for a moment must not decide
 
 def measure_gains(
     url: str, server: ServerSettings, draw: Callable[[int], bytes]
-) -> Mapping[Task, float]:
+) -> Mapping[str, float]:
     """Throughput at `GOOD_CONCURRENCY` over that at Immich's setting, by task.
 
     A task that does not answer is left out: there is nothing to measure.
@@ -42,7 +42,7 @@ def measure_gains(
     gains = {}
     with closing(ImmichClient(url, names)) as client:
         for task in models:
-            ask = partial(client.ask, _CALLS[task])
+            ask = partial(client.ask, _CALLS[Task(task)])
             low, high = server.concurrency.get(task, 1), GOOD_CONCURRENCY[task]
             with suppress(BadAnswer):
                 ask(pictures[0])  # loads the model

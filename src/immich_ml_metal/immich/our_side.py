@@ -25,7 +25,7 @@ def look_at_ours(settings: Settings, server: ServerSettings, *, measure: bool) -
     )
 
 
-def _engines(url: str) -> dict[Task, str]:
+def _engines(url: str) -> dict[str, str]:
     try:
         table = ask_health(url).engines
     except NotServing:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from immich_ml_metal.catalog import Family, ModelSpec
 from immich_ml_metal.models.manifest import FileRecord, load_manifest, sha256_of
-from immich_ml_metal.onnx_files.references import NotOnnx, external_files
+from immich_ml_metal.onnx_files.protobuf import NotOnnx
+from immich_ml_metal.onnx_files.references import external_files
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 STAGING = ".incoming"  # beside the target, so that a rename never crosses a file system

@@ -58,7 +58,7 @@ class DerivedForm:
         Raises:
             NotOnnx, OSError: the model cannot be read.
         """
-        stamp = _stamp(weight_files(self.model))
+        stamp = stamp_files(weight_files(self.model))
         for folder in sorted(self._home.glob(f"{self._any_weights}-{self._suffix}")):
             manifest = _read_manifest(folder)
             if manifest is not None and manifest["sources"] == stamp:
@@ -80,7 +80,7 @@ class DerivedForm:
             NotOnnx: the model cannot be read.
         """
         sources = weight_files(self.model)
-        stamp, digest = _stamp(sources), _digest(sources)
+        stamp, digest = stamp_files(sources), digest_files(sources)
         target = self._home / f"{self.model.stem}-{digest[:_DIGITS]}-{self._suffix}"
         self._home.mkdir(exist_ok=True)
         self._remove_abandoned()
@@ -151,7 +151,17 @@ def weights_digest(form: Path) -> str:
     return str(manifest["sha256"])[:_DIGITS]
 
 
-def _digest(sources: Sequence[Path]) -> str:
+def source_digest(*folders: Path) -> str:
+    """Eight hexadecimal digits for the Python source in `folders`, for the version of a form."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def digest_files(sources: Sequence[Path]) -> str:
+    """One SHA-256 of several files, hexadecimal."""
     total = hashlib.sha256()
     for file in sources:
         with file.open("rb") as stream:
@@ -159,7 +169,7 @@ def _digest(sources: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def _stamp(sources: Sequence[Path]) -> Stamp:
+def stamp_files(sources: Sequence[Path]) -> Stamp:
     """What tells a replaced file without reading it: size and time of change in nanoseconds."""
     folder = sources[0].parent
     found = {str(file.relative_to(folder)): file.stat() for file in sources}

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from immich_ml_metal.onnx_files.protobuf import NotOnnx, messages
+
 # Field numbers of onnx.proto3 that lead to a TensorProto.
 _MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
 _FUNCTION_NODE = 7
@@ -32,11 +34,6 @@ _CHILDREN = {
     },
     "tensor": {_TENSOR_EXTERNAL: "entry"},
 }
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-
-class NotOnnx(ValueError):
-    """The file is torn, is not an ONNX model, or names weights outside its folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +113,7 @@ class _Walk:
     def _message(self, kind: str, start: int, end: int) -> Iterator[tuple[str, int]]:
         children = _CHILDREN[kind]
         entries: dict[str, str] = {}
-        for number, lo, hi in self._fields(start, end):
+        for number, lo, hi in messages(self._view, start, end):
             child = children.get(number)
             if child == "entry":
                 key, value = self._entry(lo, hi)
@@ -129,42 +126,11 @@ class _Walk:
 
     def _entry(self, start: int, end: int) -> tuple[str, str]:
         """A StringStringEntryProto."""
-        text = {number: self._view[lo:hi] for number, lo, hi in self._fields(start, end)}
+        text = {number: self._view[lo:hi] for number, lo, hi in messages(self._view, start, end)}
         try:
             return text.get(1, b"").decode(), text.get(2, b"").decode()
         except UnicodeDecodeError as exc:
             raise NotOnnx("a side file's name is not text") from exc
-
-    def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(number, start, end) of every length-delimited field in a message."""
-        at = start
-        while at < end:
-            tag, at = self._varint(at, end)
-            number, wire = tag >> 3, tag & 7
-            size = 0
-            if wire == _VARINT:
-                _, at = self._varint(at, end)
-            elif wire in (_FIXED64, _FIXED32):
-                size = 8 if wire == _FIXED64 else 4
-            elif wire == _BYTES:
-                size, at = self._varint(at, end)
-            else:
-                raise NotOnnx(f"wire type {wire} at byte {at}")
-            if number == 0 or at + size > end:
-                raise NotOnnx(f"torn at byte {at}: a field goes on for {size} bytes")
-            if wire == _BYTES:
-                yield number, at, at + size
-            at += size
-
-    def _varint(self, at: int, end: int) -> tuple[int, int]:
-        value = shift = 0
-        while at < end and shift < 70:
-            byte = self._view[at]
-            value |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                return value, at
-        raise NotOnnx(f"torn at byte {at}")
 
 
 def _number(entries: dict[str, str], name: str) -> int:

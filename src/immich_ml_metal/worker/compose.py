@@ -11,16 +11,19 @@ from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.backends.selection import (
     EnginePlan,
     Probe,
+    Slot,
     choose_engines,
     create_engines,
     make_portable,
 )
 from immich_ml_metal.backends.self_tests import SystemProbe
 from immich_ml_metal.catalog import get_model
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
+from immich_ml_metal.worker.guarded_store import GuardedStore
 from immich_ml_metal.worker.preload import key_of_setting
 from immich_ml_metal.worker.server import create_app
 
@@ -35,8 +38,10 @@ _MODEL_SETTINGS = MappingProxyType(
 )
 
 
-def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
+def build_app(settings: Settings, probe: Probe | None = None, *, start: str = "") -> ASGIApp:
     """The worker app as `serve` runs it; says which engines answer and which models are here.
+
+    `start` names the start of the service that this worker belongs to.
 
     Raises:
         ConfigError: an engine that was asked for by name cannot be used on this machine, or a
@@ -45,22 +50,44 @@ def build_app(settings: Settings, probe: Probe | None = None) -> ASGIApp:
     plan = choose_engines(settings, probe or SystemProbe())
     _report_plan(plan)
     metrics = Metrics("worker")
+    count = metrics.fallbacks.labels
     store = ModelStore(settings, on_download=metrics.count_download)
     engines = create_engines(
-        plan,
-        settings,
-        files_of=store.ensure,
-        on_fallback=lambda reason: metrics.fallbacks.labels(reason).inc(),
+        plan, settings, files_of=store.ensure, on_fallback=lambda reason: count(reason).inc()
     )
     report_models(settings, store)
+    guard = _guard(plan, settings)
+    guarded = GuardedStore(store, guard, settings, start)
     return create_app(
         settings,
-        plan.bind(engines),
-        store,
+        _keep_points(plan.bind(engines), guard, engines, settings),
+        guarded,
         metrics=metrics,
         describe_engines=_describer(plan, engines),
+        describe_index=guarded.describe,
         spare=lambda: engines.get("cpu") or make_portable(settings),
     )
+
+
+def _guard(plan: EnginePlan, settings: Settings) -> IndexGuard:
+    detector = plan.engine_of(Task.FACES, Part.DETECTION)
+    points = "vision" if detector == "vision" else "immich"
+    return IndexGuard(settings, points, has_vision="vision" in plan.names)
+
+
+def _keep_points(
+    table: dict[Slot, Engine],
+    guard: IndexGuard,
+    engines: Mapping[str, Engine],
+    settings: Settings,
+) -> dict[Slot, Engine]:
+    """Let faces be found as those in the index were, until the user accepts the change."""
+    kept = guard.held_points()
+    if not kept:
+        return table
+    official = engines.get("mlx") or engines.get("cpu")
+    finder = engines["vision"] if kept == "vision" else official or make_portable(settings)
+    return {**table, (Task.FACES, Part.DETECTION): finder}
 
 
 def _describer(plan: EnginePlan, engines: Mapping[str, Engine]) -> Callable[[], dict[str, Any]]:

@@ -5,13 +5,13 @@ means *looked and found nothing*.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
-from contextlib import asynccontextmanager, nullcontext
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 
-from immich_ml_metal.errors import MissingDependency, MissingPayload, TimedOut
+from immich_ml_metal.errors import MissingDependency, MissingPayload, Overloaded, TimedOut
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
@@ -40,6 +40,7 @@ from immich_ml_metal.worker.second_try import SecondTry
 T = TypeVar("T")
 
 GIANT_PIXELS = 32_000_000  # ten previews' worth: some 220 MB decoded
+ITEMS_AT_ONCE = 16  # of one request: two full batches
 FACE_VECTOR_DIM = 512  # of every face model, fixed by Immich's database (contract §1.7)
 
 
@@ -94,9 +95,18 @@ class Pipeline:
 
     @asynccontextmanager
     async def _room_for(self, image: bytes, urgency: Urgency) -> AsyncIterator[None]:
-        """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB."""
-        is_giant = await self._pictures.count_pixels(image, urgency) > self._giant_pixels
-        async with self._giants if is_giant else nullcontext():
+        """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB.
+
+        Raises:
+            Overloaded: there is one; to wait for it here would keep a place from other requests.
+        """
+        pixels = await self._pictures.count_pixels(image, urgency)
+        if pixels is None or pixels <= self._giant_pixels:
+            yield
+            return
+        if self._giants.locked():
+            raise Overloaded("another giant picture is being worked on")
+        async with self._giants:
             yield
 
     async def _decode(self, image: bytes, urgency: Urgency) -> Picture:
@@ -156,9 +166,8 @@ class Pipeline:
         self._metrics.faces.inc(len(faces))
         if recognition is None:
             return faces
-        vectors: list[Floats] = await _all(
-            self._models.run(recognition.model, FaceCrop(picture, landmarks))
-            for landmarks in faces.landmarks
+        vectors: list[Floats] = await self._run_each(
+            recognition.model, [FaceCrop(picture, landmarks) for landmarks in faces.landmarks]
         )
         empty = np.empty((0, FACE_VECTOR_DIM), dtype=np.float32)
         return RecognisedFaces(faces, np.stack(vectors) if vectors else empty)
@@ -178,9 +187,8 @@ class Pipeline:
         readings: Iterable[Reading] = (
             regions.readings
             if regions.readings is not None
-            else await _all(
-                self._models.run(recognition.model, LineCrop(picture, quad))
-                for quad in regions.quads
+            else await self._run_each(
+                recognition.model, [LineCrop(picture, quad) for quad in regions.quads]
             )
         )
         lines = keep_lines(
@@ -188,6 +196,19 @@ class Pipeline:
         )
         self._metrics.text_lines.inc(len(lines.texts))
         return lines
+
+    async def _run_each(self, key: ModelKey, items: Sequence[Any]) -> list[Any]:
+        """Run every item, so many at a time that other requests get their turns between them.
+
+        Any: what goes in and out is the model's own.
+        """
+        room = asyncio.Semaphore(ITEMS_AT_ONCE)
+
+        async def run(item: Any) -> Any:
+            async with room:
+                return await self._models.run(key, item)
+
+        return await _all(run(item) for item in items)
 
 
 def keep_lines(

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import uvicorn
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(settings: "Settings") -> None:
 
     limit_arenas()
     config = uvicorn.Config(
-        build_app(settings),
+        build_app(settings, start=_name_start(os.getpid())),
         log_config=None,
         log_level="warning",  # its start and stop lines repeat ours
         access_log=False,
@@ -95,11 +96,16 @@ def main() -> None:
     settings = Settings.model_validate_json(read_settings())
     configure_logging(settings, "worker")
     try:
-        app = build_app(settings)
+        app = build_app(settings, start=_name_start(os.getppid()))  # the gateway's
     except ConfigError as exc:  # the last line of this process; the gateway ends at this status
         print(f"immich-ml-metal: {exc}", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_BAD_SETTINGS)
     serve(app, Path(sys.argv[1]))
+
+
+def _name_start(pid: int) -> str:
+    """Name the life of a process: numbers come again, times do not."""
+    return f"{pid} {psutil.Process(pid).create_time():.2f}"
 
 
 def _end_with_parent(fd: int, socket: Path) -> None:

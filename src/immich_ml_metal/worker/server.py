@@ -19,22 +19,25 @@ from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
-from immich_ml_metal.tasks.images import ImageLimits, decode
+from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.threads import CpuThreads
-from immich_ml_metal.types import TaskRequest
+from immich_ml_metal.types import Answer, TaskRequest
 from immich_ml_metal.urgency import Urgency
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
+from immich_ml_metal.worker.other_formats import OtherFormats
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
 from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
-from immich_ml_metal.worker.wire import parse_entries, render
+from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 log = logging.getLogger(__name__)
 
+_RENDERED_AT_ONCE = 16  # faces and lines: a millisecond
 _HOUSEKEEPING_S = 10.0
+ERROR_HEADER = "X-ML-Error"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
@@ -45,14 +48,16 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     describe_engines: Callable[[], dict[str, Any]] = dict,
+    describe_index: Callable[[], list[dict[str, Any]]] = list,
     spare: Callable[[], Engine] | None = None,
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
-    `metrics` are its own when None; `describe_engines` is what `/health` adds about the engines;
-    `spare` makes the engine that answers where another fails, None for none.
+    `metrics` are its own when None; `describe_engines` and `describe_index` tell what `/health`
+    adds; `spare` makes the engine that answers where another fails, None for none.
     """
     service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
+    service.describe_index = describe_index
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,21 +86,21 @@ class WorkerRoutes:
         spare: Callable[[], Engine] | None = None,
     ) -> None:
         self.settings = settings
+        self.describe_index: Callable[[], list[dict[str, Any]]] = list
         self.metrics = metrics or Metrics()
-        self._engines = engines
         self._describe_plan = describe_engines
         self._threads = CpuThreads(settings.request_threads)
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
-        self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
+        others = OtherFormats() if settings.decode_other_formats else None
+        self._pictures = PictureCache(_decode, self._threads, others=others)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
-        self._models = models
+        self._models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = _limits(settings.concurrency)
         self._started = time.monotonic()
-        self._in_flight = 0
-        self._answered = 0
+        self._in_flight = self._answered = 0
         self._released_at = 0  # requests answered when free memory was last handed back
         self._housekeeper: asyncio.Task[None] | None = None
         self._preload_keys = preload_keys(settings)
@@ -126,6 +131,7 @@ class WorkerRoutes:
                     await task
         await self.pool.close()
         self._threads.close()
+        self._pictures.close()
 
     async def _keep_house(self) -> None:
         """Now and then unload idle models, and hand freed memory back once nothing is going on."""
@@ -162,6 +168,7 @@ class WorkerRoutes:
                     f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
                 },
                 "engine_plan": self._describe_plan(),
+                "index": self.describe_index(),
                 "engine_failures": self._models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
@@ -193,7 +200,7 @@ class WorkerRoutes:
         try:
             async with self._admitted[urgency_of_tasks(tasks)]:
                 answer = await self._pipeline.answer(tasks, image, text)
-            body = render(answer)
+            body = await self._render(answer)
             status = 200
             return Response(body, media_type="application/json")
         except Exception as exc:
@@ -206,6 +213,12 @@ class WorkerRoutes:
             for task in sorted({key.task for key in model_keys(tasks)}):
                 self.metrics.requests.labels(task, str(status)).inc()
 
+    async def _render(self, answer: Answer) -> bytes:
+        """The answer's JSON; a long one is written on a thread."""
+        if count_items(answer) <= _RENDERED_AT_ONCE:
+            return render(answer)
+        return await self._threads.run(lambda: render(answer), Urgency.TEXT)
+
     async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
             limit_bytes = self.settings.max_image_size_bytes
@@ -216,6 +229,10 @@ def _limits(concurrency: int) -> dict[Urgency, asyncio.Semaphore]:
     """So many requests at once, and as many searches beside them."""
     searches, others = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
     return {one: searches if one is Urgency.SEARCH else others for one in Urgency}
+
+
+def _decode(data: bytes) -> Picture:
+    return decode(data, ImageLimits())
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
@@ -249,6 +266,8 @@ def _render_error(exc: Exception) -> JSONResponse:
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
+    headers = {ERROR_HEADER: type(exc).__name__}  # tells the gateway what lasts
     after_s = errors.RETRY_AFTER_S.get(type(exc))  # type: ignore[arg-type]
-    headers = {"Retry-After": str(after_s)} if after_s is not None else None
+    if after_s is not None:
+        headers["Retry-After"] = str(after_s)
     return JSONResponse({"detail": reason}, status_code=status, headers=headers)

@@ -23,7 +23,7 @@ from immich_ml_metal.backends.coreml.session import (
 from immich_ml_metal.backends.coreml.shapes import Shapes, cut, label, pin
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.onnx_files.derived import DerivedForm, weights_digest
-from immich_ml_metal.onnx_files.references import NotOnnx
+from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.types import Graph, Tensor
 
 log = logging.getLogger(__name__)

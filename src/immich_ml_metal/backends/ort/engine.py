@@ -23,7 +23,7 @@ from immich_ml_metal.backends.ort.prepared import (
 )
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
-from immich_ml_metal.onnx_files.references import NotOnnx
+from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.threads import inference_cores
 from immich_ml_metal.types import ModelFiles, ModelKey, Part

@@ -1,0 +1,1 @@
+"""What made the vectors in Immich's index, and whether this start would make others."""
