@@ -53,10 +53,11 @@ class Settings(BaseModel):
         help="Folder for what the service remembers between starts; unset is the platform's own.",
     )
 
-    profile: Literal["native", "exact"] = setting(
-        "native",
+    profile: Literal["balanced", "native", "exact"] = setting(
+        "balanced",
         "ML_PROFILE",
-        help="native uses Apple's own faces and text; exact answers as the Docker image does.",
+        help="balanced: Apple reads text, Immich's models do the rest; native: Apple finds faces "
+        "too; exact: Immich's models for everything.",
     )
     clip_model: str = setting(
         "ViT-B-32__openai", "ML_CLIP_MODEL", help="CLIP model that demo, bench and pull use."

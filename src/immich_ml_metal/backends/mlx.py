@@ -43,6 +43,7 @@ class MlxEngine:
 
     name = "mlx"
     needs_files = True
+    number_formats = frozenset(_DTYPES)
 
     def __init__(self, settings: Settings, *, prepared: bool = True) -> None:
         """Take the process's MLX; `prepared` keeps converted weights beside each model."""
@@ -54,11 +55,13 @@ class MlxEngine:
         # MLX aborts the process at exit if a thread ends with its streams open
         self.device = Device("mlx", on_exit=mx.clear_streams)
 
-    def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
+    def load(
+        self, key: ModelKey, files: ModelFiles | None, number_format: str | None = None
+    ) -> AnyModel:
         """Compile the graph and bind it to its task. Device thread only."""
         assert files is not None, "the mlx engine needs files"
         options = Options(
-            dtype=self.dtype,
+            dtype=self.dtype if number_format is None else _DTYPES[number_format],
             max_batch=_MAX_BATCH,
             prepared=self._prepared,
         )
@@ -67,7 +70,7 @@ class MlxEngine:
         log.info(
             "model compiled: model=%s dtype=%s max_batch=%d active_mb=%d cache_mb=%d",
             key,
-            self._dtype_name,
+            number_format or self._dtype_name,
             graph.max_batch,
             memory.active_bytes >> 20,
             memory.cache_bytes >> 20,

@@ -6,11 +6,11 @@ A model that is in use is never unloaded. Knows nothing about pictures or HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
-from immich_ml_metal.backends.base import AnyModel, Engine
+from immich_ml_metal.backends.base import AnyModel, Engine, EngineTable
 from immich_ml_metal.backends.batcher import Batcher
 from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
@@ -18,7 +18,7 @@ from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.threads import CpuThreads
-from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+from immich_ml_metal.types import ModelFiles, ModelKey
 from immich_ml_metal.urgency import urgency_of
 from immich_ml_metal.worker.loaded import BatchWatch, Loaded, Place
 from immich_ml_metal.worker.memory import Backoff, MemoryRules
@@ -26,8 +26,6 @@ from immich_ml_metal.worker.memory import Backoff, MemoryRules
 log = logging.getLogger(__name__)
 
 _FETCHES_AT_ONCE = 4  # downloads side by side, so that one slow model does not block another
-
-EngineTable = Mapping[tuple[Task, Part], Engine]
 
 
 class Store(Protocol):
@@ -95,11 +93,11 @@ class Pool:
 
     def serves(self, key: ModelKey) -> bool:
         """Whether an engine is set for this half."""
-        return self.engine_of(key) is not None
+        return self._engines.serves(key)
 
     def engine_of(self, key: ModelKey) -> Engine | None:
         """The engine set for this half; None where Apple Vision reads text while detecting it."""
-        return self._engines.get((key.task, key.part))
+        return self._engines.choose(key) if self._engines.serves(key) else None
 
     def describe(self) -> list[dict[str, Any]]:
         """Every loaded model for `/health`: name, engine, size, use."""
@@ -132,7 +130,7 @@ class Pool:
         Raises:
             ModelError: it cannot be fetched or loaded. The next call tries again.
         """
-        engine = engine or self._engines[key.task, key.part]
+        engine = engine or self._engines.choose(key)
         self._devices.add(engine.device)
         place = key, engine.name
         task = self._models.get(place)
@@ -272,6 +270,6 @@ class Pool:
         await asyncio.gather(*self._models.values(), return_exceptions=True)
         await self.unload_idle(float("-inf"))
         await asyncio.gather(*self._closing, return_exceptions=True)
-        for device in self._devices | {engine.device for engine in self._engines.values()}:
+        for device in self._devices | {engine.device for engine in self._engines.engines()}:
             await self._threads.run(device.close)
         await self._threads.run(self._files_threads.close)

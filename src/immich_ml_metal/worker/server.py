@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
-from immich_ml_metal.backends.base import Engine
+from immich_ml_metal.backends.base import Engine, EngineTable
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
@@ -28,7 +28,7 @@ from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.other_formats import OtherFormats
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
-from immich_ml_metal.worker.pool import EngineTable, Pool, Store
+from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
 from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
 from immich_ml_metal.worker.wire import count_items, parse_entries, render
@@ -108,13 +108,13 @@ class WorkerRoutes:
         self._name_engines_in_metrics()
 
     def _name_engines_in_metrics(self) -> None:
-        for (task, part), engine in self._engines.items():
-            self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
-        for name in {engine.name for engine in self._engines.values()} | {"cpu"}:
+        for (task, part), name in self._engines.names().items():
+            self.metrics.engine_info.labels(f"{task}/{part}", name).set(1)
+        for name in {*self._engines.names().values(), "cpu"}:
             for cause in CAUSES:  # at 0 from the start: a rate needs a first value
                 self.metrics.engine_failures.labels(name, cause)
         self.metrics.fallbacks.labels(ANSWERED_BY_SPARE)
-        for device in {engine.device for engine in self._engines.values()}:
+        for device in {engine.device for engine in self._engines.engines()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "WorkerRoutes":
@@ -165,7 +165,7 @@ class WorkerRoutes:
                 "in_flight": self._in_flight,
                 "progress": self.pool.progress + self._answered,
                 "engines": {
-                    f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
+                    f"{task}/{part}": name for (task, part), name in self._engines.names().items()
                 },
                 "engine_plan": self._describe_plan(),
                 "index": self.describe_index(),
