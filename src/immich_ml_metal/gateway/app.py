@@ -302,7 +302,7 @@ def _dispatcher(gateway: Gateway, command: Sequence[str]) -> Dispatcher:
         limit=gateway.settings.concurrency,
         crashes=gateway.crashes,
         metrics=gateway.metrics,
-        slow_tasks=gateway.troubles.slow_tasks,
+        slow_jobs=gateway.troubles.slow_jobs,
     )
 
 

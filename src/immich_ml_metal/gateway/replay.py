@@ -22,14 +22,17 @@ _REMEMBER_MAX = 1000
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One accepted request. `deaths` counts the workers that ended while they worked on it."""
+    """One accepted request. `deaths` counts the workers that ended while they worked on it.
+
+    `kind` is its task and model, where that is known.
+    """
 
     number: int
     body: Body
     content_type: bytes
     request_id: str
     answer: "asyncio.Future[WorkerAnswer]"
-    tasks: tuple[str, ...] = ()
+    kind: tuple[str, str] | None = None
     deaths: int = 0
     causes: list[str] = field(default_factory=list)
 
@@ -67,10 +70,10 @@ class JobQueue:
         """Queue a request by its number."""
         bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
 
-    def take(self, limit: int, slow: frozenset[str] = frozenset()) -> list[Job]:
+    def take(self, limit: int, slow: frozenset[tuple[str, str]] = frozenset()) -> list[Job]:
         """Move to the worker what it may have next, `limit` at once; a suspect goes alone.
 
-        Of the `slow` tasks, which fail for now, no more than a third of the places is taken.
+        Of the `slow` kinds, which fail for now, no more than a third of the places is taken.
         """
         if any(job.deaths for job in self._running):
             return []
@@ -82,15 +85,15 @@ class JobQueue:
         self._running.update(taken)
         return taken
 
-    def _choose(self, count: int, slow: frozenset[str], share: int) -> list[Job]:
+    def _choose(self, count: int, slow: frozenset[tuple[str, str]], share: int) -> list[Job]:
         if not slow:
             return self._waiting[:count]
-        slow_now = sum(1 for job in self._running if slow.intersection(job.tasks))
+        slow_now = sum(job.kind in slow for job in self._running)
         chosen: list[Job] = []
         for job in self._waiting:
             if len(chosen) >= count:
                 break
-            if slow.intersection(job.tasks):
+            if job.kind in slow:
                 if slow_now >= share:
                     continue
                 slow_now += 1
