@@ -19,7 +19,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 RANKS = (
     *("errors", "threads", "system", "state", "types", "catalog"),
     *("setting_kinds", "settings", "settings_sources", "logs", "metrics"),
-    *("onnx_files", "onnx_mlx", "tasks", "models", "index_guard", "backends", "worker"),
+    *("onnx_files", "onnx_graph", "onnx_mlx", "tasks", "models", "index_guard", "backends"),
+    "worker",
     *("client", "parity", "immich", "gateway", "service", "bench", "doctor"),
     *("cli", "__main__"),
 )

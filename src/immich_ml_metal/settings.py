@@ -234,6 +234,11 @@ class Settings(BaseModel):
     max_image_size_bytes: Size = setting(
         100 * MIB, "ML_MAX_IMAGE_SIZE", help="Largest upload, in bytes or as 64MB."
     )
+    decode_other_formats: bool = setting(
+        False,
+        "ML_DECODE_OTHER_FORMATS",
+        help="Also decode TIFF, HEIF, AVIF, BMP and others; Immich sends JPEG or WebP.",
+    )
     request_timeout_s: float = setting(
         120.0,
         "ML_REQUEST_TIMEOUT",

@@ -180,6 +180,25 @@ def test_an_index_that_was_made_otherwise_is_a_warning_with_the_way_out() -> Non
     assert "models accept" in found.fix
 
 
+def test_an_intel_mac_is_refused_with_the_reason() -> None:
+    found = result_of(with_machine(arch="x86_64"), "architecture")
+    assert found.level is Outcome.FAIL
+    assert "ONNX Runtime has no package" in found.text
+
+
+def test_folders_that_macos_keeps_from_jobs_are_named() -> None:
+    kept = replace(HEALTHY, closed=(Path("/Users/me/Documents/models"),))
+    found = result_of(kept, "privacy")
+    assert found.level is Outcome.WARN
+    assert "/Users/me/Documents/models" in found.text
+    assert "Full Disk Access" in found.text
+
+
+def test_the_permission_for_the_local_network_is_told() -> None:
+    settings = Settings(immich_url="http://192.168.1.5:2283")
+    assert "Local Network" in result_of(replace(HEALTHY, settings=settings), "privacy").text
+
+
 def test_without_a_history_the_index_is_not_called_the_same() -> None:
     found = result_of(replace(HEALTHY, index=()), "index")
     assert found.level is Outcome.SKIP
@@ -211,7 +230,6 @@ def test_a_healthy_set_up_has_nothing_to_fix() -> None:
         (replace(HEALTHY, service="none"), "start at boot", "does not start"),
         (replace(HEALTHY, logs_bytes=2**30), "logs", "1024.0 MiB"),
         (replace(HEALTHY, immich=(Advice("raise it to 8"),)), "immich", "raise it to 8"),
-        (with_machine(arch="x86_64"), "architecture", "Intel Mac"),
     ],
 )
 def test_what_works_but_could_be_better_is_a_warning(facts: Facts, check: str, words: str) -> None:

@@ -17,10 +17,10 @@ import pytest
 from doubles.onnx_models import Array, run_ort
 from onnx import TensorProto, numpy_helper
 
+from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.compare import compare_nodes, difference, guess_shapes, random_feeds
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
 from immich_ml_metal.onnx_mlx.lower import lower
-from immich_ml_metal.onnx_mlx.reader import read
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(600)]
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage
-from immich_ml_metal.tasks.images import ImageLimits, decode, resize
+from immich_ml_metal.tasks.images import ImageLimits, decode, decode_other, resize
+from immich_ml_metal.tasks.picture_header import read_header
 
 LIMITS = ImageLimits(max_pixels=178_956_970, max_side_px=65_535)
 
@@ -94,7 +95,7 @@ def test_a_display_p3_profile_is_ignored() -> None:
     np.testing.assert_array_equal(tagged.pixels, untagged.pixels)
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
 def test_alpha_is_dropped_not_blended(file_format: str) -> None:
     pixels = noise(6, 9, 4)
     options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
@@ -123,7 +124,7 @@ def test_a_palette_becomes_its_colours_whatever_is_transparent(
 
 def test_cmyk_is_converted_without_a_profile() -> None:
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # red ink
-    picture = decode(encode(image, "TIFF"), LIMITS)
+    picture = decode(encode(image, "JPEG", quality=100), LIMITS)
     assert picture.pixels[4, 4].tolist() == [255, 0, 0]
 
 
@@ -157,7 +158,7 @@ def test_a_picture_may_be_one_pixel_thin(size: tuple[int, int]) -> None:
     assert picture.pixels[-1, -1].tolist() == [16, 32, 48]
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "JPEG2000"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF"])
 def test_a_picture_is_usable_from_many_threads_after_decoding(file_format: str) -> None:
     picture = decode(encode(Image.fromarray(noise(64, 48)), file_format), LIMITS)
     expected = picture.image.resize((20, 20)).tobytes()
@@ -202,8 +203,8 @@ def test_a_broken_file_is_refused_with_its_reason(data: bytes, reason: str) -> N
         ((301, 2), ImageLimits(10_000, 300), r"longer side is 301 px, limit 300"),
         ((2, 301), ImageLimits(10_000, 300), r"longer side is 301 px, limit 300"),
         ((12_000, 10_000), ImageLimits(10_000, 65_535), "pixels"),  # where Pillow would warn
-        ((60_000, 60_000), LIMITS, "over 178956970 pixels"),  # where Pillow would refuse
-        ((60_000, 60_000), ImageLimits(10_000, 65_535), "over 10000 pixels"),
+        ((60_000, 60_000), LIMITS, "limit 178956970"),  # where Pillow would refuse
+        ((60_000, 60_000), ImageLimits(10_000, 65_535), "limit 10000"),
     ],
 )
 def test_a_header_over_a_limit_is_refused_before_decoding(
@@ -229,7 +230,7 @@ def test_an_icon_that_lies_about_its_size_is_refused() -> None:
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
     icon = struct.pack("<HHH", 0, 1, 1) + entry + inner
     with pytest.raises(ImageTooLarge, match="160000 pixels"):
-        decode(icon, ImageLimits(max_pixels=10_000, max_side_px=1000))
+        decode_other(icon, ImageLimits(max_pixels=10_000, max_side_px=1000))
 
 
 def _samples() -> dict[str, bytes]:
@@ -259,8 +260,9 @@ def test_a_damaged_file_is_a_picture_or_a_refusal(
     data = bytearray(SAMPLES[name])
     for place, value in changes:
         data[place % len(data)] = value
+    whole = decode if read_header(SAMPLES[name]).is_common else decode_other
     try:
-        picture = decode(bytes(data[: int(share * len(data))]), ImageLimits(1_000_000, 2000))
+        picture = whole(bytes(data[: int(share * len(data))]), ImageLimits(1_000_000, 2000))
     except (InvalidImage, ImageTooLarge) as exc:
         outcome = str(exc)
     else:
@@ -294,5 +296,7 @@ def test_pixels_are_those_of_the_pillow_that_the_official_service_runs() -> None
 def test_postscript_is_refused_because_pillow_would_run_it() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20)).save(buffer, "EPS")
-    with pytest.raises(InvalidImage, match="unknown format"):
+    with pytest.raises(InvalidImage, match="PostScript pictures are not decoded here"):
         decode(buffer.getvalue(), ImageLimits(10_000, 100))
+    with pytest.raises(InvalidImage, match="unknown format"):
+        decode_other(buffer.getvalue(), ImageLimits(10_000, 100))

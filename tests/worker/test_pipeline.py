@@ -18,6 +18,7 @@ from immich_ml_metal.errors import (
     LoadFailed,
     MissingDependency,
     MissingPayload,
+    Overloaded,
     TimedOut,
 )
 from immich_ml_metal.metrics import Metrics
@@ -235,17 +236,19 @@ async def test_tasks_of_one_request_share_the_decoded_picture(stage: Stage) -> N
     assert stage.models[FINDER].batches[0][0].picture is seen
 
 
-async def test_giant_pictures_are_held_one_at_a_time() -> None:
+async def test_a_second_giant_picture_is_asked_to_come_again() -> None:
     stage = Stage(giant_pixels=40 * 20 - 1)
     model = stage.models[VISUAL]
     model.gate.close()
     request = TaskRequest(clip_visual=ClipVisual(VISUAL))
-    giants = [asyncio.create_task(stage.ask(request, picture(width))) for width in (40, 41)]
+    first = asyncio.create_task(stage.ask(request, picture(40)))
     small = asyncio.create_task(stage.ask(request, picture(39)))
-    await until(lambda: sum(map(len, model.batches)) == 2)  # one giant, and the small one
-    assert len(stage.decoded) == 2
+    await until(lambda: sum(map(len, model.batches)) == 2)
+    with pytest.raises(Overloaded, match="another giant picture"):
+        await stage.ask(request, picture(41))
     model.gate.open()
-    await asyncio.gather(*giants, small)
+    await asyncio.gather(first, small)
+    await stage.ask(request, picture(41))
     assert len(stage.decoded) == 3
     await close(stage)
 

@@ -50,11 +50,27 @@ def install(
     if show:
         typer.echo(f"# {manager.definition}\n{text}")
         return
+    _warn_of_privacy(settings, file)
     manager.install(plan)
     typer.echo(f"Wrote {manager.definition}")
     typer.echo(f"It runs {' '.join(plan.command)}, now and at every boot.")
     typer.echo(f"Logs: {plan.log_file}")
     _explain(daemon=daemon)
+
+
+def _warn_of_privacy(settings: "Settings", file: Path | None) -> None:
+    """What macOS will keep from the job, before it is one."""
+    import platform
+
+    from immich_ml_metal.service import mac_privacy
+
+    if platform.system() != "Darwin":
+        return
+    closed = mac_privacy.unreadable(mac_privacy.used_paths(settings, file), Path.home())
+    if closed:
+        typer.echo(f"Warning: {mac_privacy.explain_unreadable(closed)}.", err=True)
+    if mac_privacy.needs_local_network(settings, platform.mac_ver()[0]):
+        typer.echo(f"Note: {mac_privacy.EXPLAIN_LOCAL_NETWORK}.", err=True)
 
 
 @app.command("uninstall")

@@ -61,6 +61,7 @@ CHECKS = (
         after=(*_BASE, "memory", "model folder", "disk", "hub", "models", "port", "version"),
     ),
     Check("start at boot", service.check_service, after=(*_BASE, "port")),
+    Check("privacy", service.check_privacy, after=("start at boot",)),
     Check("address", service.check_address),
     Check("index", service.check_index),
     Check("immich", service.check_immich, after=("settings", "port")),

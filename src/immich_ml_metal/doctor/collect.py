@@ -30,6 +30,7 @@ from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.log_files import log_files
+from immich_ml_metal.service.mac_privacy import unreadable, used_paths
 from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
@@ -50,7 +51,6 @@ def collect_facts(
     settings, config_error = _read_settings(file, env_file)
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
-    names = _names(settings, server)
     hub, skew_s = _ask_hub(settings, config_error)
     return Facts(
         version=__version__,
@@ -61,8 +61,8 @@ def collect_facts(
         config_error=config_error,
         models_dir_error=folder_error,
         disk_free_bytes=free_bytes,
+        names=(names := _names(settings, server)),
         models=read_models(settings, (names.clip, names.faces, names.ocr), digests=digests),
-        names=names,
         hub=hub,
         addresses=tuple(lan_addresses()),
         service=read_service(run),
@@ -71,6 +71,7 @@ def collect_facts(
         clock_skew_s=skew_s,
         logs_bytes=size_of_logs(log_files(settings)),
         index=tuple(IndexGuard(settings).findings()),
+        closed=tuple(unreadable(used_paths(settings, file), Path.home())),
     )
 
 

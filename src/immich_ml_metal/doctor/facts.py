@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Literal
 
 from immich_ml_metal.client.calls import ModelNames
@@ -84,6 +85,7 @@ class Facts:
         clock_skew_s: our clock minus a server's; None unknown.
         logs_bytes: size of all log files.
         index: what the index guard knows of each model.
+        closed: what the installed service uses and macOS keeps from jobs.
     """
 
     version: str
@@ -105,6 +107,7 @@ class Facts:
     clock_skew_s: float | None = None
     logs_bytes: int = 0
     index: tuple[IndexFinding, ...] = ()
+    closed: tuple[Path, ...] = ()
 
 
 class Outcome(StrEnum):

@@ -11,7 +11,7 @@ GOOD_FREE_DISK_BYTES = 5 * GIB
 
 
 def check_architecture(facts: Facts) -> Answer:
-    """Rosetta and Intel Macs have no MLX."""
+    """Rosetta has no MLX, an Intel Mac nothing at all."""
     machine = facts.machine
     if machine.is_translated:
         return (
@@ -21,7 +21,8 @@ def check_architecture(facts: Facts) -> Answer:
             "arch -arm64 uv tool install --force --python 3.12 immich-ml-metal",
         )
     if machine.system == "Darwin" and machine.arch != "arm64":
-        return Outcome.WARN, f"an Intel Mac ({machine.arch}): the CPU engine only", ""
+        what = f"an Intel Mac ({machine.arch}): ONNX Runtime has no package for it"
+        return Outcome.FAIL, what, "run the service on Apple Silicon or on Linux"
     return Outcome.OK, f"{machine.system} {machine.arch}", ""
 
 

@@ -2,6 +2,7 @@
 
 from immich_ml_metal.doctor.facts import Answer, Facts, Outcome
 from immich_ml_metal.logs import FILE_BYTES, FILES_KEPT
+from immich_ml_metal.service import mac_privacy
 from immich_ml_metal.system.network import url_host
 
 MIB = 2**20
@@ -91,6 +92,19 @@ def check_immich(facts: Facts) -> Answer:
         return Outcome.OK, "its settings suit this service", ""
     level = Outcome.FAIL if any(item.is_fault for item in facts.immich) else Outcome.WARN
     return level, facts.immich[0].text, "immich-ml-metal immich status"
+
+
+def check_privacy(facts: Facts) -> Answer:
+    """MacOS lets a job at boot read and reach what it needs."""
+    machine = facts.machine
+    if machine.system != "Darwin":
+        return Outcome.SKIP, "only macOS keeps folders from services", ""
+    if facts.closed:
+        fix = "then immich-ml-metal service install"
+        return Outcome.WARN, mac_privacy.explain_unreadable(facts.closed), fix
+    if mac_privacy.needs_local_network(facts.settings, machine.release):
+        return Outcome.OK, mac_privacy.EXPLAIN_LOCAL_NETWORK, ""
+    return Outcome.OK, "nothing that the service needs is kept from it", ""
 
 
 def check_index(facts: Facts) -> Answer:

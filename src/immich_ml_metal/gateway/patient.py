@@ -127,7 +127,8 @@ class PatientProtocol(HttpToolsProtocol):
         """Nothing is waited for any more."""
         self._end_wait()
         super().connection_lost(exc)
-        if self._running is not None:  # uvicorn tells the newest request only
+        # uvicorn tells the newest request only; goes when it tells the one that runs.
+        if self._running is not None:
             _hang_up(self._running)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
@@ -145,7 +146,8 @@ class PatientProtocol(HttpToolsProtocol):
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Answer as HTTP/1.1 a client that offers another protocol (RFC 9110 §7.8).
 
-        The parser stops at such a head and takes no body: a new one gets it without the offer.
+        The parser stops at such a head and takes no body: a new one gets it without the offer. Goes
+        when uvicorn passes the body on.
         """
         if self._is_refused:
             return

@@ -151,6 +151,15 @@ def weights_digest(form: Path) -> str:
     return str(manifest["sha256"])[:_DIGITS]
 
 
+def source_digest(*folders: Path) -> str:
+    """Eight hexadecimal digits for the Python source in `folders`, for the version of a form."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def digest_files(sources: Sequence[Path]) -> str:
     """One SHA-256 of several files, hexadecimal."""
     total = hashlib.sha256()

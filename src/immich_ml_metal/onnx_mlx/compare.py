@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from immich_ml_metal.onnx_graph.graph import Program
+from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.executor import Executor, place
-from immich_ml_metal.onnx_mlx.graph import Program
 from immich_ml_metal.onnx_mlx.lower import lower
 from immich_ml_metal.onnx_mlx.ops.call import to_device
 from immich_ml_metal.onnx_mlx.passes.layout import MARK
-from immich_ml_metal.onnx_mlx.reader import read
 from immich_ml_metal.types import Tensor, TensorSpec
 
 Shape = tuple[int, ...]

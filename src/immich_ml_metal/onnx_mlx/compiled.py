@@ -12,17 +12,17 @@ import mlx.core as mx
 import numpy as np
 
 from immich_ml_metal.errors import InferenceError, LoadFailed
+from immich_ml_metal.onnx_graph.graph import Program, replace_body
+from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.executor import (
     Executor,
     device_constants,
     infer_shapes,
     place_in,
 )
-from immich_ml_metal.onnx_mlx.graph import Program, replace_body
 from immich_ml_metal.onnx_mlx.lower import Lowered, lower
 from immich_ml_metal.onnx_mlx.ops.call import Value, is_floating, to_device
 from immich_ml_metal.onnx_mlx.prepared import Prepared
-from immich_ml_metal.onnx_mlx.reader import read
 from immich_ml_metal.types import Tensor
 
 GUESSED_PX = 64  # free lengths in the check at load: networks halve a picture up to six times

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from immich_ml_metal.errors import LoadFailed
-from immich_ml_metal.onnx_mlx.graph import Node, Program
+from immich_ml_metal.onnx_graph.graph import Node, Program
 from immich_ml_metal.onnx_mlx.host import Evaluator
 from immich_ml_metal.onnx_mlx.ops import HOST_ONLY, OPERATORS
 from immich_ml_metal.onnx_mlx.ops.call import (

@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from immich_ml_metal.onnx_graph.graph import Node, Program
 from immich_ml_metal.onnx_mlx.executor import require_operators
 from immich_ml_metal.onnx_mlx.fold import fold_constants, fold_shapes
-from immich_ml_metal.onnx_mlx.graph import Node, Program
 from immich_ml_metal.onnx_mlx.passes import PASSES
 from immich_ml_metal.onnx_mlx.passes.batch import free_batch
 

@@ -1,7 +1,8 @@
 """Bytes → RGB pixels, once per picture.
 
 Decodes as Immich's own service does: stored orientation, no colour management, alpha dropped, first
-frame. Limits are checked on the header, before any pixel is decoded. Knows nothing about tasks.
+frame; but in this process only the formats that Immich's server sends. Limits are checked on the
+header, before any pixel is decoded. Knows nothing about tasks.
 """
 
 import io
@@ -9,13 +10,18 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage
+from immich_ml_metal.tasks.picture_header import read_header
 from immich_ml_metal.types import Bytes
+
+# Every size is checked here before Pillow decodes. Its own limit is one for the whole process and
+# would only warn, or refuse what ours allows.
+Image.MAX_IMAGE_PIXELS = None
 
 # Pillow keeps RGB as 4 bytes a pixel, and `Picture.pixels` is a second copy of 3.
 _BYTES_PER_PIXEL = 7
@@ -75,17 +81,53 @@ class Picture:
 
 
 def decode(data: bytes, limits: ImageLimits) -> Picture:
-    """Decode a file's bytes.
+    """Decode a JPEG, PNG, GIF or WebP: what Immich and browsers send.
 
     Raises:
-        InvalidImage: not a picture, cut off, or with zero width or height.
+        InvalidImage: another format, cut off, with zero width or height, or built so that it would
+            take long.
         ImageTooLarge: over the limits; found on the header, before decoding.
     """
     if not data:
         raise InvalidImage("the image is empty")
-    _raise_pillow_limit(limits.max_pixels)
+    header = read_header(data)
+    if not header.is_common:
+        raise InvalidImage(_refusal(header.format))
+    if header.size is not None:
+        _check_size(header.size, limits)
+    return _decode(data, limits, (header.format,))
+
+
+def decode_other(data: bytes, limits: ImageLimits) -> Picture:
+    """Decode any format that Pillow knows, for as long as it takes: in a process of its own.
+
+    Raises:
+        InvalidImage: not a picture, cut off, or with zero width or height.
+        ImageTooLarge: over the limits.
+    """
+    Image.preinit()  # the common ones first, as Pillow itself tries them
+    Image.init()
+    # EPS: Pillow would start Ghostscript on the upload. Goes when it no longer starts programs.
+    return _decode(data, limits, tuple(name for name in Image.ID if name != "EPS"))
+
+
+def count_pixels(data: bytes) -> int | None:
+    """Pixels that a file's header announces; 0 where it cannot be read, which `decode` explains.
+
+    None for formats that this process does not decode.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        header = read_header(data)
+    except InvalidImage:
+        return 0
+    if data and not header.is_common:
+        return None
+    return math.prod(header.size or (0, 0))
+
+
+def _decode(data: bytes, limits: ImageLimits, formats: tuple[str, ...]) -> Picture:
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(image.size, limits)
             image.load()
             _check_size(image.size, limits)  # icon files hold a picture of a size of its own
@@ -96,34 +138,13 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise InvalidImage(f"the image cannot be decoded: {_reason(exc)}") from exc
 
 
-def count_pixels(data: bytes) -> int:
-    """Pixels that a file's header announces; 0 where it cannot be read, which `decode` explains."""
-    _raise_pillow_limit(OFFICIAL_MAX_PIXELS)
-    try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            return math.prod(image.size)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *_BROKEN):
-        return 0
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Every format Pillow knows but EPS, for which it starts Ghostscript on the upload.
-
-    Goes when Pillow no longer starts programs.
-    """
-    Image.preinit()  # the common ones first, as Pillow itself tries them
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
-
-
-def _raise_pillow_limit(max_pixels: int) -> None:
-    """Let Pillow open what our own limit allows, without a warning: its limit is process-wide.
-
-    It is never lowered, so threads with different limits do not disturb each other.
-    """
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels
+def _refusal(name: str) -> str:
+    if not name:
+        return "the image cannot be decoded: unknown format"
+    return (
+        f"{name} pictures are not decoded here, only JPEG, PNG, GIF and WebP; "
+        "ML_DECODE_OTHER_FORMATS=true allows them"
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from immich_ml_metal.tasks.images import Picture, count_pixels
 from immich_ml_metal.threads import CpuThreads
+from immich_ml_metal.worker.other_formats import OtherFormats
 
 # Two of Immich's previews, at some 20 MB each: the tasks of one photo come one after the other, and
 # no photo comes again after its tasks are done.
@@ -25,9 +26,12 @@ class PictureCache:
         decode: Callable[[bytes], Picture],
         threads: CpuThreads,
         *,
+        others: OtherFormats | None = None,
         max_bytes: int = CACHE_BYTES,
     ) -> None:
+        """`others` takes the formats that `decode` refuses; without it they stay refused."""
         self._decode = decode
+        self._others = others
         self._threads = threads
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
@@ -38,8 +42,11 @@ class PictureCache:
         """Memory held by kept pictures."""
         return sum(picture.size_bytes for picture in self._kept.values())
 
-    async def count_pixels(self, data: bytes) -> int:
-        """Pixels that the header of `data` announces, before anything is decoded."""
+    async def count_pixels(self, data: bytes) -> int | None:
+        """Pixels that the header of `data` announces, before anything is decoded.
+
+        None for a rare format, which is decoded elsewhere.
+        """
         return await self._threads.run(lambda: count_pixels(data))
 
     async def get(self, data: bytes) -> Picture:
@@ -53,10 +60,20 @@ class PictureCache:
             return picture
         task = self._pending.get(digest)
         if task is None:
-            task = asyncio.create_task(self._threads.run(lambda: self._decode(data)))
+            task = asyncio.create_task(self._start(data))
             self._pending[digest] = task
             task.add_done_callback(lambda done: self._finish(digest, done))
         return await asyncio.shield(task)  # a caller that hangs up leaves the others their picture
+
+    def close(self) -> None:
+        """Nothing more is decoded."""
+        if self._others is not None:
+            self._others.close()
+
+    async def _start(self, data: bytes) -> Picture:
+        if self._others is not None and await self.count_pixels(data) is None:
+            return await self._others.decode(data)
+        return await self._threads.run(lambda: self._decode(data))
 
     def _finish(self, digest: bytes, task: asyncio.Task[Picture]) -> None:
         del self._pending[digest]

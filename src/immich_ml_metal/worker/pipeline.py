@@ -6,12 +6,12 @@ means *looked and found nothing*.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import numpy as np
 
-from immich_ml_metal.errors import MissingDependency, MissingPayload, TimedOut
+from immich_ml_metal.errors import MissingDependency, MissingPayload, Overloaded, TimedOut
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
@@ -92,9 +92,18 @@ class Pipeline:
 
     @asynccontextmanager
     async def _room_for(self, image: bytes) -> AsyncIterator[None]:
-        """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB."""
-        is_giant = await self._pictures.count_pixels(image) > self._giant_pixels
-        async with self._giants if is_giant else nullcontext():
+        """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB.
+
+        Raises:
+            Overloaded: there is one; to wait for it here would keep a place from other requests.
+        """
+        pixels = await self._pictures.count_pixels(image)
+        if pixels is None or pixels <= self._giant_pixels:
+            yield
+            return
+        if self._giants.locked():
+            raise Overloaded("another giant picture is being worked on")
+        async with self._giants:
             yield
 
     async def _decode(self, image: bytes) -> Picture:

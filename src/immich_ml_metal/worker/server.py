@@ -19,11 +19,12 @@ from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
-from immich_ml_metal.tasks.images import ImageLimits, decode
+from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import TaskRequest
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
+from immich_ml_metal.worker.other_formats import OtherFormats
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys
 from immich_ml_metal.worker.pool import EngineTable, Pool, Store
@@ -89,15 +90,15 @@ class WorkerRoutes:
         self._threads = CpuThreads(settings.request_threads)
         memory = MemoryRules(psutil.virtual_memory().total // 2)  # the rest is the owner's
         self.pool = Pool(engines, store, self._threads, self.metrics, memory=memory)
-        self._pictures = PictureCache(lambda data: decode(data, ImageLimits()), self._threads)
+        others = OtherFormats() if settings.decode_other_formats else None
+        self._pictures = PictureCache(_decode, self._threads, others=others)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
         self._models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = asyncio.Semaphore(settings.concurrency)
         self._started = time.monotonic()
-        self._in_flight = 0
-        self._answered = 0
+        self._in_flight = self._answered = 0
         self._released_at = 0  # requests answered when free memory was last handed back
         self._housekeeper: asyncio.Task[None] | None = None
         self._preload_keys = preload_keys(settings)
@@ -128,6 +129,7 @@ class WorkerRoutes:
                     await task
         await self.pool.close()
         self._threads.close()
+        self._pictures.close()
 
     async def _keep_house(self) -> None:
         """Now and then unload idle models, and hand freed memory back once nothing is going on."""
@@ -212,6 +214,10 @@ class WorkerRoutes:
         with self.metrics.stage("request", "read"):
             limit_bytes = self.settings.max_image_size_bytes
             return await read_form(request, self._threads, limit_bytes=limit_bytes)
+
+
+def _decode(data: bytes) -> Picture:
+    return decode(data, ImageLimits())
 
 
 async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:

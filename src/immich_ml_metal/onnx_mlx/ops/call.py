@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from immich_ml_metal.onnx_mlx.graph import Node
+from immich_ml_metal.onnx_graph.graph import Node
 from immich_ml_metal.types import Tensor
 
 Value = Tensor | mx.array
