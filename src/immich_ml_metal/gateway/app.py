@@ -223,6 +223,7 @@ class Gateway:
             "refused": self.refused.describe(),
             "troubles": self.troubles.describe(),
             "guard": self.companions.describe(),
+            "rates": self.history.rates(),
         }
         is_for_people = scope["query_string"] == b"pretty" or send_to_page(dict(scope["headers"]))
         self._page.note_models(bool((self.watch.health or {}).get("models")))
