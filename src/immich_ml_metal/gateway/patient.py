@@ -186,7 +186,7 @@ class PatientProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        """Say why, and read nothing more; a request before it that is complete is answered first."""
+        """Say why, and read nothing more; a complete request before it is answered first."""
         self._is_refused = True
         self._end_wait()
         _refusals.note(status, reason)
