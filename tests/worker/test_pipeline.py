@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doubles.engines import FILES, FakeModel, FakeStore, Gate, soon
+from doubles.engines import FILES, FakeModel, FakeStore, FixedEngines, Gate, soon
 from doubles.timing import until
 from PIL import Image
 
@@ -106,7 +106,7 @@ class Stage:
         self.loads = Gate(is_open=True)
         self.threads, self.metrics = CpuThreads(2), Metrics()
         table = {(key.task, key.part): self for key in KEYS if key not in (without or set())}
-        self.pool = Pool(table, FakeStore(), self.threads, self.metrics)
+        self.pool = Pool(FixedEngines(table), FakeStore(), self.threads, self.metrics)
         limits = ImageLimits(10_000, 200)
         self.decoded: list[bytes] = []
 
