@@ -9,22 +9,37 @@ from PIL import Image
 
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.backends.vision.bridge import VisionBridge, load_frameworks
-from immich_ml_metal.backends.vision.setup import WORD, check_reading, create_vision, draw_word
+from immich_ml_metal.backends.vision.setup import create_vision
 from immich_ml_metal.backends.vision.text import LANGUAGES, text_options, wanted_languages
 from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.qualification.samples import draw_lines
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import FaceDetector, FaceQuery
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.text_boxes import TextRegionQuery
-from immich_ml_metal.types import Faces, Floats, ModelFiles, ModelKey, Part, Task, TextRegions
+from immich_ml_metal.types import (
+    Bytes,
+    Faces,
+    Floats,
+    ModelFiles,
+    ModelKey,
+    Part,
+    Task,
+    TextRegions,
+)
 
 pytestmark = pytest.mark.apple
 
+WORD = "Harbour"
 TURNS = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180}  # clockwise as seen
 
 
 def bridge() -> VisionBridge:
     return VisionBridge(load_frameworks())
+
+
+def draw_word() -> Bytes:
+    return draw_lines((WORD,))[0].pixels
 
 
 def no_files(key: ModelKey) -> ModelFiles:
@@ -52,10 +67,6 @@ def assert_same_points(faces: Faces, expected: Floats, *, share: float) -> None:
     eyes_px = np.hypot(*(expected[1] - expected[0]))
     off_px = [np.abs(landmarks - expected).max() for landmarks in faces.landmarks]
     assert min(off_px) < share * eyes_px
-
-
-def test_vision_reads_a_drawn_word() -> None:
-    check_reading(bridge())
 
 
 def test_corners_are_where_the_word_is_drawn() -> None:
