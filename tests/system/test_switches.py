@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from immich_ml_metal.system.quiet import SWITCHES
+from immich_ml_metal.system.switches import SWITCHES
 
 SHOW = "import immich_ml_metal, json, os; print(json.dumps(dict(os.environ)))"
 

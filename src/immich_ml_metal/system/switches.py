@@ -20,7 +20,7 @@ SWITCHES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def keep_quiet() -> None:
+def set_switches() -> None:
     """Set every switch that nobody has set."""
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
