@@ -48,9 +48,9 @@ def _child(engine: str, path: str, shapes: list[str]) -> str:
 
 def measure(engine: str, path: Path, shapes: list[str]) -> dict[str, str]:
     """Load and run one model; one process measures one model once."""
+    from immich_ml_metal.onnx_graph.reader import read
     from immich_ml_metal.onnx_mlx.__main__ import parse_shape
     from immich_ml_metal.onnx_mlx.compare import guess_shapes, random_feeds
-    from immich_ml_metal.onnx_mlx.reader import read
 
     program = read(path)
     feeds = random_feeds(program, guess_shapes(program, dict(map(parse_shape, shapes))))

@@ -171,6 +171,10 @@ class Metrics:
         self.downloads.labels("ok" if is_whole else "failed").inc()
         self.download_bytes.inc(received_bytes)
 
+    def count_fallback(self, reason: str) -> None:
+        """Count one answer that came from elsewhere than planned; any thread."""
+        self.fallbacks.labels(reason).inc()
+
     def watch_queue(self, device: str, depth: Callable[[], float]) -> None:
         """Report `depth()` as the queue depth of `device` at every scrape."""
         self.queue_depth.labels(device).set_function(depth)

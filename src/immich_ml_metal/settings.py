@@ -53,10 +53,11 @@ class Settings(BaseModel):
         help="Folder for what the service remembers between starts; unset is the platform's own.",
     )
 
-    profile: Literal["native", "exact"] = setting(
-        "native",
+    profile: Literal["balanced", "native", "exact"] = setting(
+        "balanced",
         "ML_PROFILE",
-        help="native uses Apple's own faces and text; exact answers as the Docker image does.",
+        help="balanced: Apple reads text, Immich's models do the rest; native: Apple finds faces "
+        "too; exact: Immich's models for everything.",
     )
     clip_model: str = setting(
         "ViT-B-32__openai", "ML_CLIP_MODEL", help="CLIP model that demo, bench and pull use."
@@ -120,7 +121,7 @@ class Settings(BaseModel):
         "ML_OCR_LANGUAGE_CORRECTION",
         help="Let Apple Vision correct text by its dictionaries; off suits codes and numbers.",
     )
-    mlx_dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+    mlx_dtype: Literal["auto", "float16", "mixed", "bfloat16", "float32"] = setting(
         "auto",
         "ML_MLX_DTYPE",
         help="Number format of the mlx engine; auto is float16 on a GPU, float32 on a CPU.",

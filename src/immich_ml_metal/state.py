@@ -28,6 +28,10 @@ def default_folder() -> Path:
     return Path("~/.local/state").expanduser() / _NAME
 
 
+class StateDamaged(StateUnusable):
+    """A document is there and is not what was written: it may be set aside."""
+
+
 class StateFolder:
     """Documents by name. Reading never creates anything; the folder is made at the first write."""
 
@@ -49,9 +53,9 @@ class StateFolder:
         except OSError as exc:
             raise StateUnusable(f"cannot read {path}: {exc.strerror}") from exc
         except (ValueError, TypeError, KeyError, RecursionError) as exc:
-            raise StateUnusable(f"{path} is damaged ({exc}); delete it to start afresh") from exc
+            raise StateDamaged(f"{path} is damaged ({exc}); delete it to start afresh") from exc
         if not isinstance(document, dict) or not isinstance(found, int):
-            raise StateUnusable(f"{path} is damaged (no version); delete it to start afresh")
+            raise StateDamaged(f"{path} is damaged (no version); delete it to start afresh")
         if found > version:
             raise StateUnusable(
                 f"{path} was written by a newer release (version {found}, this one reads {version})"
@@ -81,6 +85,18 @@ class StateFolder:
             StateUnusable: as `read` and `write`.
         """
         self.write(name, version, change(self.read(name, version) or {}))
+
+    def set_aside(self, name: str) -> None:
+        """Rename a damaged document, so that a new one can be begun and somebody may look at it.
+
+        Raises:
+            StateUnusable: the folder cannot be written.
+        """
+        path = self._path(name)
+        try:
+            path.replace(path.with_suffix(".damaged"))
+        except OSError as exc:
+            raise StateUnusable(f"cannot write {path}: {exc.strerror}") from exc
 
     def _path(self, name: str) -> Path:
         return self.path / f"{name}.json"

@@ -209,6 +209,9 @@ class TextLines:
     texts: tuple[str, ...]
     text_scores: Floats
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from immich_ml_metal.backends.coreml.engine import create_coreml
-from immich_ml_metal.backends.selection import choose_engines, create_engines
-from immich_ml_metal.backends.self_tests import SystemProbe
+from immich_ml_metal.backends.selection import OWN_FORMAT, Candidate
+from immich_ml_metal.qualification.children import measure
+from immich_ml_metal.qualification.order import CHECK, Order
+from immich_ml_metal.qualification.verdict import Outcome
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import ARCFACE_TEMPLATE, FaceCrop
 from immich_ml_metal.tasks.images import Picture
@@ -19,19 +21,12 @@ pytestmark = pytest.mark.apple
 KEY = ModelKey(Task.FACES, Part.RECOGNITION, "buffalo_l")
 
 
-@pytest.mark.parametrize("engine", ["cpu", "vision", "coreml", "mlx"])
-def test_every_engine_of_apple_silicon_passes_its_self_test(engine: str) -> None:
-    assert SystemProbe().check(engine) is None
-
-
-def test_the_plan_of_this_mac_is_the_one_that_is_documented() -> None:
-    plan = choose_engines(Settings(), SystemProbe())
-    assert plan.warnings == (), plan.as_table()
-    assert [choice.engine for choice in plan.choices] == [
-        *("mlx", "mlx", "vision", "coreml", "vision", "vision")
-    ]
-    engines = create_engines(plan, Settings())
-    assert set(engines) == {"mlx", "vision", "coreml"}
+@pytest.mark.anyio
+async def test_vision_reads_drawn_words_the_same_every_time() -> None:
+    key = ModelKey(Task.OCR, Part.DETECTION, "EN__PP-OCRv5_mobile")
+    order = Order(Settings().model_dump_json(), key, Candidate("vision", OWN_FORMAT), CHECK, 130)
+    verdict = await measure(order)
+    assert verdict.outcome is Outcome.RIGHT, str(verdict)
 
 
 def test_core_ml_recognises_faces_as_the_cpu_does_and_keeps_its_compiled_form(

@@ -24,7 +24,7 @@ FAMILIES = {
     "scrfd": ("facial-recognition/buffalo_s", "detection"),
     "ocr reader": ("ocr/PP-OCRv6_tiny", "recognition"),
 }
-LEAST_COSINE = {"float32": 0.99999, "float16": 0.9998, "bfloat16": 0.99}
+LEAST_COSINE = {"float32": 0.99999, "mixed": 0.9998, "float16": 0.9998, "bfloat16": 0.99}
 
 
 @pytest.mark.parametrize("number_format", LEAST_COSINE)
@@ -32,16 +32,15 @@ LEAST_COSINE = {"float32": 0.99999, "float16": 0.9998, "bfloat16": 0.99}
 def test_mlx_computes_what_onnx_runtime_computes(
     shared: Path, family: str, number_format: str, report: Callable[[str], None]
 ) -> None:
-    import mlx.core as mx
-
     from immich_ml_metal.backends.ort.session import OrtGraph, session_options
     from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
+    from immich_ml_metal.onnx_mlx.formats import NumberFormat
 
     model, part = FAMILIES[family]
     path = make_shared_models(shared) / model / part / "model.onnx"
     reference = OrtGraph(path, options=session_options(2))
     feeds = inputs_for(reference)
-    graph = MlxGraph(path, Options(dtype=getattr(mx, number_format), max_batch=1))
+    graph = MlxGraph(path, Options(NumberFormat(number_format), max_batch=1))
     try:
         found, took_s = graph.run(feeds), []
         for _ in range(3):

@@ -10,22 +10,37 @@ from PIL import Image
 
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.backends.vision.bridge import VisionBridge, load_frameworks
-from immich_ml_metal.backends.vision.setup import WORD, check_reading, create_vision, draw_word
+from immich_ml_metal.backends.vision.setup import create_vision
 from immich_ml_metal.backends.vision.text import LANGUAGES, text_options, wanted_languages
 from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.qualification.samples import draw_lines
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import FaceDetector, FaceQuery
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.text_boxes import TextRegionQuery
-from immich_ml_metal.types import Faces, Floats, ModelFiles, ModelKey, Part, Task, TextRegions
+from immich_ml_metal.types import (
+    Bytes,
+    Faces,
+    Floats,
+    ModelFiles,
+    ModelKey,
+    Part,
+    Task,
+    TextRegions,
+)
 
 pytestmark = pytest.mark.apple
 
+WORD = "Harbour"
 TURNS = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180}  # clockwise as seen
 
 
 def bridge() -> VisionBridge:
     return VisionBridge(load_frameworks())
+
+
+def draw_word() -> Bytes:
+    return draw_lines((WORD,))[0].pixels
 
 
 def no_files(key: ModelKey) -> ModelFiles:
@@ -67,10 +82,6 @@ def test_vision_reads_the_same_from_several_threads_and_again_and_again() -> Non
     one_by_one = {read(turn) for turn in range(10)}
     assert together == one_by_one
     assert WORD.casefold() in together.pop().casefold()
-
-
-def test_vision_reads_a_drawn_word() -> None:
-    check_reading(bridge())
 
 
 def test_corners_are_where_the_word_is_drawn() -> None:

@@ -2,17 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.backends.base import AnyModel
+from immich_ml_metal.backends.base import AnyModel, Engine
 from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
-from immich_ml_metal.worker.pool import EngineTable
 
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, "ViT-B-32__openai")
 TEXTUAL = ModelKey(Task.CLIP, Part.TEXTUAL, "ViT-B-32__openai")
@@ -153,11 +152,30 @@ class FakeStore:
         self.gate.open()
 
 
-def every_part(engine: Any) -> EngineTable:
+class FixedEngines:
+    """One engine for each part of each task, whatever the model."""
+
+    def __init__(self, table: Mapping[tuple[Task, Part], Engine]) -> None:
+        self.table = table
+
+    def serves(self, key: ModelKey) -> bool:
+        return (key.task, key.part) in self.table
+
+    def choose(self, key: ModelKey) -> Engine:
+        return self.table[key.task, key.part]
+
+    def names(self) -> dict[tuple[Task, Part], str]:
+        return {slot: engine.name for slot, engine in self.table.items()}
+
+    def engines(self) -> Collection[Engine]:
+        return list(self.table.values())
+
+
+def every_part(engine: Any) -> FixedEngines:
     """One engine for everything."""
     parts = {
         Task.CLIP: (Part.VISUAL, Part.TEXTUAL),
         Task.FACES: (Part.DETECTION, Part.RECOGNITION),
         Task.OCR: (Part.DETECTION, Part.RECOGNITION),
     }
-    return {(task, part): engine for task in parts for part in parts[task]}
+    return FixedEngines({(task, part): engine for task in parts for part in parts[task]})

@@ -10,11 +10,11 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from immich_ml_metal.onnx_graph.graph import Program
+from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.executor import Executor, place
-from immich_ml_metal.onnx_mlx.graph import Program
 from immich_ml_metal.onnx_mlx.lower import lower
 from immich_ml_metal.onnx_mlx.ops.call import to_device
-from immich_ml_metal.onnx_mlx.reader import read
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT, INT32, INT64, UINT8 = (

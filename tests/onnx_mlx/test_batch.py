@@ -24,9 +24,9 @@ from doubles.onnx_models import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.lower import lower
 from immich_ml_metal.onnx_mlx.passes.row_rules import place_rows
-from immich_ml_metal.onnx_mlx.reader import read
 
 ROWS = 3
 

@@ -23,7 +23,7 @@ from doubles.onnx_models import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from immich_ml_metal.onnx_mlx.graph import Program
+from immich_ml_metal.onnx_graph.graph import Program
 
 X = value("x", FLOAT, [None, 4, None, None])
 PICTURE = {"x": randn(2, 4, 8, 12)}

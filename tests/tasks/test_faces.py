@@ -1,4 +1,5 @@
 import math
+import time
 from typing import Any
 
 import cv2
@@ -13,6 +14,8 @@ from PIL import Image
 from immich_ml_metal.errors import InferenceError, InvalidOutput, LoadFailed
 from immich_ml_metal.tasks.faces import (
     ARCFACE_TEMPLATE,
+    HEAD_ROWS,
+    MAX_FACES,
     FaceCrop,
     FaceDetector,
     FaceQuery,
@@ -161,6 +164,30 @@ def test_other_heads_are_an_error(change: Any) -> None:
 
 
 # -- overlaps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [MAX_FACES - 1, MAX_FACES, MAX_FACES + 100])
+def test_of_one_picture_the_best_faces_are_kept(count: int) -> None:
+    anchors = [2 * (4 * row * 80 + 4 * column) for row in range(20) for column in range(20)]
+    scores = [0.2 + 0.001 * number for number in range(count)]
+    found = [
+        (8, anchor, score, [1.0] * 4, [0.0] * 10)
+        for anchor, score in zip(anchors, scores, strict=False)
+    ]
+    faces = decode_heads(heads(*found), min_score=0.1, scale=1.0)
+    np.testing.assert_allclose(faces.scores, scores[::-1][:MAX_FACES], rtol=1e-5)
+
+
+def test_a_least_score_of_nothing_takes_bounded_time_and_keeps_the_best() -> None:
+    rng = np.random.default_rng(0)
+    raw: list[Tensor] = [
+        rng.random((rows, width), np.float32) for width in (1, 4, 10) for rows in HEAD_ROWS
+    ]
+    started_s = time.monotonic()
+    faces = decode_heads(raw, min_score=0, scale=1.0)
+    assert time.monotonic() - started_s < 2
+    assert len(faces) == MAX_FACES
+    assert faces.scores[0] == max(head.max() for head in raw[:3])
 
 
 def naive_nms(boxes: Tensor, scores: Tensor, limit: float) -> list[int]:

@@ -409,3 +409,13 @@ def test_close_frees_the_graph() -> None:
     detector.close()
     assert graph.is_closed
     assert (detector.max_batch, detector.size_bytes) == (1, 1234)
+
+
+@pytest.mark.parametrize(("side", "found"), [(31, 961), (32, 1000), (40, 1000)])
+def test_of_one_picture_the_first_thousand_outlines_are_looked_at(side: int, found: int) -> None:
+    probability = np.zeros((16 * side, 16 * side), np.float32)
+    for top in range(0, 16 * side, 16):
+        for left in range(0, 16 * side, 16):
+            probability[top + 2 : top + 10, left + 2 : left + 10] = 1
+    regions = find_regions(probability, size=(16 * side, 16 * side), min_score=0)
+    assert len(regions) == found

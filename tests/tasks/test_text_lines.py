@@ -108,6 +108,16 @@ def test_the_perspective_is_solved_in_float32_with_the_rows_of_x_and_y_by_turns(
     assert found != np.linalg.solve(np.array(rows, np.float64), np.array(targets)).tolist()
 
 
+@pytest.mark.parametrize(
+    ("size", "crop"), [((8000, 2000), (2000, 8000)), ((8001, 2000), (1999, 8000))]
+)
+def test_a_crop_of_more_pixels_than_a_line_has_is_reduced(
+    size: tuple[int, int], crop: tuple[int, int]
+) -> None:
+    picture = Picture(Image.new("RGB", (9, 9)))
+    assert cut_line(picture, rectangle(0, 0, *size)).shape[:2] == crop
+
+
 def test_a_box_without_area_is_an_error() -> None:
     with pytest.raises(InferenceError, match="has no area"):
         perspective_coefficients(np.zeros((4, 2), np.float32), 10, 10)

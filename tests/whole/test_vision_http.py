@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import onnx
 import pytest
-from doubles.engines import FakeStore, every_part
+from doubles.engines import FakeStore, FixedEngines, every_part
 from doubles.live import face_entries, predict, serve, text_entries
 from doubles.tiny_models import draw_text
 from doubles.vision import Double
@@ -94,7 +94,10 @@ def service(folder: Path, double: Double) -> Iterator[httpx.Client]:
         (Task.OCR, Part.DETECTION): vision,
         (Task.FACES, Part.RECOGNITION): OrtEngine(settings),
     }
-    with serve(create_app(settings, engines, store)) as url, httpx.Client(base_url=url) as client:
+    with (
+        serve(create_app(settings, FixedEngines(engines), store)) as url,
+        httpx.Client(base_url=url) as client,
+    ):
         yield client
 
 
@@ -211,7 +214,7 @@ def test_immichs_models_answer_faces_and_text_when_vision_fails_for_good(
         (Task.OCR, Part.DETECTION): vision,
         (Task.FACES, Part.RECOGNITION): spare,
     }
-    with serve(create_app(settings, engines, store, spare=lambda: spare)) as url:
+    with serve(create_app(settings, FixedEngines(engines), store, spare=lambda: spare)) as url:
         for _ in range(5):
             answer = predict(url, entries, image=picture)
             assert answer.status_code == 200, answer.text

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doubles.engines import FILES, FakeModel, FakeStore, Gate, soon
+from doubles.engines import FILES, FakeModel, FakeStore, FixedEngines, Gate, soon
 from doubles.timing import until
 from PIL import Image
 
@@ -47,7 +47,7 @@ from immich_ml_metal.types import (
     TextRegions,
 )
 from immich_ml_metal.worker.picture_cache import PictureCache
-from immich_ml_metal.worker.pipeline import Pipeline, keep_lines, model_keys
+from immich_ml_metal.worker.pipeline import ITEMS_AT_ONCE, Pipeline, keep_lines, model_keys
 from immich_ml_metal.worker.pool import Pool
 from immich_ml_metal.worker.second_try import SecondTry
 
@@ -106,7 +106,7 @@ class Stage:
         self.loads = Gate(is_open=True)
         self.threads, self.metrics = CpuThreads(2), Metrics()
         table = {(key.task, key.part): self for key in KEYS if key not in (without or set())}
-        self.pool = Pool(table, FakeStore(), self.threads, self.metrics)
+        self.pool = Pool(FixedEngines(table), FakeStore(), self.threads, self.metrics)
         limits = ImageLimits(10_000, 200)
         self.decoded: list[bytes] = []
 
@@ -234,6 +234,26 @@ async def test_tasks_of_one_request_share_the_decoded_picture(stage: Stage) -> N
     seen = stage.models[VISUAL].batches[0][0]
     assert stage.models[DETECTOR].batches[0][0].picture is seen
     assert stage.models[FINDER].batches[0][0].picture is seen
+
+
+async def test_a_request_with_many_faces_leaves_turns_to_others(stage: Stage) -> None:
+    count = 10 * ITEMS_AT_ONCE
+    many = Faces(
+        np.ones((count, 4), np.float32),
+        np.ones(count, np.float32),
+        FACES.landmarks[:1].repeat(count, 0),
+    )
+    stage.models[DETECTOR].answer = lambda _: many
+    stage.models[EMBEDDER].gate.close()
+    faces = TaskRequest(
+        face_detection=FaceDetection(DETECTOR), face_recognition=FaceRecognition(EMBEDDER)
+    )
+    asked = asyncio.create_task(stage.ask(faces, picture()))
+    device, embedder = stage.device, stage.models[EMBEDDER]
+    await until(lambda: device.queued + sum(map(len, embedder.batches)) == ITEMS_AT_ONCE)
+    embedder.gate.open()
+    answer = await asked
+    assert answer.faces.embeddings.shape == (count, 512)
 
 
 async def test_a_second_giant_picture_is_asked_to_come_again() -> None:

@@ -4,7 +4,17 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from doubles.engines import FILES, TEXTUAL, VISUAL, FakeEngine, FakeModel, FakeStore, Gate, soon
+from doubles.engines import (
+    FILES,
+    TEXTUAL,
+    VISUAL,
+    FakeEngine,
+    FakeModel,
+    FakeStore,
+    FixedEngines,
+    Gate,
+    soon,
+)
 from doubles.timing import Clock, until
 
 from immich_ml_metal.errors import DownloadFailed, InferenceError, LoadFailed
@@ -29,7 +39,7 @@ class World:
             (Task.CLIP, Part.VISUAL): engine,
             (Task.CLIP, Part.TEXTUAL): other or engine,
         }
-        pool = Pool(table, self.store, threads, self.metrics, clock=self.clock)
+        pool = Pool(FixedEngines(table), self.store, threads, self.metrics, clock=self.clock)
         self.pools.append((pool, threads))
         return pool
 

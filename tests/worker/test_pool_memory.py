@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles.engines import FixedEngines
 from doubles.hub import onnx_bytes
 
 from immich_ml_metal.backends.base import AnyModel
@@ -108,7 +109,7 @@ class World:
             (key.task, key.part): self.engine for key in (VISUAL, TEXTUAL, DETECTOR, RECOGNISER)
         }
         self.pool = Pool(
-            table,
+            FixedEngines(table),
             self.store,
             self.threads,
             self.metrics,

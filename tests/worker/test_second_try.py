@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
-from doubles.engines import VISUAL, FakeEngine, FakeModel, FakeStore, soon
+from doubles.engines import VISUAL, FakeEngine, FakeModel, FakeStore, FixedEngines, soon
 from doubles.timing import until
 
 from immich_ml_metal.backends.base import AnyModel
@@ -84,7 +84,9 @@ class World:
 
     def models(self, engine: FakeEngine, *, limit_s: float = 5.0) -> SecondTry:
         table = {(Task.CLIP, Part.VISUAL): engine}
-        self.pool = Pool(table, self.store, self.threads, self.metrics, clock=lambda: self.now)
+        self.pool = Pool(
+            FixedEngines(table), self.store, self.threads, self.metrics, clock=lambda: self.now
+        )
         return SecondTry(
             self.pool,
             self.make_spare if self.spare else None,

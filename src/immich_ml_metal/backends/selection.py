@@ -1,23 +1,19 @@
-"""Which engine answers which task: decided once at start, by rules and real self-tests.
+"""The rule: which engines may answer which part of a task, in which order, before any measurement.
 
-An explicit choice that cannot be honoured stops the start. `auto` goes on to the next engine and
-says so in a warning that stays in the plan, which is printed, is in `/health`, and never changes.
+What of it is used is decided by what was measured on this machine (`qualification`). Imports no
+engine.
 """
 
-import importlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from immich_ml_metal.backends.base import Engine
-from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.settings import Settings, env_names
-from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+from immich_ml_metal.types import Part, Task
 
 Slot = tuple[Task, Part]
 
-# Per part of a task: the setting that decides, and what `auto` tries in turn on Apple Silicon.
+# Per part of a task, the setting that decides.
 SETTINGS: Mapping[Slot, str] = {
     (Task.CLIP, Part.VISUAL): "clip_engine",
     (Task.CLIP, Part.TEXTUAL): "clip_engine",
@@ -26,14 +22,34 @@ SETTINGS: Mapping[Slot, str] = {
     (Task.OCR, Part.DETECTION): "ocr_engine",
     (Task.OCR, Part.RECOGNITION): "ocr_engine",
 }
-NATIVE: Mapping[str, tuple[str, ...]] = {
-    "clip_engine": ("mlx", "cpu"),
-    "face_detection_engine": ("vision", "mlx", "cpu"),
-    "face_recognition_engine": ("coreml", "mlx", "cpu"),
-    "ocr_engine": ("vision", "mlx", "cpu"),
+TEXT_READING: Slot = (Task.OCR, Part.RECOGNITION)
+FACE_FINDING: Slot = (Task.FACES, Part.DETECTION)
+
+# What `auto` tries in turn on Apple Silicon, by profile. The CPU follows always.
+_PROFILES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "balanced": {
+        "clip_engine": ("mlx", "coreml"),
+        "face_detection_engine": ("mlx", "coreml"),
+        "face_recognition_engine": ("mlx", "coreml"),
+        "ocr_engine": ("vision", "mlx"),
+    },
+    "native": {
+        "clip_engine": ("mlx",),
+        "face_detection_engine": ("vision", "mlx"),
+        "face_recognition_engine": ("coreml", "mlx"),
+        "ocr_engine": ("vision", "mlx"),
+    },
+    "exact": dict.fromkeys(SETTINGS.values(), ("mlx", "coreml")),
 }
-EXACT = ("mlx", "cpu")
-PORTABLE = ("cpu",)
+
+# The number formats of each engine, best first: the next one is slower and more exact. `mixed`
+# computes products in 16 bits and keeps sums, norms and the residual stream in 32.
+FLOAT32 = "float32"
+LADDERS: Mapping[str, tuple[str, ...]] = {
+    "mlx": ("float16", "mixed", FLOAT32),
+    "coreml": (FLOAT32,),
+}
+OWN_FORMAT = "its own"  # of engines that bring their own models
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,232 +75,76 @@ def this_platform() -> Platform:
     return Platform(platform.system(), platform.machine())
 
 
-class Probe(Protocol):
-    """What this machine is and can do."""
-
-    @property
-    def platform(self) -> Platform:
-        """The machine."""
-        ...
-
-    def check(self, engine: str) -> str | None:
-        """Import `engine` and let it do a small real piece of work.
-
-        Returns:
-            Why it cannot be used here, or None when it works.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One part of one task: its engine, why that one, and what the operator should know."""
+class Candidate:
+    """An engine in one of its number formats."""
 
-    task: Task
-    part: Part
     engine: str
-    reason: str
-    is_explicit: bool = False
-    warning: str | None = None
+    number_format: str = FLOAT32
+
+    @property
+    def family(self) -> str:
+        """Whose answers it gives: those of Immich's own weights, of Apple's, of open_clip's."""
+        return self.engine if self.engine in ("vision", "open_clip") else "immich"
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.number_format}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Candidate":
+        """Read what `str` gives."""
+        engine, _, number_format = text.partition(" ")
+        return cls(engine, number_format)
+
+
+VISION = Candidate("vision", OWN_FORMAT)
+REFERENCE = Candidate("cpu")  # what all others are compared with; it needs no verdict
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePlan:
-    """The choices of a start, in the order of the tasks."""
+class Rule:
+    """What may answer one part of a task.
 
-    platform: Platform
-    choices: tuple[Choice, ...]
-
-    def engine_of(self, task: Task, part: Part) -> str:
-        """Name the engine that answers this part."""
-        return self.choice_of(task, part).engine
-
-    def choice_of(self, task: Task, part: Part) -> Choice:
-        """Find the choice for this part."""
-        return next(choice for choice in self.choices if (choice.task, choice.part) == (task, part))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every engine in use, once."""
-        return tuple(dict.fromkeys(choice.engine for choice in self.choices))
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the operator should know, once each."""
-        warnings = (choice.warning for choice in self.choices if choice.warning)
-        return tuple(dict.fromkeys(warnings))
-
-    def bind(self, engines: Mapping[str, Engine]) -> dict[Slot, Engine]:
-        """Give the table that the pool works from.
-
-        Text recognition is left out where Vision detects: it reads in the same call.
-        """
-        return {
-            (choice.task, choice.part): engines[choice.engine]
-            for choice in self.choices
-            if not (choice.engine == "vision" and (choice.task, choice.part) == _TEXT_READING)
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """Render for `/health`."""
-        return {
-            "platform": str(self.platform),
-            "tasks": {
-                f"{choice.task}/{choice.part}": {"engine": choice.engine, "reason": choice.reason}
-                for choice in self.choices
-            },
-            "warnings": list(self.warnings),
-        }
-
-    def as_table(self) -> str:
-        """Render for the terminal: a row per part, then the warnings."""
-        rows = [("task", "part", "engine", "why")]
-        rows += [(one.task, one.part, one.engine, one.reason) for one in self.choices]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
-            for row in rows
-        ]
-        warnings = [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([f"engines on {self.platform}", *lines, *warnings])
-
-
-_TEXT_READING: Slot = (Task.OCR, Part.RECOGNITION)
-
-
-def choose_engines(settings: Settings, probe: Probe) -> EnginePlan:
-    """Decide every part; each engine that is considered is tested once.
-
-    Raises:
-        ConfigError: an engine was asked for by name and cannot be used here, with the reason; or
-            not even the portable engine works.
+    Attributes:
+        candidates: in order of preference; never empty.
+        why: the rule in words; another wording is another wish of the operator's.
+        is_explicit: one engine was asked for by name, and no other may answer.
     """
-    tested: dict[str, str | None] = {}
 
-    def check(engine: str) -> str | None:
-        if engine not in tested:
-            tested[engine] = probe.check(engine)
-        return tested[engine]
+    candidates: tuple[Candidate, ...]
+    why: str
+    is_explicit: bool = False
 
-    choices = [
-        _choose(task, part, setting, settings, probe.platform, check)
-        for (task, part), setting in SETTINGS.items()
-    ]
-    return EnginePlan(probe.platform, tuple(choices))
+    @property
+    def needs_verdicts(self) -> bool:
+        """Whether there is anything to decide by measuring."""
+        return len(self.candidates) > 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Willing:
-    """A machine on which every engine works: it loads and tests nothing."""
-
-    platform: Platform
-
-    def check(self, engine: str) -> str | None:
-        return None
-
-
-def plan_untested(settings: Settings, platform: Platform) -> EnginePlan:
-    """Give what a start would choose here if every engine passed its self-test; imports none."""
-    return choose_engines(settings, _Willing(platform))
-
-
-def _choose(
-    task: Task,
-    part: Part,
-    setting: str,
-    settings: Settings,
-    platform: Platform,
-    check: Callable[[str], str | None],
-) -> Choice:
+def rule_for(slot: Slot, settings: Settings, machine: Platform) -> Rule:
+    """What the settings mean for one part of a task on one kind of machine."""
+    setting = SETTINGS[slot]
     wanted = getattr(settings, setting)
     if wanted != "auto":
-        return _honour(task, part, setting, wanted, check)
-    order, why = _order(setting, settings, platform)
-    skipped: list[str] = []
-    for engine in order:
-        problem = check(engine)
-        if problem is None:
-            reason = f"{why}, {' and '.join(skipped)} unavailable" if skipped else why
-            warnings = [f"{name} is not used for {task}: {check(name)}" for name in skipped]
-            return Choice(task, part, engine, reason, warning="; ".join(warnings) or None)
-        skipped.append(engine)
-    raise ConfigError(f"no engine can serve {task} {part}: {check(order[-1])}")
-
-
-def _honour(
-    task: Task, part: Part, setting: str, wanted: str, check: Callable[[str], str | None]
-) -> Choice:
-    name = env_names(Settings.model_fields[setting])[0]
-    problem = check(wanted)
-    if problem is not None:
-        raise ConfigError(f"{name} = {wanted} cannot be honoured here: {problem}")
-    return Choice(task, part, wanted, f"asked for by {name}", is_explicit=True)
-
-
-def _order(setting: str, settings: Settings, platform: Platform) -> tuple[tuple[str, ...], str]:
-    """What to try in turn, and the rule in words."""
-    if not platform.is_apple_silicon:
-        return PORTABLE, "portable default"
-    if settings.profile == "exact":
-        return EXACT, "profile exact"
-    order = NATIVE[setting]
+        name = env_names(Settings.model_fields[setting])[0]
+        found = tuple(_formats((wanted,), settings, machine))
+        return Rule(found, f"asked for by {name}", is_explicit=True)
+    if not machine.is_apple_silicon:
+        return Rule((REFERENCE,), "portable default")
+    order = _PROFILES[settings.profile][setting]
     if not settings.use_coreml:
         order = tuple(engine for engine in order if engine != "coreml")
-    return order, "profile native"
+    found = (*_formats(order, settings, machine), REFERENCE)
+    if slot == TEXT_READING:  # Vision reads while it finds: who finds text decides
+        found = tuple(one for one in found if one.engine != "vision")
+    return Rule(found, f"profile {settings.profile}")
 
 
-# -- making the engines ----------------------------------------------------------------------------
-
-FilesOf = Callable[[ModelKey], ModelFiles]
-
-
-def _no_files(key: ModelKey) -> ModelFiles:
-    raise ConfigError(f"no model store was given to fetch {key} from")
-
-
-def create_engines(
-    plan: EnginePlan,
-    settings: Settings,
-    *,
-    files_of: FilesOf = _no_files,
-    on_fallback: Callable[[str], None] = lambda reason: None,
-) -> Mapping[str, Engine]:
-    """Make each engine of the plan once; only their modules are imported.
-
-    Args:
-        plan: what was chosen.
-        settings: how the engines are to work.
-        files_of: finds (or fetches) an official model's files, for what Apple Vision cannot answer.
-        on_fallback: is told the reason each time something runs elsewhere than planned.
-
-    Raises:
-        ConfigError: a setting of an engine is malformed.
-    """
-    makers: dict[str, Callable[[], Engine]] = {
-        "cpu": lambda: _class("ort.engine", "OrtEngine")(settings),
-        "mlx": lambda: _class("mlx", "MlxEngine")(settings),
-        "coreml": lambda: _class("coreml.engine", "create_coreml")(
-            settings, is_explicit=_is_explicit(plan), on_fallback=on_fallback
-        ),
-        "vision": lambda: _class("vision.setup", "create_vision")(
-            settings, files_of=files_of, on_fallback=on_fallback
-        ),
-        "open_clip": lambda: _class("open_clip", "create_open_clip")(settings),
-    }
-    return {name: makers[name]() for name in plan.names}
-
-
-def make_portable(settings: Settings) -> Engine:
-    """The engine that runs everywhere: the spare one where the plan has it not."""
-    engine: Engine = _class("ort.engine", "OrtEngine")(settings)
-    return engine
-
-
-def _class(module: str, name: str) -> Any:
-    """Import a maker from a sibling only now: its module loads a hardware library."""
-    return getattr(importlib.import_module(f"immich_ml_metal.backends.{module}"), name)
-
-
-def _is_explicit(plan: EnginePlan) -> bool:
-    """Whether Core ML was asked for by name: then a refusal is an error, not a fallback."""
-    return any(choice.engine == "coreml" and choice.is_explicit for choice in plan.choices)
+def _formats(order: Iterable[str], settings: Settings, machine: Platform) -> Iterable[Candidate]:
+    for engine in order:
+        ladder = LADDERS.get(engine, (FLOAT32 if engine == "cpu" else OWN_FORMAT,))
+        if engine == "mlx" and settings.mlx_dtype != "auto":
+            ladder = (settings.mlx_dtype,)
+        elif engine == "mlx" and not machine.is_apple_silicon:
+            ladder = (FLOAT32,)  # a CPU has no kernels for 16 bits and is slower with them
+        yield from (Candidate(engine, number_format) for number_format in ladder)

@@ -28,8 +28,8 @@ from immich_ml_metal.client.calls import (
     find_photos,
     immich_calls,
 )
-from immich_ml_metal.client.drawing import draw_preview
 from immich_ml_metal.client.own_service import OwnService, running_service
+from immich_ml_metal.drawing import draw_preview
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings

@@ -22,8 +22,8 @@ from immich_ml_metal.client.calls import (
     configured_names,
     immich_calls,
 )
-from immich_ml_metal.client.drawing import draw_preview
 from immich_ml_metal.client.own_service import running_service
+from immich_ml_metal.drawing import draw_preview
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings

@@ -7,7 +7,6 @@ from typing import Annotated
 import psutil
 import typer
 
-from immich_ml_metal.backends.selection import plan_untested, this_platform
 from immich_ml_metal.catalog import Family, all_models, clean_name, find_by_name
 from immich_ml_metal.cli import models_show as show
 from immich_ml_metal.cli.models_pull import pull_models, verify_models
@@ -23,8 +22,11 @@ from immich_ml_metal.models.manifest import load_manifest
 from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.shelf import FileState, Shelf
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.qualification.plan import Choices, this_machine
+from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.state import StateFolder
 from immich_ml_metal.worker.preload import preload_keys
 
 app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_help=True)
@@ -65,8 +67,9 @@ def list_models(
     ]
     if here:
         rows = [row for row in rows if any(status.is_usable for status in row[1])]
-    plan = plan_untested(settings, this_platform())
-    show.print_list(rows, plan, as_json=as_json)
+    record = Record(StateFolder(settings.state_folder))
+    choices = Choices(settings, this_machine(), record.entries(), store)
+    show.print_list(rows, choices, as_json=as_json)
 
 
 @app.command("pull")

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from immich_ml_metal.backends.selection import EnginePlan
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
 from immich_ml_metal.cli.output import print_json
 from immich_ml_metal.errors import ModelError
@@ -20,6 +19,7 @@ from immich_ml_metal.models.manifest import FileRecord
 from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.prune import Waste
 from immich_ml_metal.models.shelf import FileState, PartStatus
+from immich_ml_metal.qualification.plan import Choices
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey, Task
 
@@ -37,16 +37,17 @@ _MANY = 4  # languages named one by one; more are counted
 
 
 def print_list(
-    rows: Sequence[tuple[ModelSpec, list[PartStatus]]], plan: EnginePlan, *, as_json: bool
+    rows: Sequence[tuple[ModelSpec, list[PartStatus]]], choices: Choices, *, as_json: bool
 ) -> None:
     """The catalogue with what is on disk, and the engine that the settings mean for each."""
     if as_json:
-        engines = [{"engines": _engines(spec, plan)} for spec, _ in rows]
+        engines = [{"engines": _engines(spec, choices)} for spec, _ in rows]
         models = [describe_model(spec, statuses) for spec, statuses in rows]
         print_json([model | one for model, one in zip(models, engines, strict=True)])
         return
     cells = [
-        _cells(spec, statuses) | {"engine": ", ".join(dict.fromkeys(_engines(spec, plan).values()))}
+        _cells(spec, statuses)
+        | {"engine": ", ".join(dict.fromkeys(_engines(spec, choices).values()))}
         for spec, statuses in rows
     ]
     console = Console()
@@ -170,8 +171,8 @@ def describe_model(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str,
     }
 
 
-def _engines(spec: ModelSpec, plan: EnginePlan) -> dict[str, str]:
-    return {part: plan.engine_of(spec.task, part) for part in spec.parts}
+def _engines(spec: ModelSpec, choices: Choices) -> dict[str, str]:
+    return {part: choices.answering(spec.key(part)).candidate.engine for part in spec.parts}
 
 
 def _status(status: PartStatus) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from immich_ml_metal.client.calls import (
     TextAnswer,
     immich_calls,
 )
-from immich_ml_metal.client.drawing import draw_preview
 from immich_ml_metal.client.own_service import (
     NotServing,
     ServiceDidNotStart,
@@ -29,6 +28,7 @@ from immich_ml_metal.client.own_service import (
     running_service,
 )
 from immich_ml_metal.doctor.facts import EngineTest, Facts
+from immich_ml_metal.drawing import draw_preview
 from immich_ml_metal.types import Floats
 
 NORM_TOLERANCE = 1e-2  # search vectors are unit vectors

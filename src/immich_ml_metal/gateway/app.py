@@ -32,8 +32,10 @@ from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_js
 from immich_ml_metal.gateway.own_side import see_own_side
 from immich_ml_metal.gateway.page import Page, is_foreign, redirect, send_to_page
 from immich_ml_metal.gateway.probe import Prober
+from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
+from immich_ml_metal.gateway.qualifier import Qualifier
 from immich_ml_metal.gateway.refused import Refused
-from immich_ml_metal.gateway.supervisor import WorkerState
+from immich_ml_metal.gateway.supervisor import Order, WorkerState
 from immich_ml_metal.gateway.troubles import Troubles, is_failure, reason_of
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
@@ -72,6 +74,7 @@ class Gateway:
         settings: Settings,
         *,
         command: Sequence[str] = WORKER_COMMAND,
+        check_command: Sequence[str] = CHECK_COMMAND,
         companions: Companions | None = None,
         crashes: CrashRecord | None = None,
         reception: Reception | None = None,
@@ -88,6 +91,7 @@ class Gateway:
         self._make_way(command, reception or make_reception(settings.max_image_size_bytes))
         self.refused, self.history = Refused(), History()
         self.watch = Watch(settings, self.dispatcher)
+        self.qualifier = self._make_qualifier(check_command)
         own = see_own_side(self.dispatcher, self.troubles, self.prober, lambda: self.port)
         self.companions = companions or make_companions(settings, self.metrics, own)
         self._page = Page(settings, self.history, self._describe_engines, port=lambda: self.port)
@@ -113,6 +117,14 @@ class Gateway:
             "/ui": self._page,
         }
 
+    def _make_qualifier(self, command: Sequence[str]) -> Qualifier:
+        return Qualifier(
+            self.settings.model_dump_json(),
+            ask=self.watch.ask_news,
+            on_chosen=lambda: self.dispatcher.recycle(Order("engines were chosen")),
+            command=command,
+        )
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the server's life."""
         if scope["type"] == "lifespan":
@@ -131,6 +143,7 @@ class Gateway:
             asyncio.create_task(self.watch.run()),
             asyncio.create_task(self.prober.run()),
             asyncio.create_task(self.companions.run()),
+            asyncio.create_task(self.qualifier.run()),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)
@@ -216,6 +229,7 @@ class Gateway:
             crashes=self.crashes,
             holding=self.holding,
             watch=self.watch,
+            qualifier=self.qualifier,
             started_s=self.started_s,
             is_draining=self.is_draining,
         )

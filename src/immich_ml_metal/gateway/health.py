@@ -13,6 +13,7 @@ from immich_ml_metal import __version__
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.holding import Holding
+from immich_ml_metal.gateway.qualifier import Qualifier
 from immich_ml_metal.gateway.supervisor import WorkerState
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.system.footprint import memory_bytes
@@ -26,6 +27,7 @@ class Parts:
     crashes: CrashRecord
     holding: Holding
     watch: Watch
+    qualifier: Qualifier
     started_s: float
     is_draining: bool
 
@@ -52,6 +54,7 @@ def report(parts: Parts) -> dict[str, Any]:
             "by_cause": Counter(failure.cause for failure in crashes.failures),
             "recent": [asdict(failure) for failure in crashes.failures],
         },
+        "qualification": parts.qualifier.describe(),
         "quarantined": len(parts.holding.quarantine),
     }
 

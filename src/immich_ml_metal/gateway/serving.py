@@ -13,6 +13,7 @@ import uvicorn
 
 from immich_ml_metal.gateway.app import WORKER_COMMAND, Gateway
 from immich_ml_metal.gateway.patient import limited
+from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.listen import KEEPALIVE_S, listen
@@ -118,14 +119,19 @@ class GatewayServer(uvicorn.Server):
             quiet_s = 0.0 if self._gateway.open_requests else quiet_s + _POLL_S
 
 
-def run(settings: Settings, *, command: Sequence[str] = WORKER_COMMAND) -> None:
+def run(
+    settings: Settings,
+    *,
+    command: Sequence[str] = WORKER_COMMAND,
+    check_command: Sequence[str] = CHECK_COMMAND,
+) -> None:
     """Serve until a signal ends it.
 
     Raises:
         ConfigError: the address cannot be listened on, or two settings contradict each other.
     """
     _allow_many_files()
-    gateway = Gateway(settings, command=command)
+    gateway = Gateway(settings, command=command, check_command=check_command)
     sockets = listen(settings.host, settings.port)
     for listener in sockets:
         host, port = listener.getsockname()[:2]

@@ -59,6 +59,7 @@ class Watch:
         self.memory_peak_bytes = 0
         self._settings = settings
         self._dispatcher = dispatcher
+        self._told: object = None  # what the worker had done when it was last asked for news
         self._progress = ProgressWatch(settings.request_timeout_s)
         self._keeps_preloaded = has_preload(settings)
 
@@ -96,6 +97,15 @@ class Watch:
             if isinstance(health := json.loads(body), dict):
                 self.health, self.health_s = health, time.monotonic()
                 self.last_health = health
+
+    async def ask_news(self) -> dict[str, Any] | None:
+        """The worker's `/health`, if it has started or answered anything since the last time."""
+        mark = (self._dispatcher.supervisor.starts, self._dispatcher.served_by_worker)
+        if self._dispatcher.supervisor.state is not WorkerState.READY or mark == self._told:
+            return None
+        self._told = mark
+        await self.ask(_ASK_TIMEOUT_S)
+        return self.health
 
     async def ask_metrics(self, timeout_s: float) -> str | None:
         """The worker's own numbers, None when it gives none in time."""

@@ -1,8 +1,8 @@
 """This service as Immich could see it: where it listens, what it serves, how it could be faster."""
 
 from immich_ml_metal.catalog import PARTS_OF, find_model
-from immich_ml_metal.client.drawing import draw_preview
 from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
+from immich_ml_metal.drawing import draw_preview
 from immich_ml_metal.errors import UnknownModel
 from immich_ml_metal.immich.advice import OurSide
 from immich_ml_metal.immich.api import ServerSettings

@@ -58,7 +58,7 @@ class DerivedForm:
         Raises:
             NotOnnx, OSError: the model cannot be read.
         """
-        stamp = stamp_files(weight_files(self.model))
+        stamp = stamp_of(self.model)
         for folder in sorted(self._home.glob(f"{self._any_weights}-{self._suffix}")):
             manifest = _read_manifest(folder)
             if manifest is not None and manifest["sources"] == stamp:
@@ -149,6 +149,33 @@ def weights_digest(form: Path) -> str:
     if manifest is None:
         raise OSError(f"{form} is not a whole form")
     return str(manifest["sha256"])[:_DIGITS]
+
+
+def stamp_of(model: Path) -> Stamp:
+    """What tells replaced weights without reading them: size and time of change of each file.
+
+    Raises:
+        NotOnnx, OSError: the model cannot be read.
+    """
+    return stamp_files(weight_files(model))
+
+
+def digest_of(model: Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a model's files; reads them all.
+
+    Raises:
+        NotOnnx, OSError: the model cannot be read.
+    """
+    return digest_files(weight_files(model))[:_DIGITS]
+
+
+def source_digest(*folders: Path) -> str:
+    """Eight hexadecimal digits for the Python source in `folders`, for the version of a form."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def digest_files(sources: Sequence[Path]) -> str:

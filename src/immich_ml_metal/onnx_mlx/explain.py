@@ -8,13 +8,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from immich_ml_metal.onnx_graph.graph import Node, Program
+from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.compare import Shape, guess_shapes
 from immich_ml_metal.onnx_mlx.executor import infer_shapes
-from immich_ml_metal.onnx_mlx.graph import Node, Program
 from immich_ml_metal.onnx_mlx.lower import Lowered, lower
 from immich_ml_metal.onnx_mlx.ops import HOST_ONLY, OPERATORS
 from immich_ml_metal.onnx_mlx.ops.call import Value
-from immich_ml_metal.onnx_mlx.reader import read
 from immich_ml_metal.types import TensorSpec
 
 

@@ -3,8 +3,8 @@
 import mlx.core as mx
 
 from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.onnx_graph.graph import Node, Program, prune, replace_body
 from immich_ml_metal.onnx_mlx.executor import infer_shapes
-from immich_ml_metal.onnx_mlx.graph import Node, Program, prune, replace_body
 from immich_ml_metal.onnx_mlx.host import evaluate
 from immich_ml_metal.types import Tensor
 

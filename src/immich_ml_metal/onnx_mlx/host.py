@@ -11,7 +11,7 @@ import numpy as np
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from immich_ml_metal.onnx_mlx.graph import Node
+from immich_ml_metal.onnx_graph.graph import Node
 from immich_ml_metal.types import Tensor
 
 

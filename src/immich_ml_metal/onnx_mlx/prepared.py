@@ -7,7 +7,6 @@ and of what folds constants, and the compiler's own source. Safe to delete.
 
 import base64
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -19,9 +18,11 @@ import mlx.core as mx
 import numpy as np
 import onnx
 
-from immich_ml_metal.onnx_files.derived import DerivedForm
+from immich_ml_metal.onnx_files.derived import DerivedForm, source_digest
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
-from immich_ml_metal.onnx_mlx.graph import Node, Program
+from immich_ml_metal.onnx_graph import graph
+from immich_ml_metal.onnx_graph.graph import Node, Program
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.lower import Lowered
 from immich_ml_metal.onnx_mlx.ops.call import Value
 from immich_ml_metal.types import Tensor, TensorSpec
@@ -35,11 +36,10 @@ FILE = "model.safetensors"
 class Prepared:
     """The prepared form of one model in one number format."""
 
-    def __init__(self, model: Path, dtype: mx.Dtype) -> None:
-        format_name = str(dtype).rsplit(".", maxsplit=1)[-1]
+    def __init__(self, model: Path, number_format: NumberFormat) -> None:
         libraries = f"mlx{metadata.version('mlx')}-onnx{onnx.__version__}"
         version = f"{libraries}-{compiler_digest()}"
-        self._form = DerivedForm(model, FOLDER, version=version, variant=format_name)
+        self._form = DerivedForm(model, FOLDER, version=version, variant=str(number_format))
 
     def load(self) -> tuple[Lowered, dict[str, Value]] | None:
         """The program and its constants, on the device; None if there is no good form."""
@@ -79,10 +79,7 @@ class Prepared:
 @functools.cache
 def compiler_digest() -> str:
     """Digest of the compiler's source: another compiler may make another program."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
+    return source_digest(Path(__file__).parent, Path(graph.__file__).parent)
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

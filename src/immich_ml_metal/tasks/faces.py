@@ -20,6 +20,10 @@ STRIDES = (8, 16, 32)  # pixels of the canvas per cell, one head each
 ANCHORS_PER_CELL = 2
 HEAD_ROWS = [(CANVAS_PX // stride) ** 2 * ANCHORS_PER_CELL for stride in STRIDES]
 NMS_IOU = 0.4
+# Of one picture, the best: far more than a group portrait has at this input size. A `minScore` near
+# 0 makes thousands of anchors faces, each with a vector to compute and 6 KB of answer.
+MAX_FACES = 300
+MAX_CANDIDATES = 5000  # anchors that overlaps are looked for among: a face has about ten
 
 CROP_PX = 112  # ArcFace's square input
 # Where ArcFace was trained to see the eyes, the nose and the mouth corners: xy, pixels of the crop.
@@ -94,7 +98,8 @@ def decode_heads(heads: Sequence[Tensor], *, min_score: float, scale: float) -> 
         scores=np.concatenate(scores),
         landmarks=np.concatenate(landmarks) / scale,
     )
-    best = _suppress(found)
+    found = _best(found, MAX_CANDIDATES)
+    best = _suppress(found)[:MAX_FACES]
     return Faces(np.round(found.boxes[best]), found.scores[best], found.landmarks[best])
 
 
@@ -115,6 +120,14 @@ def _anchor_centres(rows: Tensor, stride: int) -> Floats:
     """(n, 2) xy of anchors on the canvas: row-major cells, both anchors of a cell side by side."""
     cell_y, cell_x = np.divmod(rows // ANCHORS_PER_CELL, CANVAS_PX // stride)
     return np.stack([cell_x, cell_y], axis=1).astype(np.float32) * stride
+
+
+def _best(faces: Faces, count: int) -> Faces:
+    """The `count` best, in the order they came."""
+    if len(faces) <= count:
+        return faces
+    kept = np.sort(np.argsort(-faces.scores, kind="stable")[:count])
+    return Faces(faces.boxes[kept], faces.scores[kept], faces.landmarks[kept])
 
 
 def _suppress(faces: Faces) -> Tensor:

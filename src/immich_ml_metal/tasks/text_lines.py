@@ -22,6 +22,9 @@ LINE_HEIGHT_PX = 48
 MIN_WIDTH_PX, MAX_WIDTH_PX = 224, 2048
 WIDTH_MARGIN = 1.25  # empty space behind the line, of its width
 FIXED_WIDTHS_PX = (224, 320, 448, 640, 1280, 2048)  # of engines that compile a graph per shape
+# The official service cuts any size out. A thousand boxes may each be as large as the picture; a
+# line is brought to 48 pixels of height anyway.
+MAX_CROP_PIXELS = 16_000_000
 UPRIGHT_RATIO = 1.5  # lines this much taller than wide are vertical and are turned
 PAD_BYTE = 127  # what fused graphs see behind the line; 0 after normalisation in float graphs
 BLANK = 0  # CTC's blank class
@@ -41,6 +44,9 @@ def cut_line(picture: Picture, quad: Floats) -> Bytes:
         float(np.linalg.norm(quad[a] - quad[b])) for a, b in ((1, 0), (2, 1), (3, 2), (3, 0))
     )
     width, height = max(1, int(max(top, bottom))), max(1, int(max(left, right)))
+    if width * height > MAX_CROP_PIXELS:
+        shrink = math.sqrt(MAX_CROP_PIXELS / (width * height))
+        width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
     image = picture.image.transform(
         (width, height),
         Image.Transform.PERSPECTIVE,

@@ -1,30 +1,29 @@
 """The composition root: settings → worker app, with its engines and its model store."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
 from starlette.types import ASGIApp
 
 from immich_ml_metal.backends.base import Engine
-from immich_ml_metal.backends.selection import (
-    EnginePlan,
-    Probe,
-    Slot,
-    choose_engines,
-    create_engines,
-    make_portable,
-)
-from immich_ml_metal.backends.self_tests import SystemProbe
+from immich_ml_metal.backends.makers import Surroundings
+from immich_ml_metal.backends.selection import FACE_FINDING
 from immich_ml_metal.catalog import get_model
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.qualification.checker import Checker, Tools
+from immich_ml_metal.qualification.children import COMMAND, measure
+from immich_ml_metal.qualification.plan import Choices, EnginePlan, Machine, this_machine
+from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.state import StateFolder
+from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.guarded_store import GuardedStore
 from immich_ml_metal.worker.preload import key_of_setting
+from immich_ml_metal.worker.second_try import Requalify
 from immich_ml_metal.worker.server import create_app
 
 log = logging.getLogger(__name__)
@@ -38,68 +37,72 @@ _MODEL_SETTINGS = MappingProxyType(
 )
 
 
-def build_app(settings: Settings, probe: Probe | None = None, *, start: str = "") -> ASGIApp:
+def build_app(settings: Settings, machine: Machine | None = None, *, start: str = "") -> ASGIApp:
     """The worker app as `serve` runs it; says which engines answer and which models are here.
 
-    `start` names the start of the service that this worker belongs to.
+    It starts with what is remembered of its engines and tests none of them. `start` names the start
+    of the service that this worker belongs to.
 
     Raises:
         ConfigError: an engine that was asked for by name cannot be used on this machine, or a
             setting names no official model.
     """
-    plan = choose_engines(settings, probe or SystemProbe())
-    _report_plan(plan)
     metrics = Metrics("worker")
-    count = metrics.fallbacks.labels
     store = ModelStore(settings, on_download=metrics.count_download)
-    engines = create_engines(
-        plan, settings, files_of=store.ensure, on_fallback=lambda reason: count(reason).inc()
-    )
+    record = Record(StateFolder(settings.state_folder))
+    choices = Choices(settings, machine or this_machine(), record.entries(), store)
+    guard = _guard(choices, settings)
+    plan = EnginePlan(choices, Surroundings(settings, store.ensure, metrics.count_fallback))
+    _report_plan(plan)
     report_models(settings, store)
-    guard = _guard(plan, settings)
     guarded = GuardedStore(store, guard, settings, start)
     return create_app(
         settings,
-        _keep_points(plan.bind(engines), guard, engines, settings),
+        plan,
         guarded,
         metrics=metrics,
-        describe_engines=_describer(plan, engines),
+        describe_engines=_describer(plan, record.trouble),
         describe_index=guarded.describe,
-        spare=lambda: engines.get("cpu") or make_portable(settings),
+        spare=plan.spare,
+        requalify=_requalifier(settings, choices, record, store),
     )
 
 
-def _guard(plan: EnginePlan, settings: Settings) -> IndexGuard:
-    detector = plan.engine_of(Task.FACES, Part.DETECTION)
-    points = "vision" if detector == "vision" else "immich"
-    return IndexGuard(settings, points, has_vision="vision" in plan.names)
+def _requalifier(
+    settings: Settings, choices: Choices, record: Record, store: ModelStore
+) -> Requalify:
+    """Probes an engine that was set aside, in a child, before it is used again."""
+    tools = Tools(lambda order: measure(order, COMMAND))
+
+    async def is_right_again(key: ModelKey, engine: Engine) -> bool:
+        checker = Checker(settings, choices.machine, record, store, tools)
+        return await checker.is_right_again(key, choices.of(key).candidate)
+
+    return is_right_again
 
 
-def _keep_points(
-    table: dict[Slot, Engine],
-    guard: IndexGuard,
-    engines: Mapping[str, Engine],
-    settings: Settings,
-) -> dict[Slot, Engine]:
-    """Let faces be found as those in the index were, until the user accepts the change."""
-    kept = guard.held_points()
-    if not kept:
-        return table
-    official = engines.get("mlx") or engines.get("cpu")
-    finder = engines["vision"] if kept == "vision" else official or make_portable(settings)
-    return {**table, (Task.FACES, Part.DETECTION): finder}
+def _guard(choices: Choices, settings: Settings) -> IndexGuard:
+    """The guard of this start; faces are found as those in the index were, if it says so."""
+    finder = choices.of(choices.configured()[FACE_FINDING]).candidate
+    points = "vision" if finder.engine == "vision" else "immich"
+    guard = IndexGuard(settings, points, has_vision=choices.could_use_vision())
+    choices.hold_faces(guard.held_points())
+    return guard
 
 
-def _describer(plan: EnginePlan, engines: Mapping[str, Engine]) -> Callable[[], dict[str, Any]]:
+def _describer(plan: EnginePlan, trouble: str) -> Callable[[], dict[str, Any]]:
     """What `/health` says of the engines: the plan, and what they know of themselves."""
 
     def describe() -> dict[str, Any]:
         details = {
-            name: tell()
-            for name, engine in engines.items()
+            engine.name: tell()
+            for engine in plan.engines()
             if (tell := getattr(engine, "describe", None)) is not None
         }
-        return {**plan.as_dict(), **details}
+        told = plan.as_dict()
+        if trouble:
+            told["warnings"] = [*told["warnings"], f"verdicts are not remembered: {trouble}"]
+        return {**told, **details}
 
     return describe
 

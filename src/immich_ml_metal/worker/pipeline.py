@@ -5,9 +5,9 @@ means *looked and found nothing*.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,12 +33,14 @@ from immich_ml_metal.types import (
     TextRecognition,
     TextRegions,
 )
+from immich_ml_metal.urgency import Urgency, urgency_of
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.second_try import SecondTry
 
 T = TypeVar("T")
 
 GIANT_PIXELS = 32_000_000  # ten previews' worth: some 220 MB decoded
+ITEMS_AT_ONCE = 16  # of one request: two full batches
 FACE_VECTOR_DIM = 512  # of every face model, fixed by Immich's database (contract §1.7)
 
 
@@ -79,8 +81,9 @@ class Pipeline:
             InferenceError, InvalidOutput, TimedOut: an engine failed.
         """
         if image is not None:
-            async with self._room_for(image):
-                picture = await self._decode(image)
+            urgency = urgency_of_tasks(request)
+            async with self._room_for(image, urgency):
+                picture = await self._decode(image, urgency)
                 _check_request(request, has_image=True)
                 await self._load_models(request)
                 return await self._timed(self._look(request, picture))
@@ -91,13 +94,13 @@ class Pipeline:
         return await self._timed(self._read_query(request, text))
 
     @asynccontextmanager
-    async def _room_for(self, image: bytes) -> AsyncIterator[None]:
+    async def _room_for(self, image: bytes, urgency: Urgency) -> AsyncIterator[None]:
         """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB.
 
         Raises:
             Overloaded: there is one; to wait for it here would keep a place from other requests.
         """
-        pixels = await self._pictures.count_pixels(image)
+        pixels = await self._pictures.count_pixels(image, urgency)
         if pixels is None or pixels <= self._giant_pixels:
             yield
             return
@@ -106,9 +109,9 @@ class Pipeline:
         async with self._giants:
             yield
 
-    async def _decode(self, image: bytes) -> Picture:
+    async def _decode(self, image: bytes, urgency: Urgency) -> Picture:
         with self._metrics.stage("image", "decode"):
-            return await self._pictures.get(image)
+            return await self._pictures.get(image, urgency)
 
     async def _load_models(self, request: TaskRequest) -> None:
         """Fetch and load all models side by side, however long it takes: the caller waits."""
@@ -163,9 +166,8 @@ class Pipeline:
         self._metrics.faces.inc(len(faces))
         if recognition is None:
             return faces
-        vectors: list[Floats] = await _all(
-            self._models.run(recognition.model, FaceCrop(picture, landmarks))
-            for landmarks in faces.landmarks
+        vectors: list[Floats] = await self._run_each(
+            recognition.model, [FaceCrop(picture, landmarks) for landmarks in faces.landmarks]
         )
         empty = np.empty((0, FACE_VECTOR_DIM), dtype=np.float32)
         return RecognisedFaces(faces, np.stack(vectors) if vectors else empty)
@@ -185,9 +187,8 @@ class Pipeline:
         readings: Iterable[Reading] = (
             regions.readings
             if regions.readings is not None
-            else await _all(
-                self._models.run(recognition.model, LineCrop(picture, quad))
-                for quad in regions.quads
+            else await self._run_each(
+                recognition.model, [LineCrop(picture, quad) for quad in regions.quads]
             )
         )
         lines = keep_lines(
@@ -195,6 +196,19 @@ class Pipeline:
         )
         self._metrics.text_lines.inc(len(lines.texts))
         return lines
+
+    async def _run_each(self, key: ModelKey, items: Sequence[Any]) -> list[Any]:
+        """Run every item, so many at a time that other requests get their turns between them.
+
+        Any: what goes in and out is the model's own.
+        """
+        room = asyncio.Semaphore(ITEMS_AT_ONCE)
+
+        async def run(item: Any) -> Any:
+            async with room:
+                return await self._models.run(key, item)
+
+        return await _all(run(item) for item in items)
 
 
 def keep_lines(
@@ -222,6 +236,12 @@ def model_keys(request: TaskRequest) -> list[ModelKey]:
         request.text_recognition,
     )
     return [entry.model for entry in entries if entry is not None]
+
+
+def urgency_of_tasks(request: TaskRequest) -> Urgency:
+    """The class of what a request's tasks share: that of the most urgent."""
+    urgencies = (urgency_of(key.task, key.part) for key in model_keys(request))
+    return min(urgencies, default=Urgency.PICTURES)
 
 
 def _check_request(request: TaskRequest, *, has_image: bool) -> None:

@@ -6,11 +6,11 @@ A model that is in use is never unloaded. Knows nothing about pictures or HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
-from immich_ml_metal.backends.base import AnyModel, Engine
+from immich_ml_metal.backends.base import AnyModel, Engine, EngineTable
 from immich_ml_metal.backends.batcher import Batcher
 from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import DownloadFailed, LoadFailed
@@ -18,15 +18,14 @@ from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.threads import CpuThreads
-from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+from immich_ml_metal.types import ModelFiles, ModelKey
+from immich_ml_metal.urgency import urgency_of
 from immich_ml_metal.worker.loaded import BatchWatch, Loaded, Place
 from immich_ml_metal.worker.memory import Backoff, MemoryRules
 
 log = logging.getLogger(__name__)
 
 _FETCHES_AT_ONCE = 4  # downloads side by side, so that one slow model does not block another
-
-EngineTable = Mapping[tuple[Task, Part], Engine]
 
 
 class Store(Protocol):
@@ -94,11 +93,11 @@ class Pool:
 
     def serves(self, key: ModelKey) -> bool:
         """Whether an engine is set for this half."""
-        return self.engine_of(key) is not None
+        return self._engines.serves(key)
 
     def engine_of(self, key: ModelKey) -> Engine | None:
         """The engine set for this half; None where Apple Vision reads text while detecting it."""
-        return self._engines.get((key.task, key.part))
+        return self._engines.choose(key) if self._engines.serves(key) else None
 
     def describe(self) -> list[dict[str, Any]]:
         """Every loaded model for `/health`: name, engine, size, use."""
@@ -131,7 +130,7 @@ class Pool:
         Raises:
             ModelError: it cannot be fetched or loaded. The next call tries again.
         """
-        engine = engine or self._engines[key.task, key.part]
+        engine = engine or self._engines.choose(key)
         self._devices.add(engine.device)
         place = key, engine.name
         task = self._models.get(place)
@@ -161,12 +160,13 @@ class Pool:
         """
         async with self.lease(key, engine) as loaded:
             model, label = loaded.model, f"{key.task}/{key.part}"
+            urgency = urgency_of(key.task, key.part)
             with self._metrics.stage(label, "preprocess"):
-                blob = await self._threads.run(lambda: model.preprocess(item))
+                blob = await self._threads.run(lambda: model.preprocess(item), urgency)
             raw = await loaded.engine.device.submit(loaded.batcher, blob)
             self.progress += 1
             with self._metrics.stage(label, "postprocess"):
-                return await self._threads.run(lambda: model.postprocess(raw, item))
+                return await self._threads.run(lambda: model.postprocess(raw, item), urgency)
 
     async def _load(self, key: ModelKey, engine: Engine) -> Loaded:
         place, outcome = (key, engine.name), "failed"
@@ -192,6 +192,7 @@ class Pool:
             model.infer,
             name=str(key),
             max_batch=model.max_batch,
+            urgency=urgency_of(key.task, key.part),
             watch=BatchWatch(self._metrics, key, engine.name),
         )
         return Loaded(key, engine, model, batcher, elapsed_s, self._clock())
@@ -206,13 +207,14 @@ class Pool:
 
     async def _open(self, engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyModel:
         """Load; when the engine rejects damaged files, fetch those again and load once more."""
+        urgency = urgency_of(key.task, key.part)  # of the threads that the engine starts as well
         try:
-            model = await engine.device.call(lambda: engine.load(key, files))
+            model = await engine.device.call(lambda: engine.load(key, files), urgency)
         except LoadFailed:
             if files is None or not await self._files_threads.run(lambda: self._store.repair(key)):
                 raise
             log.warning("damaged files were fetched again model=%s", key)
-            model = await engine.device.call(lambda: engine.load(key, files))
+            model = await engine.device.call(lambda: engine.load(key, files), urgency)
         await self._make_room((key, engine.name), model.size_bytes)
         return model
 
@@ -268,6 +270,6 @@ class Pool:
         await asyncio.gather(*self._models.values(), return_exceptions=True)
         await self.unload_idle(float("-inf"))
         await asyncio.gather(*self._closing, return_exceptions=True)
-        for device in self._devices | {engine.device for engine in self._engines.values()}:
+        for device in self._devices | {engine.device for engine in self._engines.engines()}:
             await self._threads.run(device.close)
         await self._threads.run(self._files_threads.close)

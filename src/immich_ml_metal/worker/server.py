@@ -14,26 +14,28 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from immich_ml_metal import __version__, errors
-from immich_ml_metal.backends.base import Engine
+from immich_ml_metal.backends.base import Engine, EngineTable
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.threads import CpuThreads
-from immich_ml_metal.types import TaskRequest
+from immich_ml_metal.types import Answer, TaskRequest
+from immich_ml_metal.urgency import Urgency
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.other_formats import OtherFormats
 from immich_ml_metal.worker.picture_cache import PictureCache
-from immich_ml_metal.worker.pipeline import Pipeline, model_keys
-from immich_ml_metal.worker.pool import EngineTable, Pool, Store
+from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
+from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
-from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
-from immich_ml_metal.worker.wire import parse_entries, render
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, Requalify, SecondTry
+from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 log = logging.getLogger(__name__)
 
+_RENDERED_AT_ONCE = 16  # faces and lines: a millisecond
 _HOUSEKEEPING_S = 10.0
 ERROR_HEADER = "X-ML-Error"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
@@ -48,21 +50,29 @@ def create_app(
     describe_engines: Callable[[], dict[str, Any]] = dict,
     describe_index: Callable[[], list[dict[str, Any]]] = list,
     spare: Callable[[], Engine] | None = None,
+    requalify: Requalify | None = None,
 ) -> FastAPI:
     """Build the worker app around its engines and its model store; no module-level state.
 
     `metrics` are its own when None; `describe_engines` and `describe_index` tell what `/health`
-    adds; `spare` makes the engine that answers where another fails, None for none.
+    adds; `spare` makes the engine that answers where another fails, None for none; `requalify`
+    judges an engine that was set aside.
     """
     service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
     service.describe_index = describe_index
+    service.models.requalify = requalify
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service:
             yield
 
-    app = FastAPI(title="immich-ml-metal", version=__version__, lifespan=lifespan)
+    return _routed(
+        FastAPI(title="immich-ml-metal", version=__version__, lifespan=lifespan), service
+    )
+
+
+def _routed(app: FastAPI, service: "WorkerRoutes") -> FastAPI:
     app.get("/")(service.root)
     app.get("/ping")(service.ping)
     app.get("/health")(service.health)
@@ -94,9 +104,9 @@ class WorkerRoutes:
         self._pictures = PictureCache(_decode, self._threads, others=others)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
-        self._models, self._engines = models, engines
+        self.models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
-        self._admitted = asyncio.Semaphore(settings.concurrency)
+        self._admitted = _limits(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = self._answered = 0
         self._released_at = 0  # requests answered when free memory was last handed back
@@ -106,18 +116,18 @@ class WorkerRoutes:
         self._name_engines_in_metrics()
 
     def _name_engines_in_metrics(self) -> None:
-        for (task, part), engine in self._engines.items():
-            self.metrics.engine_info.labels(f"{task}/{part}", engine.name).set(1)
-        for name in {engine.name for engine in self._engines.values()} | {"cpu"}:
+        for (task, part), name in self._engines.names().items():
+            self.metrics.engine_info.labels(f"{task}/{part}", name).set(1)
+        for name in {*self._engines.names().values(), "cpu"}:
             for cause in CAUSES:  # at 0 from the start: a rate needs a first value
                 self.metrics.engine_failures.labels(name, cause)
         self.metrics.fallbacks.labels(ANSWERED_BY_SPARE)
-        for device in {engine.device for engine in self._engines.values()}:
+        for device in {engine.device for engine in self._engines.engines()}:
             self.metrics.watch_queue(device.name, partial(getattr, device, "queued"))
 
     async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self.models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -140,6 +150,7 @@ class WorkerRoutes:
                 await self.pool.unload_idle(ttl_s, keep=self._preload_keys)
             if self._in_flight == 0 and self._answered > self._released_at:
                 self._released_at = self._answered
+                self._pictures.clear()
                 await self._threads.run(release_free_memory)
 
     # -- routes ------------------------------------------------------------------------------------
@@ -162,11 +173,11 @@ class WorkerRoutes:
                 "in_flight": self._in_flight,
                 "progress": self.pool.progress + self._answered,
                 "engines": {
-                    f"{task}/{part}": engine.name for (task, part), engine in self._engines.items()
+                    f"{task}/{part}": name for (task, part), name in self._engines.names().items()
                 },
                 "engine_plan": self._describe_plan(),
                 "index": self.describe_index(),
-                "engine_failures": self._models.describe(),
+                "engine_failures": self.models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
@@ -195,9 +206,9 @@ class WorkerRoutes:
         self.metrics.in_flight.inc()
         status = errors.CLIENT_GONE  # what remains when this is cancelled
         try:
-            async with self._admitted:
+            async with self._admitted[urgency_of_tasks(tasks)]:
                 answer = await self._pipeline.answer(tasks, image, text)
-            body = render(answer)
+            body = await self._render(answer)
             status = 200
             return Response(body, media_type="application/json")
         except Exception as exc:
@@ -210,10 +221,22 @@ class WorkerRoutes:
             for task in sorted({key.task for key in model_keys(tasks)}):
                 self.metrics.requests.labels(task, str(status)).inc()
 
+    async def _render(self, answer: Answer) -> bytes:
+        """The answer's JSON; a long one is written on a thread."""
+        if count_items(answer) <= _RENDERED_AT_ONCE:
+            return render(answer)
+        return await self._threads.run(lambda: render(answer), Urgency.TEXT)
+
     async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
             limit_bytes = self.settings.max_image_size_bytes
             return await read_form(request, self._threads, limit_bytes=limit_bytes)
+
+
+def _limits(concurrency: int) -> dict[Urgency, asyncio.Semaphore]:
+    """So many requests at once, and as many searches beside them."""
+    searches, others = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
+    return {one: searches if one is Urgency.SEARCH else others for one in Urgency}
 
 
 def _decode(data: bytes) -> Picture:

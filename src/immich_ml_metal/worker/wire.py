@@ -198,6 +198,12 @@ def _to_request(entries: _Entries, face_min_score: float) -> TaskRequest:
 # -- Answer → response body ------------------------------------------------------------------------
 
 
+def count_items(answer: Answer) -> int:
+    """Faces and lines of an answer: what its length grows with."""
+    faces = answer.faces.faces if isinstance(answer.faces, RecognisedFaces) else answer.faces
+    return sum(0 if part is None else len(part) for part in (faces, answer.text))
+
+
 def render(answer: Answer) -> bytes:
     """The response body: compact JSON, float32 in its shortest exact form.
 

@@ -1,22 +1,14 @@
-"""Makes the Vision engine from settings, and proves at start that Vision really reads."""
+"""Makes the Vision engine from settings."""
 
 from collections.abc import Callable
-
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.ort.engine import OrtEngine
 from immich_ml_metal.backends.vision.bridge import VisionBridge, load_frameworks
 from immich_ml_metal.backends.vision.calibration import FACE_KNOTS, LINE_KNOTS, Calibration
 from immich_ml_metal.backends.vision.engine import Bridge, VisionEngine
-from immich_ml_metal.backends.vision.text import text_options, wanted_languages
-from immich_ml_metal.errors import InferenceError
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import Bytes, ModelFiles, ModelKey
-
-WORD = "Harbour"  # drawn and read back at start
-_FONT_PX = 64
+from immich_ml_metal.types import ModelFiles, ModelKey
 
 
 def create_vision(
@@ -40,26 +32,3 @@ def create_vision(
         load_official=load_official,
         on_fallback=on_fallback,
     )
-
-
-def draw_word(word: str = WORD) -> Bytes:
-    """Draw a word in black on white: (H, W, 3) uint8 RGB."""
-    font = ImageFont.load_default(_FONT_PX)
-    image = Image.new("RGB", (len(word) * _FONT_PX, 3 * _FONT_PX), "white")
-    ImageDraw.Draw(image).text((_FONT_PX, _FONT_PX), word, font=font, fill="black")
-    return np.asarray(image)
-
-
-def check_reading(bridge: Bridge) -> None:
-    """Let Vision read the drawn word and look for faces in it.
-
-    Raises:
-        InferenceError: it failed, or read something else.
-    """
-    pixels = draw_word()
-    languages = wanted_languages("EN__", bridge.text_languages())
-    lines = bridge.read_text(pixels, text_options(languages, 0.0, corrects=False))
-    read = " ".join(line.text for line in lines)
-    if WORD.casefold() not in read.casefold():
-        raise InferenceError(f"apple vision read {read!r} where {WORD!r} is drawn")
-    bridge.find_faces(pixels)

@@ -6,7 +6,8 @@ Each tells `note` where it might have done something and did not, and why (`matc
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from immich_ml_metal.onnx_mlx.graph import Program
+from immich_ml_metal.onnx_graph.graph import Program
+from immich_ml_metal.onnx_graph.match import Note
 from immich_ml_metal.onnx_mlx.passes.activation import fuse_gelu, fuse_hard_swish, fuse_swish
 from immich_ml_metal.onnx_mlx.passes.attention import fuse_attention
 from immich_ml_metal.onnx_mlx.passes.conv import fold_batch_norm, fold_bias
@@ -14,7 +15,6 @@ from immich_ml_metal.onnx_mlx.passes.idle import drop_idle
 from immich_ml_metal.onnx_mlx.passes.layer_norm import fuse_layer_norm
 from immich_ml_metal.onnx_mlx.passes.layout import lay_out
 from immich_ml_metal.onnx_mlx.passes.linear import fuse_linear
-from immich_ml_metal.onnx_mlx.passes.match import Note
 from immich_ml_metal.onnx_mlx.passes.transpose import merge_transposes
 
 Pass = Callable[[Program, Note], Program]

@@ -2,9 +2,9 @@
 
 import math
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.facts import scaled_by
-from immich_ml_metal.onnx_mlx.passes.match import (
+from immich_ml_metal.onnx_graph.facts import scaled_by
+from immich_ml_metal.onnx_graph.graph import Editor, Node, Program
+from immich_ml_metal.onnx_graph.match import (
     NoMatch,
     Note,
     ignore,

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.facts import (
+from immich_ml_metal.onnx_graph.facts import (
     constant_list,
     factor_of,
     is_last_axis,
     scaled_by,
 )
-from immich_ml_metal.onnx_mlx.passes.match import (
+from immich_ml_metal.onnx_graph.graph import Editor, Node, Program
+from immich_ml_metal.onnx_graph.match import (
     NoMatch,
     Note,
     ignore,

@@ -9,9 +9,9 @@ with -1 at that axis; positions counted from the start of a row are shifted to t
 that must line up with the rows are repeated.
 """
 
+from immich_ml_metal.onnx_graph.graph import Program
+from immich_ml_metal.onnx_graph.match import Note, ignore
 from immich_ml_metal.onnx_mlx.fold import static_shapes
-from immich_ml_metal.onnx_mlx.graph import Program
-from immich_ml_metal.onnx_mlx.passes.match import Note, ignore
 from immich_ml_metal.onnx_mlx.passes.row_rules import RULES
 from immich_ml_metal.onnx_mlx.passes.rows import Rows, RowsMix
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.match import (
+from immich_ml_metal.onnx_graph.graph import Editor, Node, Program
+from immich_ml_metal.onnx_graph.match import (
     NoMatch,
     Note,
     ignore,

@@ -6,9 +6,9 @@ The whole network computes in one floating type of our choice, whatever the file
 import numpy as np
 from onnx import TensorProto
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.families import FLOATING, SAME_TYPE
-from immich_ml_metal.onnx_mlx.passes.match import Note, ignore
+from immich_ml_metal.onnx_graph.families import FLOATING, SAME_TYPE
+from immich_ml_metal.onnx_graph.graph import Editor, Node, Program
+from immich_ml_metal.onnx_graph.match import Note, ignore
 
 FLOATS = frozenset(
     {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}

@@ -1,8 +1,8 @@
 """LayerNorm written out in means and roots becomes LayerNormalization again."""
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.facts import constant_list, is_last_axis
-from immich_ml_metal.onnx_mlx.passes.match import (
+from immich_ml_metal.onnx_graph.facts import constant_list, is_last_axis
+from immich_ml_metal.onnx_graph.graph import Editor, Node, Program
+from immich_ml_metal.onnx_graph.match import (
     NoMatch,
     Note,
     ignore,

@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from immich_ml_metal.onnx_mlx.graph import Attribute, Node, Program, prune, replace_body
-from immich_ml_metal.onnx_mlx.passes.families import (
+from immich_ml_metal.onnx_graph.families import (
     BROADCAST,
     GLOBAL_POOLS,
     REDUCTIONS,
     UNARY,
     WINDOWS,
 )
-from immich_ml_metal.onnx_mlx.passes.match import NoMatch, Note, ignore, require
+from immich_ml_metal.onnx_graph.graph import Attribute, Node, Program, prune, replace_body
+from immich_ml_metal.onnx_graph.match import NoMatch, Note, ignore, require
 from immich_ml_metal.types import Tensor
 
 TO_LAST, TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)

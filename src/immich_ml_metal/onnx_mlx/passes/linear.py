@@ -1,7 +1,7 @@
 """A matrix product with a constant matrix, and the bias after it, become one operation."""
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.match import (
+from immich_ml_metal.onnx_graph.graph import Editor, Node, Program
+from immich_ml_metal.onnx_graph.match import (
     Note,
     ignore,
     other_input,

@@ -1,6 +1,6 @@
 """How rows get through look-ups: data and places may both have rows; see `row_rules`."""
 
-from immich_ml_metal.onnx_mlx.graph import Node
+from immich_ml_metal.onnx_graph.graph import Node
 from immich_ml_metal.onnx_mlx.passes.rows import Rows
 
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from immich_ml_metal.onnx_mlx.graph import Node
-from immich_ml_metal.onnx_mlx.passes.families import (
+from immich_ml_metal.onnx_graph.families import (
     ALONG_AXIS,
     BROADCAST,
     GLOBAL_POOLS,
@@ -19,6 +18,7 @@ from immich_ml_metal.onnx_mlx.passes.families import (
     UNARY,
     WINDOWS,
 )
+from immich_ml_metal.onnx_graph.graph import Node
 from immich_ml_metal.onnx_mlx.passes.row_lookup import gather, gather_elements, gather_nd
 from immich_ml_metal.onnx_mlx.passes.row_products import attention, gemm, matmul, norm
 from immich_ml_metal.onnx_mlx.passes.rows import Rows, Rule

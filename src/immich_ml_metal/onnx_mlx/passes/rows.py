@@ -5,10 +5,10 @@ Knows no operator: `row_rules` says for each how the rows get from its inputs to
 
 from collections.abc import Callable, Mapping
 
+from immich_ml_metal.onnx_graph.families import RESHAPES, UNARY
+from immich_ml_metal.onnx_graph.graph import Attribute, Node, Program, prune, replace_body
+from immich_ml_metal.onnx_graph.match import NoMatch, require
 from immich_ml_metal.onnx_mlx.executor import infer_shapes
-from immich_ml_metal.onnx_mlx.graph import Attribute, Node, Program, prune, replace_body
-from immich_ml_metal.onnx_mlx.passes.families import RESHAPES, UNARY
-from immich_ml_metal.onnx_mlx.passes.match import NoMatch, require
 from immich_ml_metal.types import Tensor, TensorSpec
 
 INTERLEAVED = RESHAPES | UNARY | {"Gemm"}  # what does not care about the order of the rows

@@ -1,7 +1,7 @@
 """Transpositions that follow each other become one, or none."""
 
-from immich_ml_metal.onnx_mlx.graph import Attribute, Editor, Node, Program
-from immich_ml_metal.onnx_mlx.passes.match import Note, ignore
+from immich_ml_metal.onnx_graph.graph import Attribute, Editor, Node, Program
+from immich_ml_metal.onnx_graph.match import Note, ignore
 
 Order = tuple[int, ...]
 

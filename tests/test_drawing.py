@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from immich_ml_metal.client.drawing import PREVIEW_SIZE, draw_face, draw_preview, to_jpeg
+from immich_ml_metal.drawing import PREVIEW_SIZE, draw_face, draw_preview, to_jpeg
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from doubles.onnx_models import (
 from onnx import TensorProto, helper, numpy_helper
 
 from immich_ml_metal.errors import LoadFailed
-from immich_ml_metal.onnx_mlx.reader import read
+from immich_ml_metal.onnx_graph.reader import read
 
 X = value("x", FLOAT, [None, 4])
 W = randn(4, 3)

@@ -1,8 +1,8 @@
 """What the graph itself says of a value: its rank, whether an axis is its last, its parameters."""
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node
-from immich_ml_metal.onnx_mlx.passes.families import BROADCAST, UNARY
-from immich_ml_metal.onnx_mlx.passes.match import NoMatch
+from immich_ml_metal.onnx_graph.families import BROADCAST, UNARY
+from immich_ml_metal.onnx_graph.graph import Editor, Node
+from immich_ml_metal.onnx_graph.match import NoMatch
 
 # operators whose result has the rank of their first input that is not a constant
 _SAME_RANK = UNARY | (BROADCAST - {"PRelu"}) | {"Softmax", "LayerNormalization", "Slice", "Linear"}

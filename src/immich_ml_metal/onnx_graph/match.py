@@ -7,7 +7,7 @@ this not fused" has an answer, which `python -m immich_ml_metal.onnx_mlx MODEL.o
 
 from collections.abc import Callable, Collection
 
-from immich_ml_metal.onnx_mlx.graph import Editor, Node, Program
+from immich_ml_metal.onnx_graph.graph import Editor, Node, Program
 
 Note = Callable[[Node, str], None]  # is told of each candidate that does not match, and why
 

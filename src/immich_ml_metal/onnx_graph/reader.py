@@ -19,7 +19,7 @@ from onnx.numpy_helper import to_array
 
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_files.references import check_location
-from immich_ml_metal.onnx_mlx.graph import Attribute, Node, Program
+from immich_ml_metal.onnx_graph.graph import Attribute, Node, Program
 from immich_ml_metal.types import Tensor, TensorSpec
 
 OWN_DOMAINS = ("", "ai.onnx")

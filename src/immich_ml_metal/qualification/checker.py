@@ -1,0 +1,182 @@
+"""The check that the service makes by itself: is the rule's first choice right on this machine?
+
+One child process at a time, at low priority, and only while there is memory for it. Whatever it
+finds is remembered; the worker takes it up at its next start. Nobody waits for it.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Protocol
+
+import psutil
+
+from immich_ml_metal.backends.selection import REFERENCE, Candidate
+from immich_ml_metal.errors import UnknownModel
+from immich_ml_metal.onnx_files.derived import digest_of, stamp_of
+from immich_ml_metal.onnx_files.references import weight_bytes
+from immich_ml_metal.qualification.choice import Choice, decide
+from immich_ml_metal.qualification.order import CHECK, Order
+from immich_ml_metal.qualification.plan import NO_FILES, Choices, Locator, Machine
+from immich_ml_metal.qualification.record import Entry, Record, name_of
+from immich_ml_metal.qualification.verdict import Judged, Outcome, Verdict
+from immich_ml_metal.settings import Settings
+from immich_ml_metal.types import ModelKey
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+# How long one probe of a check may take. Vision's first request after an update of macOS has taken
+# up to 201 s in public reports, with 15 to 58 s the rule; compiling for the Neural Engine minutes.
+LIMITS_S: Mapping[str, float] = MappingProxyType({"vision": 130.0, "mlx": 300.0, "coreml": 900.0})
+# A probe needs the candidate's weights and, after it, the reference's; converting holds both forms.
+_WEIGHT_FACTOR = 2.5
+_LIBRARIES_BYTES = 500 * MIB
+# And this much of the machine must stay free beside it, so that nothing else is swapped out.
+_SHARE_LEFT_FREE = 0.1
+# A hang may be a cold cache of the system's, an end by a signal the kernel's want of memory: such a
+# probe is run once more before it is believed.
+_ONCE_MORE = {Outcome.HUNG, Outcome.CRASHED}
+
+Measure = Callable[[Order], Awaitable[Verdict]]
+
+
+class Memory(Protocol):
+    """What is free of the machine's memory, in bytes."""
+
+    def __call__(self) -> tuple[int, int]:
+        """Available, and total."""
+        ...
+
+
+def machine_memory() -> tuple[int, int]:
+    """Available and total bytes of this machine."""
+    memory = psutil.virtual_memory()
+    return int(memory.available), int(memory.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a checker works with: the probe, and the memory it must leave alone."""
+
+    measure: Measure
+    memory: Memory = machine_memory
+    limits_s: Mapping[str, float] = field(default_factory=lambda: LIMITS_S)
+
+
+class Checker:
+    """Judges models one after the other; nobody waits for it. Blocks where it reads files."""
+
+    def __init__(
+        self, settings: Settings, machine: Machine, record: Record, store: Locator, tools: Tools
+    ) -> None:
+        self._settings = settings
+        self._machine = machine
+        self._record = record
+        self._store = store
+        self._tools = tools
+
+    async def settle(self, key: ModelKey) -> Choice | None:
+        """Measure what is wanted of a model and choose; None where it cannot be done now.
+
+        None means that its files are not here, or that memory is short for a probe.
+        """
+        entry = self._current(key)
+        if entry is None:
+            return None
+        choices = Choices(self._settings, self._machine, {name_of(key): entry}, self._store)
+        rule = choices.rule((key.task, key.part))
+        while (choice := self._decide(choices, key, entry)).is_pending:
+            candidate = next_candidate(rule.candidates, entry, choices.facts(key, entry))
+            if candidate is None:
+                break
+            if not self._has_room(key, candidate):
+                return None
+            verdict = await self._measure(key, candidate)
+            facts = choices.facts(key, entry)(candidate.engine)
+            entry = self._keep(key, entry, Judged(candidate, verdict, facts, CHECK))
+        who = choice.candidate
+        self._record.change(key, lambda old: replace(old, chosen=who, chosen_under=rule.why))
+        log.info("engine chosen model=%s engine=%s why=%s", key, choice.candidate, choice.reason)
+        return choice
+
+    async def is_right_again(self, key: ModelKey, candidate: Candidate) -> bool:
+        """Whether a candidate that failed at work passes a probe; remembers nothing.
+
+        Where memory is short it counts as right: trying it costs less than swapping.
+        """
+        if not self._has_room(key, candidate):
+            return True
+        return (await self._measure(key, candidate)).is_usable
+
+    def _decide(self, choices: Choices, key: ModelKey, entry: Entry) -> Choice:
+        slot = (key.task, key.part)
+        return decide(slot, choices.rule(slot), entry, choices.facts(key, entry))
+
+    def _current(self, key: ModelKey) -> Entry | None:
+        """The entry of a model, about the files that are here now; None where there are none.
+
+        Verdicts about other weights go: their digest is gone with the weights.
+        """
+        entry = self._record.entries().get(name_of(key), Entry())
+        try:
+            files = self._store.locate(key)
+            if files is None:
+                return entry if self._needs_no_files(key) else None
+            stamp = stamp_of(files.graph)
+            if stamp == entry.stamp:
+                return entry
+            digest = digest_of(files.graph)
+            self._record.change(key, lambda old: replace(old, stamp=stamp, digest=digest))
+            return replace(entry, stamp=stamp, digest=digest)
+        except (OSError, UnknownModel, ValueError):
+            return None
+
+    def _needs_no_files(self, key: ModelKey) -> bool:
+        choices = Choices(self._settings, self._machine, {}, self._store)
+        return choices.rule((key.task, key.part)).candidates[0].engine in NO_FILES
+
+    def _has_room(self, key: ModelKey, candidate: Candidate) -> bool:
+        """The memory gate: whether a probe fits without anything being swapped out for it."""
+        available, total = self._tools.memory()
+        files = None if candidate.engine in NO_FILES else self._store.locate(key)
+        weights = weight_bytes(files.graph) if files is not None else 0
+        needed = int(weights * _WEIGHT_FACTOR) + _LIBRARIES_BYTES
+        has_room = available - needed >= total * _SHARE_LEFT_FREE
+        if not has_room:
+            log.info(
+                "a check waits for memory model=%s needed_mb=%d available_mb=%d",
+                *(key, needed // MIB, available // MIB),
+            )
+        return has_room
+
+    async def _measure(self, key: ModelKey, candidate: Candidate) -> Verdict:
+        """One verdict; an end without words is asked for once more."""
+        limit_s = self._tools.limits_s.get(candidate.engine, max(self._tools.limits_s.values()))
+        settings_json = self._settings.model_dump_json()
+        order = Order(settings_json, key, candidate, CHECK, limit_s)
+        log.info("checking an engine model=%s engine=%s", key, candidate)
+        verdict = await self._tools.measure(order)
+        if verdict.outcome in _ONCE_MORE:
+            log.info("checking again model=%s engine=%s after=%s", key, candidate, verdict)
+            verdict = await self._tools.measure(order)
+        log.info("checked model=%s engine=%s verdict=%s", key, candidate, verdict)
+        return verdict
+
+    def _keep(self, key: ModelKey, entry: Entry, judged: Judged) -> Entry:
+        """Remember a verdict at once: what was found is not found again after a crash of ours."""
+        self._record.change(key, lambda old: old.with_verdict(judged))
+        return entry.with_verdict(judged)  # and go on with it where nothing can be remembered
+
+
+def next_candidate(
+    order: Sequence[Candidate], entry: Entry, facts: Callable[[str], Mapping[str, str]]
+) -> Candidate | None:
+    """The first in order without a verdict that holds now; the reference needs none."""
+    for candidate in order:
+        judged = entry.judged.get(candidate)
+        is_fresh = judged is not None and judged.facts == facts(candidate.engine)
+        if candidate != REFERENCE and not is_fresh:
+            return candidate
+    return None
