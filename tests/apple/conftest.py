@@ -11,7 +11,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 IS_APPLE_SILICON = (platform.system(), platform.machine()) == ("Darwin", "arm64")
 
 
-REPORT = Path("apple-report.md")
+REPORT = Path("apple-report.txt")
 LINES: list[str] = []  # what the tests measured, for the report
 
 
