@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # One rank for each package and each module at the top, the lowest first. Whoever needs something
 # from above moves it down, or is handed it by the one who calls.
 RANKS = (
-    *("errors", "threads", "system", "state", "types", "drawing", "catalog"),
+    *("errors", "urgency", "threads", "system", "state", "types", "drawing", "catalog"),
     *("setting_kinds", "settings", "settings_sources", "logs", "metrics"),
     *("onnx_files", "onnx_graph", "onnx_mlx", "tasks", "models", "index_guard", "backends"),
     "qualification",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from immich_ml_metal.errors import InferenceError, InvalidOutput, ModelError, ServiceError
+from immich_ml_metal.urgency import Urgency
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -64,9 +65,11 @@ class Batcher(Generic[ItemT, ResultT]):
         *,
         name: str,
         max_batch: int,
+        urgency: Urgency = Urgency.PICTURES,
         watch: BatchWatch | None = None,
     ) -> None:
         self.name = name
+        self.urgency = urgency
         self._infer = infer
         self._max_batch = max_batch
         self._watch = watch

@@ -20,6 +20,7 @@ from immich_ml_metal.gateway.replay import Job, JobQueue
 from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, Supervisor, WorkerState
 from immich_ml_metal.logs import REQUEST_ID_HEADER
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.urgency import urgency_of_request
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Counts:
 
 
 class Dispatcher:
-    """Sends requests to the worker in order of arrival, `limit` at once, and sends them again."""
+    """Sends requests to the worker in their turn, `limit` at once, and sends them again."""
 
     def __init__(
         self,
@@ -78,7 +79,8 @@ class Dispatcher:
     ) -> Job:
         """Queue a request; its `answer` gets the worker's answer or raises `Condemned`."""
         answer: asyncio.Future[WorkerAnswer] = asyncio.get_running_loop().create_future()
-        job = Job(next(self._numbers), body, content_type, request_id, answer, tasks)
+        urgency = urgency_of_request(body.head, body.size_bytes)
+        job = Job(next(self._numbers), body, content_type, request_id, answer, tasks, urgency)
         self.queue.add(job)
         self.expect()
         self._pump()

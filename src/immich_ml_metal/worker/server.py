@@ -22,11 +22,12 @@ from immich_ml_metal.system.allocator import release_free_memory
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import Answer, TaskRequest
+from immich_ml_metal.urgency import Urgency
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.other_formats import OtherFormats
 from immich_ml_metal.worker.picture_cache import PictureCache
-from immich_ml_metal.worker.pipeline import Pipeline, model_keys
+from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
 from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
 from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
@@ -97,7 +98,7 @@ class WorkerRoutes:
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
         self._models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
-        self._admitted = asyncio.Semaphore(settings.concurrency)
+        self._admitted = _limits(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = self._answered = 0
         self._released_at = 0  # requests answered when free memory was last handed back
@@ -141,6 +142,7 @@ class WorkerRoutes:
                 await self.pool.unload_idle(ttl_s, keep=self._preload_keys)
             if self._in_flight == 0 and self._answered > self._released_at:
                 self._released_at = self._answered
+                self._pictures.clear()
                 await self._threads.run(release_free_memory)
 
     # -- routes ------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ class WorkerRoutes:
         self.metrics.in_flight.inc()
         status = errors.CLIENT_GONE  # what remains when this is cancelled
         try:
-            async with self._admitted:
+            async with self._admitted[urgency_of_tasks(tasks)]:
                 answer = await self._pipeline.answer(tasks, image, text)
             body = await self._render(answer)
             status = 200
@@ -215,12 +217,18 @@ class WorkerRoutes:
         """The answer's JSON; a long one is written on a thread."""
         if count_items(answer) <= _RENDERED_AT_ONCE:
             return render(answer)
-        return await self._threads.run(lambda: render(answer))
+        return await self._threads.run(lambda: render(answer), Urgency.TEXT)
 
     async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
             limit_bytes = self.settings.max_image_size_bytes
             return await read_form(request, self._threads, limit_bytes=limit_bytes)
+
+
+def _limits(concurrency: int) -> dict[Urgency, asyncio.Semaphore]:
+    """So many requests at once, and as many searches beside them."""
+    searches, others = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
+    return {one: searches if one is Urgency.SEARCH else others for one in Urgency}
 
 
 def _decode(data: bytes) -> Picture:

@@ -27,6 +27,7 @@ from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.threads import inference_cores
 from immich_ml_metal.types import ModelFiles, ModelKey, Part
+from immich_ml_metal.urgency import Urgency, urgency_of
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +41,28 @@ class OrtEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._cores = settings.intra_op_threads or inference_cores()
-        self._load = CoreLoad()
-        self.device = Device("cpu", width=inference_cores())
+        searches, others = CoreLoad(), CoreLoad()
+        # A search is alone when no other search runs: it need not share cores with the rest.
+        self._loads = {one: searches if one is Urgency.SEARCH else others for one in Urgency}
+        self.device = Device("cpu", width=inference_cores(), has_lanes=True)
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
         """Open the graph, from its prepared form where that pays, and bind it to its task."""
         assert files is not None, "the cpu engine needs files"
         # Faces and lines come several at a time, even from a lone request: one core each.
         cores = 1 if key.part is Part.RECOGNITION else self._cores
-        return build_model(key, files, self._open(files.graph, cores), self._settings)
+        load = self._loads[urgency_of(key.task, key.part)]
+        return build_model(key, files, self._open(files.graph, load, cores), self._settings)
 
-    def _open(self, model: Path, cores: int) -> AdaptiveGraph:
+    def _open(self, model: Path, load: CoreLoad, cores: int) -> AdaptiveGraph:
         form = _find_or_prepare(model)
         if form is not None:
             try:
-                return AdaptiveGraph(partial(_open_form, form, model), self._load, cores=cores)
+                return AdaptiveGraph(partial(_open_form, form, model), load, cores=cores)
             except LoadFailed as exc:
                 log.warning("prepared weights thrown away: folder=%s reason=%s", form, exc)
                 prepared_form(model).discard(form)
-        return AdaptiveGraph(partial(_open_model, model), self._load, cores=cores)
+        return AdaptiveGraph(partial(_open_model, model), load, cores=cores)
 
 
 def _open_form(form: Path, model: Path, threads: int) -> OrtGraph:
