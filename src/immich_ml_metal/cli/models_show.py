@@ -153,10 +153,7 @@ def print_info(
     console.print(table)
     if any(status.size_bytes for status in statuses):
         console.print(_files_table(statuses, records))
-    for part, told in row["engines"].items():
-        console.print(f"{part}: {told['chosen']}, {told['reason']}", markup=False)
-        for candidate, verdict in told["verdicts"].items():
-            console.print(f"  {candidate}: {verdict}", markup=False)
+    _print_engines(console, row["engines"])
     console.print(row["changing"])
     if spec.task is not Task.OCR:
         style = "yellow" if index.state == "changed" else ""
@@ -179,6 +176,13 @@ def describe_model(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str,
 
 def _engines(spec: ModelSpec, choices: Choices) -> dict[str, str]:
     return {part: choices.answering(spec.key(part)).candidate.engine for part in spec.parts}
+
+
+def _print_engines(console: Console, engines: Mapping[str, Any]) -> None:
+    for part, told in engines.items():
+        console.print(f"{part}: {told['chosen']}, {told['reason']}", markup=False)
+        for candidate, verdict in told["verdicts"].items():
+            console.print(f"  {candidate}: {verdict}", markup=False)
 
 
 def _verdicts(key: ModelKey, choices: Choices) -> dict[str, Any]:
