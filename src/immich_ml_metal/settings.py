@@ -121,7 +121,7 @@ class Settings(BaseModel):
         "ML_OCR_LANGUAGE_CORRECTION",
         help="Let Apple Vision correct text by its dictionaries; off suits codes and numbers.",
     )
-    mlx_dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+    mlx_dtype: Literal["auto", "float16", "mixed", "bfloat16", "float32"] = setting(
         "auto",
         "ML_MLX_DTYPE",
         help="Number format of the mlx engine; auto is float16 on a GPU, float32 on a CPU.",

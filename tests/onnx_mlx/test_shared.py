@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import onnx
 import pytest
@@ -20,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.compare import compare_nodes, difference, guess_shapes, random_feeds
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.lower import lower
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(600)]
@@ -28,6 +28,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 PLAIN = Options(max_batch=8, compiled=False)
 COSINE, RELATIVE = 0.999999, 1e-4  # fp32 against ONNX Runtime
 COSINE_HALF = 0.9995  # fp16
+COSINE_MIXED = 0.9998  # the limit of the service for vectors
 
 # graph → fused attentions (one for each layer, and one in a pooling head)
 TOWERS = {
@@ -168,9 +169,20 @@ def test_one_three_and_eight_rows_give_the_same_vectors(name: str, scratch: Path
 def test_half_precision_stays_close(name: str, scratch: Path) -> None:
     path = find(name, scratch)
     feeds = feeds_for(path)
-    half = MlxGraph(path, Options(dtype=mx.float16, compiled=False))
+    half = MlxGraph(path, Options(number_format=NumberFormat.FLOAT16, compiled=False))
     for spec, ours, theirs in zip(half.outputs, half.run(feeds), run_ort(path, feeds), strict=True):
         assert difference(spec.name, "", ours, theirs).cosine >= COSINE_HALF
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_mixed_numbers_keep_every_tower_within_the_services_limit(name: str, scratch: Path) -> None:
+    path = find(name, scratch)
+    feeds = feeds_for(path)
+    mixed = MlxGraph(path, Options(number_format=NumberFormat.MIXED, compiled=False))
+    for spec, ours, theirs in zip(
+        mixed.outputs, mixed.run(feeds), run_ort(path, feeds), strict=True
+    ):
+        assert difference(spec.name, "", ours, theirs).cosine >= COSINE_MIXED
 
 
 # -- PP-OCR ---------------------------------------------------------------------------------------
@@ -216,7 +228,7 @@ def test_text_networks_agree_up_to_their_last_operator(name: str, scratch: Path)
     """
     path = widened(find(name, scratch), scratch)
     last = None
-    for found in compare_nodes(path, mx.float32, SHAPES[name]):
+    for found in compare_nodes(path, NumberFormat.FLOAT32, SHAPES[name]):
         if found.operator == READERS[name] and "fetch" in found.name:
             assert found.cosine >= 0.9999
         else:

@@ -179,7 +179,7 @@ def read_port(settings: Settings, run: RunProgram) -> Port:
                 return Port(number, "free")
         return Port(number, "taken", holder=_holder(number, run))
     if health.version:
-        return Port(number, "ours", version=health.version)
+        return Port(number, "ours", version=health.version, health=health.raw)
     return Port(number, "other_ml", holder=_holder(number, run))
 
 

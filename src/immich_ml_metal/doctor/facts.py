@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.immich.advice import Advice
@@ -44,6 +44,7 @@ class Port:
     state: Literal["free", "ours", "other_ml", "taken"]
     version: str = ""  # of the service that answers
     holder: str = ""  # program and process id, where the system tells
+    health: Mapping[str, Any] = field(default_factory=dict)  # what it says of itself; its JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,11 @@ class ModelFact:
     name: str
     is_present: bool
     problem: str = ""
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether no official model has this name."""
+        return bool(self.problem) and not self.is_present
 
 
 @dataclass(frozen=True, slots=True)

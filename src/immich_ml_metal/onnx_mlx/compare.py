@@ -12,6 +12,7 @@ import onnxruntime as ort
 from immich_ml_metal.onnx_graph.graph import Program
 from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.executor import Executor, place
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.lower import lower
 from immich_ml_metal.onnx_mlx.ops.call import to_device
 from immich_ml_metal.onnx_mlx.passes.layout import MARK
@@ -78,12 +79,13 @@ def difference(name: str, operator: str, ours: Tensor, theirs: Tensor) -> Differ
 
 
 def compare_outputs(
-    path: Path, dtype: mx.Dtype, shapes: Mapping[str, Shape] | None = None
+    path: Path, number_format: NumberFormat, shapes: Mapping[str, Shape] | None = None
 ) -> list[Difference]:
     """One difference for each output of the model."""
     program = read(path)
     feeds = random_feeds(program, guess_shapes(program, shapes))
-    lowered = lower(program).program
+    lowered = lower(program, mixed=number_format is NumberFormat.MIXED).program
+    dtype = number_format.dtype
     executor = Executor(lowered, place(lowered, dtype), dtype)
     ours = executor({name: to_device(value, dtype) for name, value in feeds.items()})
     theirs = _run(_session(path.read_bytes(), path), feeds)
@@ -94,7 +96,7 @@ def compare_outputs(
 
 
 def compare_nodes(
-    path: Path, dtype: mx.Dtype, shapes: Mapping[str, Shape] | None = None
+    path: Path, number_format: NumberFormat, shapes: Mapping[str, Shape] | None = None
 ) -> Iterator[Difference]:
     """One difference for each value that both have, in the order in which it is computed.
 
@@ -104,7 +106,9 @@ def compare_nodes(
     program = read(path)
     feeds = random_feeds(program, guess_shapes(program, shapes))
     theirs = _every_value(path, feeds)
-    lowered = lower(program, skip={"batch"}).program
+    mixed = number_format is NumberFormat.MIXED
+    lowered = lower(program, skip={"batch"}, mixed=mixed).program
+    dtype = number_format.dtype
     executor = Executor(lowered, place(lowered, dtype), dtype)
     given = {name: to_device(value, dtype) for name, value in feeds.items()}
     for node, outputs in executor.trace(given):
