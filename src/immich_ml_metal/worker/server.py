@@ -32,7 +32,7 @@ from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
 from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
-from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, Requalify, SecondTry
 from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,17 @@ def create_app(
     describe_engines: Callable[[], dict[str, Any]] = dict,
     describe_index: Callable[[], list[dict[str, Any]]] = list,
     spare: Callable[[], Engine] | None = None,
+    requalify: Requalify | None = None,
 ) -> Starlette:
     """Build the worker app around its engines and its model store; no module-level state.
 
     `metrics` are its own when None; `describe_engines` and `describe_index` tell what `/health`
-    adds; `spare` makes the engine that answers where another fails, None for none.
+    adds; `spare` makes the engine that answers where another fails, None for none; `requalify`
+    judges an engine that was set aside.
     """
     service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
     service.describe_index = describe_index
+    service.models.requalify = requalify
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -94,7 +97,7 @@ class WorkerRoutes:
         self._pictures = PictureCache(_decode, self._threads, others=others)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
-        self._models, self._engines = models, engines
+        self.models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = _limits(settings.concurrency)
         self._started = time.monotonic()
@@ -117,7 +120,7 @@ class WorkerRoutes:
 
     async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self.models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -177,7 +180,7 @@ class WorkerRoutes:
                 },
                 "engine_plan": self._describe_plan(),
                 "index": self.describe_index(),
-                "engine_failures": self._models.describe(),
+                "engine_failures": self.models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
