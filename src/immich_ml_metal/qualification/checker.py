@@ -101,6 +101,15 @@ class Checker:
         log.info("engine chosen model=%s engine=%s why=%s", key, choice.candidate, choice.reason)
         return choice
 
+    async def is_right_again(self, key: ModelKey, candidate: Candidate) -> bool:
+        """Whether a candidate that failed at work passes a probe; remembers nothing.
+
+        Where memory is short it counts as right: trying it costs less than swapping.
+        """
+        if not self._has_room(key, candidate):
+            return True
+        return (await self._measure(key, candidate)).is_usable
+
     def _decide(self, choices: Choices, key: ModelKey, entry: Entry) -> Choice:
         slot = (key.task, key.part)
         return decide(slot, choices.rule(slot), entry, choices.facts(key, entry))
