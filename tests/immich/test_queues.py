@@ -321,6 +321,11 @@ def no_permission(house: House) -> dict[str, Any]:
     return {}
 
 
+def no_command(house: House) -> dict[str, Any]:
+    house.immich.permissions.discard("job.create")
+    return {}
+
+
 def read_only(house: House) -> dict[str, Any]:
     (house.folder / "file").touch()  # root may write into read-only folders, not below a file
     return {"state_dir": house.folder / "file" / "state"}
@@ -342,6 +347,7 @@ def switched_off(_: House) -> dict[str, Any]:
         (two_urls, "another URL beside ours (http://192.0.2.1:3003)"),
         (another_machine, "do not name this machine"),
         (no_permission, "it lacks job.read"),
+        (no_command, "it lacks job.create"),
         (read_only, "cannot write"),
         (damaged, "is damaged"),
         (switched_off, "immich_guard is off"),
