@@ -62,6 +62,7 @@ CHECKS = (
         service.check_engines,
         after=(*_BASE, *_MODELS, "memory", "port", "version"),
     ),
+    Check("verdicts", service.check_verdicts),
     Check("start at boot", service.check_service, after=(*_BASE, "port")),
     Check("privacy", service.check_privacy, after=("start at boot",)),
     Check("address", service.check_address),

@@ -74,6 +74,20 @@ class EngineTest:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """Who answers one half of a model, by what is remembered; `warning` is empty when all is well.
+
+    Attributes:
+        told: `ViT-B-32__openai/visual on mlx float16, cosine 0.9999988`.
+        is_pending: no verdict yet that holds now.
+    """
+
+    told: str
+    is_pending: bool = False
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All there is to know.
 
@@ -91,6 +105,7 @@ class Facts:
         clock_skew_s: our clock minus a server's; None unknown.
         logs_bytes: size of all log files.
         index: what the index guard knows of each model.
+        choices: who answers each configured model that is here, by what is remembered.
         closed: what the installed service uses and macOS keeps from jobs.
     """
 
@@ -113,6 +128,7 @@ class Facts:
     clock_skew_s: float | None = None
     logs_bytes: int = 0
     index: tuple[IndexFinding, ...] = ()
+    choices: tuple[EngineChoice, ...] = ()
     closed: tuple[Path, ...] = ()
 
 

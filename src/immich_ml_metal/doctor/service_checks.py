@@ -64,6 +64,18 @@ def check_engines(facts: Facts) -> Answer:
     return Outcome.OK, ", ".join(told), ""
 
 
+def check_verdicts(facts: Facts) -> Answer:
+    """What was measured of the engines on this machine, and what speaks against one."""
+    warnings = list(dict.fromkeys(one.warning for one in facts.choices if one.warning))
+    if warnings:
+        fix = "immich-ml-metal qualify --again measures every engine anew"
+        return Outcome.WARN, "; ".join(warnings), fix
+    told = ", ".join(one.told for one in facts.choices)
+    if any(one.is_pending for one in facts.choices):
+        return Outcome.OK, f"{told}; the service checks what is not known by itself", ""
+    return Outcome.OK, told or "nothing to measure", ""
+
+
 def check_address(facts: Facts) -> Answer:
     """What to type into Immich."""
     port = facts.port.number
