@@ -59,7 +59,7 @@ fmt: $(DEV)  ## Format and fix
 soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random (about 10 minutes)
 	$(BIN)/pytest -m soak
 
-apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon
+apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon; ends with a report to share
 	$(BIN)/pytest -m apple
 
 release-check: $(DEV)  ## Do all of a release but the publishing: build, look inside, install, try

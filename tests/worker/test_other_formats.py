@@ -6,14 +6,19 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from doubles.live import VISUAL, predict, serve
 from PIL import Image
 
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage, Overloaded
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.worker import other_formats_child
+from immich_ml_metal.worker.compose import build_app
 from immich_ml_metal.worker.other_formats import OtherFormats
 
 
@@ -128,3 +133,17 @@ async def test_who_comes_meanwhile_is_asked_to_come_again(others: OtherFormats) 
         await others.decode(b"")
     assert (await first).size == (8, 8)
     assert (await others.decode(encode(Image.new("RGB", (9, 8)), "TIFF"))).size == (9, 8)
+
+
+def test_a_service_that_allows_rare_formats_takes_one_at_a_time(models: Path) -> None:
+    settings = Settings(models_dir=models, offline=True, decode_other_formats=True)
+    slow, quick = tiff_of_tiny_tiles(1000), encode(Image.new("RGB", (64, 64)), "TIFF")
+    with serve(build_app(settings)) as url, ThreadPoolExecutor(1) as elsewhere:
+        assert predict(url, VISUAL, image=quick).status_code == 200
+        first = elsewhere.submit(lambda: predict(url, VISUAL, image=slow))
+        answer = predict(url, VISUAL, image=quick)
+        while not first.done() and answer.status_code == 200:  # the slow one is not there yet
+            answer = predict(url, VISUAL, image=quick + bytes(1))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "rare format" in answer.json()["detail"]
+        assert first.result().status_code in (200, 400, 503)

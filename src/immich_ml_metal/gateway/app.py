@@ -237,6 +237,7 @@ class Gateway:
             "refused": self.refused.describe(),
             "troubles": self.troubles.describe(),
             "guard": self.companions.describe(),
+            "rates": self.history.rates(),
         }
         is_for_people = scope["query_string"] == b"pretty" or send_to_page(dict(scope["headers"]))
         self._page.note_models(bool((self.watch.health or {}).get("models")))
@@ -316,7 +317,7 @@ def _dispatcher(gateway: Gateway, command: Sequence[str]) -> Dispatcher:
         limit=gateway.settings.concurrency,
         crashes=gateway.crashes,
         metrics=gateway.metrics,
-        slow_tasks=gateway.troubles.slow_tasks,
+        slow_jobs=gateway.troubles.slow_jobs,
     )
 
 

@@ -48,7 +48,7 @@ class Dispatcher:
         limit: int,
         crashes: CrashRecord,
         metrics: Metrics,
-        slow_tasks: Callable[[], frozenset[str]] = frozenset,
+        slow_jobs: Callable[[], frozenset[tuple[str, str]]] = frozenset,
     ) -> None:
         self.queue = JobQueue()
         self.counts = Counts()
@@ -64,7 +64,7 @@ class Dispatcher:
         )
         self._limit = limit
         self._metrics = metrics
-        self._slow_tasks = slow_tasks
+        self._slow_jobs = slow_jobs
         self._numbers = itertools.count()
         self._sending: dict[Job, asyncio.Task[None]] = {}
         self._stop_when_clear: Order | None = None
@@ -75,12 +75,17 @@ class Dispatcher:
         self.supervisor.wake()
 
     def submit(
-        self, body: Body, content_type: bytes, request_id: str, *, tasks: tuple[str, ...] = ()
+        self,
+        body: Body,
+        content_type: bytes,
+        request_id: str,
+        *,
+        kind: tuple[str, str] | None = None,
     ) -> Job:
         """Queue a request; its `answer` gets the worker's answer or raises `Condemned`."""
         answer: asyncio.Future[WorkerAnswer] = asyncio.get_running_loop().create_future()
         urgency = urgency_of_request(body.head, body.size_bytes)
-        job = Job(next(self._numbers), body, content_type, request_id, answer, tasks, urgency)
+        job = Job(next(self._numbers), body, content_type, request_id, answer, kind, urgency)
         self.queue.add(job)
         self.expect()
         self._pump()
@@ -124,7 +129,7 @@ class Dispatcher:
             if not self.queue.running:
                 self.supervisor.end(self._stop_when_clear)
             return
-        for job in self.queue.take(self._limit, self._slow_tasks()):
+        for job in self.queue.take(self._limit, self._slow_jobs()):
             self._sending[job] = asyncio.create_task(self._send(job, worker))
 
     async def _send(self, job: Job, worker: WorkerProcess) -> None:

@@ -23,14 +23,17 @@ _REMEMBER_MAX = 1000
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One accepted request. `deaths` counts the workers that ended while they worked on it."""
+    """One accepted request. `deaths` counts the workers that ended while they worked on it.
+
+    `kind` is its task and model, where that is known.
+    """
 
     number: int
     body: Body
     content_type: bytes
     request_id: str
     answer: "asyncio.Future[WorkerAnswer]"
-    tasks: tuple[str, ...] = ()
+    kind: tuple[str, str] | None = None
     urgency: Urgency = Urgency.PICTURES
     deaths: int = 0
     causes: list[str] = field(default_factory=list)
@@ -70,12 +73,12 @@ class JobQueue:
         """Queue a request by its number."""
         bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
 
-    def take(self, limit: int, slow: frozenset[str] = frozenset()) -> list[Job]:
+    def take(self, limit: int, slow: frozenset[tuple[str, str]] = frozenset()) -> list[Job]:
         """Move to the worker what it may have next; a suspect goes alone.
 
         Args:
             limit: how many at once; as many searches are let through beside them.
-            slow: tasks that fail for now: they take no more than a third of the places.
+            slow: tasks with models that fail for now: they take no more than a third of the places.
         """
         if any(job.deaths for job in self._running):
             return []
@@ -84,11 +87,13 @@ class JobQueue:
         searches = self._choose(limit, slow, are_searches=True)
         return [*searches, *self._choose(limit, slow, are_searches=False)]
 
-    def _choose(self, limit: int, slow: frozenset[str], *, are_searches: bool) -> list[Job]:
+    def _choose(
+        self, limit: int, slow: frozenset[tuple[str, str]], *, are_searches: bool
+    ) -> list[Job]:
         """Start those of one kind, searches or the rest, for which there is room."""
 
         def is_slow(job: Job) -> bool:
-            return bool(slow.intersection(job.tasks))
+            return job.kind in slow
 
         def is_asked(job: Job) -> bool:
             return (job.urgency is Urgency.SEARCH) is are_searches

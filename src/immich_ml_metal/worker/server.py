@@ -3,20 +3,22 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import psutil
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from immich_ml_metal import __version__, errors
 from immich_ml_metal.backends.base import Engine, EngineTable
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
-from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
+from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, own_stages
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
@@ -30,7 +32,7 @@ from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
 from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
-from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, Requalify, SecondTry
 from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 _RENDERED_AT_ONCE = 16  # faces and lines: a millisecond
 _HOUSEKEEPING_S = 10.0
 ERROR_HEADER = "X-ML-Error"
+TIMING_HEADER = "Server-Timing"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
@@ -50,27 +53,25 @@ def create_app(
     describe_engines: Callable[[], dict[str, Any]] = dict,
     describe_index: Callable[[], list[dict[str, Any]]] = list,
     spare: Callable[[], Engine] | None = None,
-) -> FastAPI:
+    requalify: Requalify | None = None,
+) -> Starlette:
     """Build the worker app around its engines and its model store; no module-level state.
 
     `metrics` are its own when None; `describe_engines` and `describe_index` tell what `/health`
-    adds; `spare` makes the engine that answers where another fails, None for none.
+    adds; `spare` makes the engine that answers where another fails, None for none; `requalify`
+    judges an engine that was set aside.
     """
     service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
     service.describe_index = describe_index
+    service.models.requalify = requalify
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with service:
             yield
 
-    app = FastAPI(title="immich-ml-metal", version=__version__, lifespan=lifespan)
-    app.get("/")(service.root)
-    app.get("/ping")(service.ping)
-    app.get("/health")(service.health)
-    app.get("/metrics")(service.render_metrics)
-    app.post("/predict")(service.predict)
-    return app
+    refusals: dict[Any, Any] = {HTTPException: _render_refusal}
+    return Starlette(routes=service.routes(), exception_handlers=refusals, lifespan=lifespan)
 
 
 class WorkerRoutes:
@@ -96,7 +97,7 @@ class WorkerRoutes:
         self._pictures = PictureCache(_decode, self._threads, others=others)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
-        self._models, self._engines = models, engines
+        self.models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
         self._admitted = _limits(settings.concurrency)
         self._started = time.monotonic()
@@ -119,7 +120,7 @@ class WorkerRoutes:
 
     async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self.models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -147,15 +148,25 @@ class WorkerRoutes:
 
     # -- routes ------------------------------------------------------------------------------------
 
-    async def root(self) -> dict[str, str]:
-        """Who is here, in the official service's words."""
-        return {"message": "Immich ML"}
+    def routes(self) -> list[Route]:
+        """Which path asks for what."""
+        return [
+            Route("/", self.root),
+            Route("/ping", self.ping),
+            Route("/health", self.health),
+            Route("/metrics", self.render_metrics),
+            Route("/predict", self.predict, methods=["POST"]),
+        ]
 
-    async def ping(self) -> PlainTextResponse:
+    async def root(self, _: Request) -> JSONResponse:
+        """Who is here, in the official service's words."""
+        return JSONResponse({"message": "Immich ML"})
+
+    async def ping(self, _: Request) -> PlainTextResponse:
         """Whether requests are answered; never waits for anything."""
         return PlainTextResponse("pong")
 
-    async def health(self) -> JSONResponse:
+    async def health(self, _: Request | None = None) -> JSONResponse:
         """What runs where, as JSON. Never loads anything."""
         return JSONResponse(
             {
@@ -169,7 +180,7 @@ class WorkerRoutes:
                 },
                 "engine_plan": self._describe_plan(),
                 "index": self.describe_index(),
-                "engine_failures": self._models.describe(),
+                "engine_failures": self.models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
@@ -177,21 +188,24 @@ class WorkerRoutes:
             }
         )
 
-    async def render_metrics(self) -> Response:
+    async def render_metrics(self, _: Request) -> Response:
         """This process's numbers, for Prometheus."""
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def predict(self, request: Request) -> Response:
         """Read the form, parse the entries, run the pipeline, render the answer."""
-        with request_scope(request.headers.get(REQUEST_ID_HEADER)):
+        with request_scope(request.headers.get(REQUEST_ID_HEADER)), own_stages() as stages:
             try:
                 form = await self._read_form(request)
                 tasks = parse_entries(form.entries, face_min_score=self.settings.face_min_score)
-                return await _unless_gone(request, self._answer(tasks, form.image, form.text))
+                answer = self._answer(tasks, form.image, form.text)
+                response = await _unless_gone(request, answer)
             except ClientDisconnect:
                 return Response(status_code=errors.CLIENT_GONE)
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
                 return _render_error(exc)
+        response.headers[TIMING_HEADER] = _render_timing(stages)
+        return response
 
     async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
         self._in_flight += 1
@@ -255,7 +269,18 @@ async def _wait_for_hang_up(request: Request) -> None:
         pass
 
 
+def _render_timing(stages: Mapping[str, float]) -> str:
+    """The stages of one request as `Server-Timing` (W3C): what ran side by side is added up."""
+    return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in stages.items())
+
+
 # -- errors ----------------------------------------------------------------------------------------
+
+
+async def _render_refusal(_: Request, exc: Exception) -> JSONResponse:
+    """A path or method that is not there, in the words that the official service uses."""
+    assert isinstance(exc, HTTPException), "registered for nothing else"
+    return JSONResponse({"detail": exc.detail}, exc.status_code, headers=exc.headers)
 
 
 def _render_error(exc: Exception) -> JSONResponse:
