@@ -62,7 +62,7 @@ def bench(
     against: Against = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure each task, a whole import, searches beside it, processor time and memory."""
+    """Measure each task, an import, searches beside it, processor time and memory."""
     models = {"clip_model": clip_model, "face_model": face_model, "ocr_model": ocr_model}
     settings = load_settings({"models_dir": models_dir, **models})
     console = Console(stderr=as_json)

@@ -81,11 +81,6 @@ class PatientProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._begin_wait()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; trailers behind a body are of no use to anybody."""
-        if self._deadline is not None:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         """The request is known; its body has its own time limit."""
         self._head_bytes = len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers)

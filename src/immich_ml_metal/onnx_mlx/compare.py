@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from immich_ml_metal.onnx_graph.gap import gap
 from immich_ml_metal.onnx_graph.graph import Program
 from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.executor import Executor, place
@@ -66,16 +67,8 @@ def random_feeds(program: Program, shapes: Mapping[str, Shape], seed: int = 0) -
 
 def difference(name: str, operator: str, ours: Tensor, theirs: Tensor) -> Difference:
     """Measure two arrays of the same shape against each other."""
-    a, b = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
-    same = (a == b) | (np.isnan(a) & np.isnan(b))  # infinities of masks included
-    gap = np.abs(np.where(same, 0, a) - np.where(same, 0, b))
-    largest = float(gap.max(initial=0))
-    finite = np.isfinite(a) & np.isfinite(b)
-    a, b = a[finite], b[finite]
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    cosine = float(a @ b) / norms if norms else float(np.array_equal(a, b))
-    scale = float(np.abs(b).max(initial=0)) or 1.0
-    return Difference(name, operator, largest, largest / scale, cosine)
+    found = gap(ours, theirs)
+    return Difference(name, operator, found.largest, found.relative, found.cosine)
 
 
 def compare_outputs(
