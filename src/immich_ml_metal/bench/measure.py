@@ -196,7 +196,9 @@ async def run_once(url: str, requests: Sequence[httpx.Request], *, clients: int)
 async def _drive(url: str, requests: Iterator[httpx.Request], clients: int) -> Load:
     latencies_s: list[float] = []
     limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(limits=limits, timeout=ANSWER_TIMEOUT_S) as client:
+    async with httpx.AsyncClient(
+        limits=limits, timeout=ANSWER_TIMEOUT_S, trust_env=False
+    ) as client:
         started = time.perf_counter()
         await asyncio.gather(
             *(_one_client(client, url, requests, latencies_s) for _ in range(clients))

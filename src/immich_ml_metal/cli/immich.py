@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal.cli.output import Exit, JsonOption, print_json
+from immich_ml_metal.setting_kinds import hide_passwords
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,11 +107,10 @@ def release(
 @contextmanager
 def _connected() -> "Iterator[tuple[ImmichApi, Settings]]":
     """Immich and the settings that lead to it; one that cannot be asked ends the command."""
-    from immich_ml_metal.cli.config import default_file
     from immich_ml_metal.immich.api import ImmichError, connect
     from immich_ml_metal.settings_sources import load_settings
 
-    settings = load_settings(file=default_file())
+    settings = load_settings()
     try:
         with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
             yield api, settings
@@ -160,7 +160,9 @@ def _print_tables(
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(f"Immich {server.version} at {settings.immich_url}", markup=False)
+    console.print(
+        f"Immich {server.version} at {hide_passwords(str(settings.immich_url))}", markup=False
+    )
     console.print(f"  its URLs: {', '.join(server.urls)}", markup=False)
     console.print(_queue_table(server, queues))
     shown = "our service is not running" if failed is None else f"{failed} since our start"

@@ -14,7 +14,6 @@ from typing import Literal
 
 import httpx
 import psutil
-from huggingface_hub.constants import ENDPOINT
 
 from immich_ml_metal import __version__
 from immich_ml_metal.catalog import find_by_name
@@ -35,6 +34,7 @@ from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.system.network import lan_addresses
+from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.system.programs import RunProgram
 from immich_ml_metal.types import Task
 
@@ -60,6 +60,7 @@ def collect_facts(
         packages=read_packages(machine),
         config_error=config_error,
         models_dir_error=folder_error,
+        unreadable=tuple(ModelStore(settings).shelf.unreadable()),
         disk_free_bytes=free_bytes,
         names=(names := _names(settings, server)),
         models=read_models(settings, (names.clip, names.faces, names.ocr), digests=digests),
@@ -79,6 +80,11 @@ def _ask_hub(settings: Settings, config_error: str) -> tuple[str, float | None]:
     """Whether the hub is reachable; not asked where settings are refused, as they may forbid it."""
     if config_error:
         return "not asked, as the settings are refused", None
+    troubles = network_troubles()
+    if troubles and not settings.offline:
+        return "; ".join(troubles), None
+    from huggingface_hub.constants import ENDPOINT  # refuses variables that were just looked at
+
     return read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
 
 
@@ -207,13 +213,23 @@ def _holder(port: int, run: RunProgram) -> str:
 def read_models_dir(settings: Settings) -> tuple[str, int]:
     """Why the model folder cannot be written (empty when it can), and the free bytes around it."""
     folder = settings.models_dir.expanduser()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_bytes = psutil.disk_usage(str(existing)).free
+    existing = next(path for path in (folder, *folder.parents) if _exists(path))
+    try:
+        free_bytes = psutil.disk_usage(str(existing)).free
+    except OSError as exc:
+        return (exc.strerror or str(exc)).lower(), 0
     try:
         with tempfile.TemporaryFile(dir=existing):
             return "", free_bytes
     except OSError as exc:
         return (exc.strerror or str(exc)).lower(), free_bytes
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # behind a folder that may not be entered
+        return False
 
 
 def read_models(
@@ -249,7 +265,7 @@ def read_hub(settings: Settings, endpoint: str, now_s: float) -> tuple[str, floa
         return "offline", None
     try:
         reply = httpx.head(endpoint, timeout=HUB_TIMEOUT_S, follow_redirects=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError) as exc:
         return f"{endpoint} is not reachable ({str(exc) or type(exc).__name__})", None
     problem = f"{endpoint} answers {reply.status_code}" if reply.is_server_error else ""
     return problem, clock_skew(reply.headers.get("Date", ""), now_s)

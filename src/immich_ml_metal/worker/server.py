@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from fastapi import FastAPI, Request, Response
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 _RENDERED_AT_ONCE = 16  # faces and lines: a millisecond
 _HOUSEKEEPING_S = 10.0
 ERROR_HEADER = "X-ML-Error"
+EXIT_NO_MEMORY = 70
+# Their words say everything; a traceback would only repeat with every held request.
+_TOLD_IN_WORDS = (errors.ModelError, errors.TimedOut, errors.Overloaded)
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
@@ -188,6 +192,8 @@ class WorkerRoutes:
                 return await _unless_gone(request, self._answer(tasks, form.image, form.text))
             except ClientDisconnect:
                 return Response(status_code=errors.CLIENT_GONE)
+            except MemoryError:
+                _end_without_memory()
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
                 return _render_error(exc)
 
@@ -247,6 +253,12 @@ async def _wait_for_hang_up(request: Request) -> None:
         pass
 
 
+def _end_without_memory() -> NoReturn:
+    """What Python could not get here it will not get for the next request: be replaced."""
+    log.critical("memory is exhausted: this worker ends and another one is started")
+    os._exit(EXIT_NO_MEMORY)
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -254,7 +266,10 @@ def _render_error(exc: Exception) -> JSONResponse:
     """The reason as JSON; what is our fault goes to the log as well, once."""
     status = errors.status_of(exc)
     if status >= 500:
-        log.error("request failed status=%d", status, exc_info=exc)
+        if isinstance(exc, _TOLD_IN_WORDS):  # it comes again until somebody mends it
+            log.error("request failed status=%d reason=%s", status, exc)
+        else:
+            log.error("request failed status=%d", status, exc_info=exc)
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"
