@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # One rank for each package and each module at the top, the lowest first. Whoever needs something
 # from above moves it down, or is handed it by the one who calls.
 RANKS = (
-    *("errors", "threads", "system", "state", "types", "drawing", "catalog"),
+    *("errors", "urgency", "threads", "system", "state", "types", "drawing", "catalog"),
     *("setting_kinds", "settings", "settings_environment", "settings_sources", "logs", "metrics"),
     *("onnx_files", "onnx_graph", "onnx_mlx", "tasks", "models", "index_guard", "backends"),
     "qualification",
@@ -31,7 +31,7 @@ MAX_FUNCTION_LINES = 30
 
 HARDWARE = {"mlx", "onnxruntime", "coreml", "Vision", "Quartz", "CoreML", "Foundation", "objc"}
 HARDWARE |= {"coremltools", "torch", "open_clip"}
-HEAVY = {"numpy", "cv2", "PIL", "onnx", "tokenizers", "fastapi", "huggingface_hub"} | HARDWARE
+HEAVY = {"numpy", "cv2", "PIL", "onnx", "tokenizers", "starlette", "huggingface_hub"} | HARDWARE
 # The pure core: what it may know of the rest of the package.
 CORE = {
     "errors": set(),
@@ -176,9 +176,13 @@ def test_only_backends_and_onnx_mlx_import_hardware_libraries() -> None:
     assert users <= {"bench/raw.py"}
 
 
-def test_only_server_imports_fastapi() -> None:
-    users = {path.name for path in ROOT.rglob("*.py") if "fastapi" in packages(path)}
-    assert users == {"server.py"}
+def test_only_the_worker_speaks_http_through_starlette() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if "starlette" in packages(path)
+    }
+    assert users <= {"worker/server.py", "worker/form.py", "worker/compose.py"}
 
 
 def test_only_wire_and_the_client_speak_of_immichs_fields() -> None:

@@ -8,6 +8,7 @@ that no number of one is mistaken for, or added into, a number of the other.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import psutil
@@ -28,7 +29,25 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 # What `/predict` may be answered with, and the queues that we may pause in Immich.
 PREDICT_STATUSES = ("200", "400", "408", "413", "422", "500", "503")
 QUEUES = ("smartSearch", "faceDetection", "ocr")
+_stages: ContextVar[dict[str, float] | None] = ContextVar("stages", default=None)
 BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@contextmanager
+def own_stages() -> Iterator[dict[str, float]]:
+    """Gather in one place the seconds of each stage of what the body, or its tasks, do."""
+    stages: dict[str, float] = {}
+    token = _stages.set(stages)
+    try:
+        yield stages
+    finally:
+        _stages.reset(token)
+
+
+def note_stage(stage: Stage, seconds: float) -> None:
+    """Add to the stages of the request on whose behalf this runs, if there is one."""
+    if (stages := _stages.get()) is not None:
+        stages[stage] = stages.get(stage, 0.0) + seconds
 
 
 class Metrics:
@@ -164,7 +183,9 @@ class Metrics:
         try:
             yield
         finally:
-            self.stage_seconds.labels(task, stage).observe(time.perf_counter() - started_s)
+            elapsed_s = time.perf_counter() - started_s
+            self.stage_seconds.labels(task, stage).observe(elapsed_s)
+            note_stage(stage, elapsed_s)
 
     def count_download(self, is_whole: bool, received_bytes: int) -> None:
         """Count one download that is over; any thread."""

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from immich_ml_metal.errors import InferenceError
+from immich_ml_metal.urgency import Urgency, settle_thread
 
 T = TypeVar("T")
 
@@ -65,19 +66,36 @@ def contained(func: Callable[[], T]) -> T:
 
 
 class CpuThreads:
-    """A pool for work that is neither quick nor on a device: decoding, preparing, finishing."""
+    """Threads for work that is neither quick nor on a device: decoding, preparing, finishing.
+
+    Each class of work has its own, at its own priority; they start when they are first needed.
+    """
 
     def __init__(self, count: int) -> None:
-        """`count` 0 means one per core."""
-        workers = count if count > 0 else core_count()
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="cpu")
+        """`count` threads for each class; 0 means one per core."""
+        self._threads = {
+            urgency: executor(urgency, count if count > 0 else core_count(), "cpu")
+            for urgency in Urgency
+        }
 
-    async def run(self, func: Callable[[], T]) -> T:
-        """Await `func()` on a thread of the pool, with the caller's context variables."""
+    async def run(self, func: Callable[[], T], urgency: Urgency = Urgency.PICTURES) -> T:
+        """Await `func()` on a thread of its class, with the caller's context variables."""
         context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: context.run(contained, func))
+        threads = self._threads[urgency]
+        return await loop.run_in_executor(threads, lambda: context.run(contained, func))
 
     def close(self) -> None:
         """Let what runs finish and end the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+def executor(urgency: Urgency, count: int, name: str) -> ThreadPoolExecutor:
+    """`count` threads at the priority of a class, named `cpu-text_0` and so on."""
+    return ThreadPoolExecutor(
+        max_workers=count,
+        thread_name_prefix=f"{name}-{urgency.name.lower()}",
+        initializer=settle_thread,
+        initargs=(urgency,),
+    )

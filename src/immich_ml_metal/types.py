@@ -240,6 +240,10 @@ class TensorSpec:
     shape: tuple[int | None, ...]
 
 
+# In a graph's metadata: it takes fewer tokens than the file says, up to and with the end token.
+FREE_LENGTH = "immich-ml-metal.free_length"
+
+
 class Graph(Protocol):
     """A tensor program: an ONNX file on some engine."""
 

@@ -1,5 +1,6 @@
 """Apple Vision for real: what the double can only assume."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,20 @@ def assert_same_points(faces: Faces, expected: Floats, *, share: float) -> None:
     eyes_px = np.hypot(*(expected[1] - expected[0]))
     off_px = [np.abs(landmarks - expected).max() for landmarks in faces.landmarks]
     assert min(off_px) < share * eyes_px
+
+
+def test_vision_reads_the_same_from_several_threads_and_again_and_again() -> None:
+    """Some releases of macOS fail every later request of a process, or in parallel only."""
+    seen, options = bridge(), text_options(("en-US",), 0.0, corrects=False)
+
+    def read(_: int) -> str:
+        return " ".join(line.text for line in seen.read_text(draw_word(), options))
+
+    with ThreadPoolExecutor(4) as threads:
+        together = set(threads.map(read, range(16)))
+    one_by_one = {read(turn) for turn in range(10)}
+    assert together == one_by_one
+    assert WORD.casefold() in together.pop().casefold()
 
 
 def test_corners_are_where_the_word_is_drawn() -> None:

@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import pytest
@@ -37,10 +38,14 @@ async def drain(batcher: Batcher[Any, Any]) -> list[int]:
     return sizes
 
 
+name: ContextVar[str] = ContextVar("name", default="nobody")
+
+
 class Seen:
     def __init__(self) -> None:
         self.waits: list[float] = []
         self.runs: list[int] = []
+        self.answers: list[tuple[str, float]] = []
         self.failures = 0
 
     def failed(self) -> None:
@@ -48,6 +53,9 @@ class Seen:
 
     def waited(self, seconds: float, /) -> None:
         self.waits.append(seconds)
+
+    def answered(self, seconds: float, /) -> None:
+        self.answers.append((name.get(), seconds))
 
     def ran(self, items: int, seconds: float, /) -> None:
         self.runs.append(items)
@@ -170,6 +178,18 @@ async def test_the_watch_is_told_waits_and_sizes_of_what_succeeded() -> None:
     assert seen.failures == 2  # of the pair, then of the bad one alone
     assert len(seen.waits) == 3
     assert all(seconds >= 0 for seconds in seen.waits)
+
+
+async def test_each_caller_is_told_in_its_own_context_how_long_its_batch_ran() -> None:
+    seen = Seen()
+    batcher: Batcher[Any, Any] = Batcher(echo, name="m", max_batch=2, watch=seen)
+    for caller in ("first", "second"):
+        name.set(caller)
+        batcher.add(1)
+    name.set("the device")
+    await drain(batcher)
+    assert [caller for caller, _ in seen.answers] == ["first", "second"]
+    assert seen.answers[0][1] == seen.answers[1][1] >= 0
 
 
 async def test_its_name_and_queue_are_told() -> None:

@@ -30,7 +30,7 @@ from immich_ml_metal.backends.coreml.session import (
     provider_options,
     provider_share,
 )
-from immich_ml_metal.backends.coreml.shapes import cut, pin
+from immich_ml_metal.backends.coreml.shapes import cut, read_pinned
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.settings import Settings
@@ -137,8 +137,9 @@ def open_graph(
     factory: Factory,
     batches: tuple[int, ...] = (1, 4),
     reports: list[ShapeReport] | None = None,
+    number_format: str = "float32",
 ) -> CoreMLGraph:
-    setup = Setup(use_ane=True, make_session=factory, environment="ort-test")
+    setup = Setup(True, number_format, make_session=factory, environment="ort-test")
     graph = CoreMLGraph(
         compiled_form(path, setup),
         reference(path),
@@ -217,14 +218,14 @@ def test_a_shape_that_the_file_leaves_open_is_compiled_when_it_is_first_seen(
 
 def test_pinning_to_another_number_of_dimensions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadFailed, match="has 4 dimensions, not 2"):
-        pin(save_model(tmp_path), (("x", (1, 3)),))
+        read_pinned(save_model(tmp_path), (("x", (1, 3)),))
 
 
 def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\xff not onnx")
     with pytest.raises(LoadFailed, match="cannot be pinned"):
-        pin(path, ())
+        read_pinned(path, ())
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -294,7 +295,8 @@ def test_compiled_forms_are_kept_by_weights_runtime_units_and_shape(tmp_path: Pa
     open_graph(path, factory)
     [form] = compiled_folders(path)
     assert form.startswith("model-")
-    assert form.endswith("-ort-test-all")
+    assert "-ort-test-" in form
+    assert form.endswith("-all-float32")
     folders = [Path(options["ModelCacheDirectory"]) for options in factory.options]
     assert [folder.relative_to(tmp_path / "coreml" / form).as_posix() for folder in folders] == [
         "1x3x8x8",
@@ -334,6 +336,55 @@ def test_opening_a_graph_closes_nothing_that_is_its_callers(tmp_path: Path) -> N
     graph.keep_compiled()
     assert graph.open_fixed_shapes()
     assert single.run({"x": pictures(1)})[0].shape == (1, 512)
+
+
+def test_the_half_form_is_made_once_and_kept_beside_the_whole_one(tmp_path: Path) -> None:
+    path = save_model(tmp_path)
+    factory = Factory()
+    open_graph(path, factory)
+    half = open_graph(path, factory, number_format="float16")
+    assert [name.rpartition("-")[2] for name in compiled_folders(path)] == ["float16", "float32"]
+    kept = next((tmp_path / "coreml").glob("*-float16")) / "half.onnx"
+    before = kept.stat().st_mtime_ns
+    open_graph(path, factory, number_format="float16")
+    assert kept.stat().st_mtime_ns == before
+    feeds = pictures(3)
+    single = reference(path)
+    expected = np.concatenate([single.run({"x": feeds[row : row + 1]})[0] for row in range(3)])
+    (ours,) = half.run({"x": feeds})
+    assert ours.dtype == np.float32
+    assert ours == pytest.approx(expected, rel=5e-3, abs=5e-2)
+    assert not np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("number_format", ["float32", "float16"])
+def test_pictures_of_bytes_are_given_to_core_ml_as_floats(
+    tmp_path: Path, number_format: str
+) -> None:
+    path = save_model(tmp_path)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    model.graph.node[0].input[0] = "floats"
+    model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["floats"], to=TensorProto.FLOAT))
+    onnx.save(model, path)
+    reports: list[ShapeReport] = []
+    graph = open_graph(path, Factory(), reports=reports, number_format=number_format)
+    feeds = np.random.default_rng(0).integers(0, 256, (1, 3, SIDE, SIDE)).astype(np.uint8)
+    assert graph.run({"x": feeds})[0] == pytest.approx(
+        reference(path).run({"x": feeds})[0], rel=2e-2, abs=2
+    )
+    assert [report.adapted for report in reports] == [("bytes",), ("bytes",)]
+    assert {report.number_format for report in reports} == {number_format}
+
+
+def test_other_passes_compile_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_model(tmp_path)
+    open_graph(path, Factory())
+    before = compiled_folders(path)
+    monkeypatch.setattr("immich_ml_metal.backends.coreml.graph._passes_digest", lambda: "other")
+    open_graph(path, Factory())
+    assert compiled_folders(path) != before
+    assert len(compiled_folders(path)) == 1
 
 
 # Every key that ONNX Runtime 1.32's macOS wheel knows; another one would silently mean the CPU.
@@ -389,6 +440,31 @@ def test_faces_are_recognised_in_batches_of_four(tmp_path: Path) -> None:
     assert (single["shape"], four["shape"]) == ("1x3x112x112", "4x3x112x112")
     assert (single["share"], single["model"]) == (1.0, "buffalo_l/recognition")
     model.close()
+
+
+def test_the_engine_opens_a_model_in_either_format_and_tells_them_apart(tmp_path: Path) -> None:
+    coreml, model_files = engine(Factory()), files(tmp_path)
+    assert coreml.number_formats == {"float32", "float16"}
+    coreml.load(KEY, model_files).close()
+    coreml.load(KEY, model_files, "float16").close()
+    told = [(one["number_format"], one["shape"]) for one in coreml.describe()["opened"]]
+    assert told == [
+        (number_format, f"{batch}x3x112x112")
+        for number_format in ("float32", "float16")
+        for batch in (1, 4)
+    ]
+
+
+def test_a_format_that_is_refused_leaves_the_other(tmp_path: Path) -> None:
+    def only_half(model: onnx.ModelProto) -> None:
+        if any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer):
+            raise LoadFailed("no float16 here")
+
+    coreml, model_files = engine(Factory(only_half)), files(tmp_path)
+    coreml.load(KEY, model_files, "float16").close()
+    assert "no float16 here" in next(iter(coreml.describe()["refused"].values()))
+    coreml.load(KEY, model_files).close()
+    assert {one["number_format"] for one in coreml.describe()["opened"]} == {"float32"}
 
 
 def test_a_shape_is_checked_once_per_process_however_often_it_is_loaded(tmp_path: Path) -> None:

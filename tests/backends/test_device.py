@@ -2,7 +2,7 @@ import asyncio
 import contextvars
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,19 +13,32 @@ from immich_ml_metal.backends.batcher import Batcher
 from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.threads import CpuThreads, contained, core_count
+from immich_ml_metal.urgency import OVERTAKINGS, Urgency
 
 
 class Model:
     """An inference that waits at its gate and remembers its batches and threads."""
 
-    def __init__(self, name: str = "m", *, max_batch: int = 2, is_open: bool = True) -> None:
+    def __init__(
+        self,
+        name: str = "m",
+        *,
+        max_batch: int = 2,
+        is_open: bool = True,
+        urgency: Urgency = Urgency.PICTURES,
+    ) -> None:
+        self.name = name
+        self.on_batch: Callable[[str], None] = lambda name: None
         self.gate = Gate(is_open=is_open)
         self.batches: list[list[Any]] = []
         self.threads: set[str] = set()
-        self.batcher: Batcher[Any, Any] = Batcher(self.infer, name=name, max_batch=max_batch)
+        self.batcher: Batcher[Any, Any] = Batcher(
+            self.infer, name=name, max_batch=max_batch, urgency=urgency
+        )
 
     def infer(self, batch: Sequence[Any]) -> Sequence[Any]:
         self.batches.append(list(batch))
+        self.on_batch(self.name)
         self.threads.add(threading.current_thread().name)
         self.gate.pass_through()
         if "bad" in batch:
@@ -103,6 +116,38 @@ async def test_models_take_turns(device: Device) -> None:
     gate.open()
     await soon(asyncio.gather(*work))
     assert order == ["a", "a", "b", "a", "b"] or order == ["a", "b", "a", "b", "a"]
+
+
+async def test_where_classes_have_lanes_a_search_waits_for_no_picture() -> None:
+    device = Device("cpu", width=1, has_lanes=True)
+    pictures = Model(max_batch=1, is_open=False)
+    search = Model(urgency=Urgency.SEARCH)
+    work = [asyncio.create_task(device.submit(pictures.batcher, item)) for item in range(3)]
+    await until(lambda: pictures.gate.waiting == 1)
+    assert await soon(device.submit(search.batcher, 4)) == 8
+    assert device.queued == 2
+    pictures.gate.open()
+    await soon(asyncio.gather(*work))
+    assert search.threads.isdisjoint(pictures.threads)
+    await asyncio.to_thread(device.close)
+
+
+async def test_on_an_accelerator_a_search_is_next_and_pictures_get_their_turns(
+    device: Device,
+) -> None:
+    pictures = Model("pictures", max_batch=1, is_open=False)
+    searches = Model("searches", max_batch=1, urgency=Urgency.SEARCH)
+    order: list[str] = []
+    searches.on_batch = pictures.on_batch = order.append
+    work = [asyncio.create_task(device.submit(pictures.batcher, item)) for item in range(3)]
+    await until(lambda: pictures.gate.waiting == 1)
+    flood = range(3 * OVERTAKINGS)
+    work += [asyncio.create_task(device.submit(searches.batcher, item)) for item in flood]
+    await until(lambda: device.queued == 2 + len(flood))
+    pictures.gate.open()
+    await soon(asyncio.gather(*work))
+    assert order[:2] == ["pictures", "searches"]
+    assert order.index("pictures", 1) <= 1 + OVERTAKINGS, "the flood never ends, they wait"
 
 
 async def test_as_many_batches_run_side_by_side_as_the_device_is_wide(wide: Device) -> None:

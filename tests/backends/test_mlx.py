@@ -17,8 +17,9 @@ from PIL import Image
 
 from immich_ml_metal.backends.base import AnyModel, Engine
 from immich_ml_metal.backends.batcher import Batcher
-from immich_ml_metal.backends.mlx import MlxEngine, choose_dtype
+from immich_ml_metal.backends.mlx import MlxEngine, choose_format
 from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.settings import MIB, Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
@@ -163,14 +164,17 @@ def test_the_memory_that_mlx_keeps_for_reuse_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("wanted", "on_gpu", "expected"),
     [
-        ("auto", True, mx.float16),
-        ("auto", False, mx.float32),
-        ("float32", True, mx.float32),
-        ("bfloat16", False, mx.bfloat16),
+        ("auto", True, NumberFormat.FLOAT16),
+        ("auto", False, NumberFormat.FLOAT32),
+        ("float32", True, NumberFormat.FLOAT32),
+        ("bfloat16", False, NumberFormat.BFLOAT16),
+        ("mixed", True, NumberFormat.MIXED),
     ],
 )
-def test_the_number_format_suits_the_device(wanted: Any, on_gpu: bool, expected: mx.Dtype) -> None:
-    assert choose_dtype(wanted, on_gpu=on_gpu) == expected
+def test_the_number_format_suits_the_device(
+    wanted: str, on_gpu: bool, expected: NumberFormat
+) -> None:
+    assert choose_format(wanted, on_gpu=on_gpu) == expected
 
 
 def test_the_engine_tells_its_number_format_device_and_memory() -> None:

@@ -35,7 +35,9 @@ def test_it_answers_all_tasks(child: OwnService) -> None:
     body = predict(child.url, ALL, image=PHOTO).json()
     assert set(body) == {"clip", "facial-recognition", "ocr", "imageWidth", "imageHeight"}
     assert len(body["facial-recognition"]) == 1
-    assert predict(child.url, TEXTUAL, text="dog").status_code == 200
+    answer = predict(child.url, TEXTUAL, text="dog")
+    assert answer.status_code == 200
+    assert "infer;dur=" in answer.headers["server-timing"]  # of the worker, told by the gateway
 
 
 def test_it_answers_ping_and_health(child: OwnService) -> None:

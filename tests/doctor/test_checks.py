@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
 from immich_ml_metal.doctor.facts import GIB, EngineTest, Facts, Machine, ModelFact, Outcome, Port
@@ -15,8 +16,12 @@ MODELS = tuple(ModelFact(name, True) for name in ("ViT-B-32__openai", "buffalo_l
 HEALTHY = Facts(
     version="0.1.0",
     machine=MAC,
-    settings=Settings(models_dir=Path("/Users/me/.cache/immich_ml")),
-    port=Port(3003, "ours", version="0.1.0"),
+    settings=Settings(
+        models_dir=Path("/Users/me/.cache/immich_ml"),
+        immich_url="http://nas:2283",
+        immich_api_key=SecretStr("k"),
+    ),
+    port=Port(3003, "ours", version="0.1.0", health={"guard": {"why_off": ""}, "troubles": []}),
     packages={"mlx": "0.32.4", "onnxruntime": "1.32.0"},
     disk_free_bytes=100 * GIB,
     models=MODELS,
@@ -35,6 +40,10 @@ def with_machine(**changes: Any) -> Facts:
 
 ENGINE_DOWN = (EngineTest("clip", "mlx", "ViT-B-32__openai", error="no answer"),)
 MISSING = (ModelFact("ViT-B-32__openai", False), ModelFact("buffalo_l", True))
+UNKNOWN = (ModelFact("my-clip", False, "no official model is called my-clip"), *MODELS[1:])
+PAUSED = {
+    "guard": {"why_off": "", "paused": {"smartSearch": {"reason": "not here", "since": "10:00"}}}
+}
 CORRUPT = (ModelFact("buffalo_l", True, "detection/model.onnx is damaged"),)
 
 # name: facts, the check that must be named first, words of its finding, words of its fix
@@ -91,6 +100,18 @@ BROKEN: dict[str, tuple[Facts, str, str, str]] = {
         "hub",
         "connection refused",
         "HF_ENDPOINT",
+    ),
+    "a model that no hub has": (
+        replace(HEALTHY, models=UNKNOWN, hub="offline", tests=ENGINE_DOWN),
+        "model names",
+        "my-clip",
+        "Immich's settings",
+    ),
+    "a queue is paused": (
+        replace(HEALTHY, port=replace(HEALTHY.port, health=PAUSED)),
+        "queues",
+        "smartSearch is paused by us: not here",
+        "immich status",
     ),
     "offline without models": (
         replace(HEALTHY, models=MISSING, hub="offline", tests=ENGINE_DOWN),

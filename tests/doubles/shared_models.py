@@ -1,6 +1,8 @@
 """The models of ../shared in the layout of Immich's cache, built once for a machine."""
 
 import hashlib
+import importlib.util
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,10 +10,12 @@ import tempfile
 from pathlib import Path
 
 import onnx
+import pytest
 from filelock import FileLock
 from onnx import helper
 
 OTHER_FACES = "buffalo_m"
+SHARED = Path(__file__).parents[3] / "shared"
 
 
 def make_shared_models(shared: Path) -> Path:
@@ -39,3 +43,19 @@ def add_second_face_model(faces: Path) -> None:
         node.output[:] = ["positive" if name == output.name else name for name in node.output]
     model.graph.node.append(helper.make_node("Neg", ["positive"], [output.name]))
     onnx.save(model, path)
+
+
+def find_graph(name: str, folder: Path) -> Path:
+    """The graph: hydrated into `folder`, real, or from the rapidocr wheel. Skips if not there."""
+    graphs, real = SHARED / "models" / "graphs", SHARED / "models" / "real"
+    if (real / f"{name}.onnx").is_file():
+        return real / f"{name}.onnx"
+    if (graphs / f"{name}.onnx.gz").is_file():
+        hydrate = runpy.run_path(str(SHARED / "models" / "hydrate.py"))["hydrate"]
+        hydrate(graphs / f"{name}.onnx.gz", folder / f"{name}.onnx")
+        return folder / f"{name}.onnx"
+    wheel = importlib.util.find_spec("rapidocr")
+    for place in wheel.submodule_search_locations or [] if wheel else []:
+        if (file := Path(place) / "models" / f"{name}.onnx").is_file():
+            return file
+    pytest.skip(f"{name} is neither in {SHARED} nor in an installed rapidocr")

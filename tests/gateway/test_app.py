@@ -156,6 +156,21 @@ async def test_at_most_the_configured_number_of_requests_is_with_the_worker(tmp_
         await until(lambda: service.gateway.open_requests == 0)
 
 
+async def test_a_search_is_answered_while_as_many_pictures_as_may_are_with_the_worker(
+    tmp_path: Path,
+) -> None:
+    async with running_gateway(tmp_path, max_concurrent_requests=1) as service:
+        tasks = [asyncio.create_task(service.predict(b"%d [hang]" % i)) for i in range(3)]
+        await service.started(1)
+        search = b'{"clip":{"textual":{"modelName":"m"}}}'
+        answer = await asyncio.wait_for(service.predict(search), 30)
+        assert answer.json() == right_answer(search)
+        assert service.gateway.dispatcher.queue.waiting == 2
+        for task in tasks:
+            task.cancel()
+        await until(lambda: service.gateway.open_requests == 0)
+
+
 async def test_uploads_beyond_the_memory_lie_on_disk_and_are_replayed_from_there(
     tmp_path: Path,
 ) -> None:

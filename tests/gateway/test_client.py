@@ -1,15 +1,23 @@
 """HTTP to the worker: what counts as an answer, what as a lost worker."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from immich_ml_metal.gateway.client import WorkerLost, exchange, get
+from immich_ml_metal.gateway.socket_folder import SocketFolder
 
 Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder whose sockets can be bound on every system; pytest's own lie too deep on a Mac."""
+    with SocketFolder() as folder:
+        yield folder.find()
 
 
 @asynccontextmanager

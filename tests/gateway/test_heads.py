@@ -124,6 +124,19 @@ async def test_what_stands_around_the_pieces_of_a_body_has_the_limit_too(
     await until(lambda: service.gateway.open_requests == 0)
 
 
+@pytest.mark.parametrize("wait", [b"", b"[sleep 0.2]"])
+async def test_nonsense_behind_a_whole_request_does_not_cost_its_answer(
+    service: Service, wait: bytes
+) -> None:
+    head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(wait)
+    async with connection(service.port) as (reader, writer):
+        writer.write(head + wait + b"nonsense\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 10)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in answer
+    assert answer.endswith(json.dumps(right_answer(wait)).encode())
+
+
 async def test_too_many_requests_behind_one_another_close_the_connection(service: Service) -> None:
     more = b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n" * (MAX_PIPELINED + 900)
     first = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\n[hang]"

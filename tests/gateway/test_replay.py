@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.replay import Job, JobQueue, Quarantine
+from immich_ml_metal.urgency import OVERTAKINGS, Urgency
 
 
 def make_jobs(count: int, queue: JobQueue) -> list[Job]:
@@ -26,6 +27,38 @@ def test_requests_go_in_order_of_arrival_up_to_the_limit() -> None:
     assert queue.take(2) == []
     queue.remove(jobs[0])
     assert queue.take(2) == [jobs[2]]
+
+
+def make_urgent(urgency: Urgency, number: int, queue: JobQueue) -> Job:
+    [job] = make_jobs(1, JobQueue())
+    job.number, job.urgency = number, urgency
+    queue.add(job)
+    return job
+
+
+def test_searches_pass_the_limit_but_not_without_one_of_their_own() -> None:
+    queue = JobQueue()
+    pictures = make_jobs(4, queue)
+    assert queue.take(2) == pictures[:2]
+    searches = [make_urgent(Urgency.SEARCH, 10 + number, queue) for number in range(3)]
+    assert queue.take(2) == searches[:2]
+    queue.remove(searches[0])
+    assert queue.take(2) == [searches[2]]
+    queue.remove(pictures[0])
+    assert queue.take(2) == [pictures[2]], "searches take no place of the others"
+
+
+def test_text_overtakes_pictures_in_the_queue_but_not_for_ever() -> None:
+    queue = JobQueue()
+    pictures = make_jobs(2, queue)
+    order: list[Job] = []
+    for number in range(3 * OVERTAKINGS):
+        make_urgent(Urgency.TEXT, 10 + number, queue)
+        [job] = queue.take(1)
+        order.append(job)
+        queue.remove(job)
+    assert order.index(pictures[0]) == OVERTAKINGS
+    assert order.index(pictures[1]) == 2 * OVERTAKINGS + 1
 
 
 def test_after_a_death_the_suspects_go_one_at_a_time_before_the_others() -> None:

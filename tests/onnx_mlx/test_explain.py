@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from doubles.onnx_models import FLOAT, make_model, node, randn, save, value
@@ -11,6 +10,7 @@ from typer.testing import CliRunner
 from immich_ml_metal.onnx_mlx.__main__ import app, parse_shape
 from immich_ml_metal.onnx_mlx.compare import compare_nodes, compare_outputs, difference
 from immich_ml_metal.onnx_mlx.explain import explain
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 
 
 @pytest.fixture
@@ -87,12 +87,12 @@ def test_a_name_with_an_equals_sign_can_be_given() -> None:
 
 
 def test_values_are_compared_in_the_layout_of_the_file(path: Path) -> None:
-    for found in compare_nodes(path, mx.float32, {"x": (1, 3, 8, 10)}):
+    for found in compare_nodes(path, NumberFormat.FLOAT32, {"x": (1, 3, 8, 10)}):
         assert found.relative < 1e-5, found
 
 
 def test_half_precision_shows_as_a_difference(path: Path) -> None:
-    (found,) = compare_outputs(path, mx.float16, {"x": (1, 3, 8, 8)})
+    (found,) = compare_outputs(path, NumberFormat.FLOAT16, {"x": (1, 3, 8, 8)})
     assert 1e-6 < found.relative < 1e-2
 
 

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +10,7 @@ from doubles.onnx_models import FLOAT, assert_close, ints, make_model, node, ran
 
 from immich_ml_metal.onnx_mlx import prepared as prepared_module
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.prepared import FILE, Prepared
 
 OPTIONS = Options(max_batch=4, compiled=False, prepared=True)
@@ -45,8 +45,8 @@ def forms(path: Path) -> list[Path]:
     return sorted((path.parent / "mlx").iterdir())
 
 
-def is_used(path: Path, dtype: mx.Dtype = mx.float32) -> bool:
-    return Prepared(path, dtype).load() is not None
+def is_used(path: Path, number_format: NumberFormat = NumberFormat.FLOAT32) -> bool:
+    return Prepared(path, number_format).load() is not None
 
 
 def test_the_second_load_needs_nothing_from_the_model_but_its_digest(path: Path) -> None:
@@ -70,8 +70,8 @@ def test_other_weights_are_not_answered_with_the_old_ones(path: Path) -> None:
 
 def test_each_number_format_has_its_own_file(path: Path) -> None:
     MlxGraph(path, OPTIONS)
-    assert not is_used(path, mx.float16)
-    MlxGraph(path, Options(dtype=mx.float16, compiled=False, prepared=True))
+    assert not is_used(path, NumberFormat.FLOAT16)
+    MlxGraph(path, Options(number_format=NumberFormat.FLOAT16, compiled=False, prepared=True))
     assert sorted(form.name.rpartition("-")[2] for form in forms(path)) == ["float16", "float32"]
 
 

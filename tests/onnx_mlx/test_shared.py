@@ -4,30 +4,29 @@ The weights are random (only their size and range are real), except in `models/r
 fast BLAS under MLX (see docs/performance.md), never wrong.
 """
 
-import importlib.util
-import runpy
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import onnx
 import pytest
 from doubles.onnx_models import Array, run_ort
+from doubles.shared_models import find_graph
 from onnx import TensorProto, numpy_helper
 
 from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.compare import compare_nodes, difference, guess_shapes, random_feeds
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.lower import lower
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(600)]
 
-SHARED = Path(__file__).parents[3] / "shared"
 PLAIN = Options(max_batch=8, compiled=False)
 COSINE, RELATIVE = 0.999999, 1e-4  # fp32 against ONNX Runtime
 COSINE_HALF = 0.9995  # fp16
+COSINE_MIXED = 0.9998  # the limit of the service for vectors
 
 # graph → fused attentions (one for each layer, and one in a pooling head)
 TOWERS = {
@@ -70,22 +69,6 @@ SMALL = (
 )
 
 
-def find(name: str, folder: Path) -> Path:
-    """The graph: hydrated into `folder`, real, or from the rapidocr wheel. Skips if not there."""
-    graphs, real = SHARED / "models" / "graphs", SHARED / "models" / "real"
-    if (real / f"{name}.onnx").is_file():
-        return real / f"{name}.onnx"
-    if (graphs / f"{name}.onnx.gz").is_file():
-        hydrate = runpy.run_path(str(SHARED / "models" / "hydrate.py"))["hydrate"]
-        hydrate(graphs / f"{name}.onnx.gz", folder / f"{name}.onnx")
-        return folder / f"{name}.onnx"
-    wheel = importlib.util.find_spec("rapidocr")
-    for place in wheel.submodule_search_locations or [] if wheel else []:
-        if (file := Path(place) / "models" / f"{name}.onnx").is_file():
-            return file
-    pytest.skip(f"{name} is neither in {SHARED} nor in an installed rapidocr")
-
-
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
     """A folder for graphs of hundreds of megabytes, emptied at once."""
@@ -114,7 +97,7 @@ GRAPHS = sorted(
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_output_is_that_of_onnx_runtime(name: str, scratch: Path) -> None:
-    path = find(name, scratch)
+    path = find_graph(name, scratch)
     feeds = feeds_for(path)
     graph = MlxGraph(path, PLAIN)
     for spec, ours, theirs in zip(
@@ -127,7 +110,7 @@ def test_every_output_is_that_of_onnx_runtime(name: str, scratch: Path) -> None:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_every_attention_is_fused_and_the_batch_is_free(name: str, scratch: Path) -> None:
-    lowered = lower(read(find(name, scratch)))
+    lowered = lower(read(find_graph(name, scratch)))
     counts = Counter(node.op for node in lowered.program.nodes)
     assert counts["Sdpa"] + counts["Attention"] == TOWERS[name]
     assert counts["Softmax"] == 0
@@ -136,7 +119,7 @@ def test_every_attention_is_fused_and_the_batch_is_free(name: str, scratch: Path
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_no_picture_is_turned_inside_a_backbone(name: str, scratch: Path) -> None:
-    nodes = lower(read(find(name, scratch))).program.nodes
+    nodes = lower(read(find_graph(name, scratch))).program.nodes
     turns = [at for at, node in enumerate(nodes) if node.attributes.get("layout")]
     assert len(turns) == BACKBONES[name]
     convolutions = [at for at, node in enumerate(nodes) if node.op.startswith("Conv")]
@@ -154,7 +137,7 @@ def test_no_picture_is_turned_inside_a_backbone(name: str, scratch: Path) -> Non
     ],
 )
 def test_one_three_and_eight_rows_give_the_same_vectors(name: str, scratch: Path) -> None:
-    path = find(name, scratch)
+    path = find_graph(name, scratch)
     graph = MlxGraph(path, PLAIN)
     feeds = feeds_for(path, rows=8)
     (eight,) = graph.run(feeds)
@@ -166,11 +149,22 @@ def test_one_three_and_eight_rows_give_the_same_vectors(name: str, scratch: Path
 
 @pytest.mark.parametrize("name", SMALL)
 def test_half_precision_stays_close(name: str, scratch: Path) -> None:
-    path = find(name, scratch)
+    path = find_graph(name, scratch)
     feeds = feeds_for(path)
-    half = MlxGraph(path, Options(dtype=mx.float16, compiled=False))
+    half = MlxGraph(path, Options(number_format=NumberFormat.FLOAT16, compiled=False))
     for spec, ours, theirs in zip(half.outputs, half.run(feeds), run_ort(path, feeds), strict=True):
         assert difference(spec.name, "", ours, theirs).cosine >= COSINE_HALF
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_mixed_numbers_keep_every_tower_within_the_services_limit(name: str, scratch: Path) -> None:
+    path = find_graph(name, scratch)
+    feeds = feeds_for(path)
+    mixed = MlxGraph(path, Options(number_format=NumberFormat.MIXED, compiled=False))
+    for spec, ours, theirs in zip(
+        mixed.outputs, mixed.run(feeds), run_ort(path, feeds), strict=True
+    ):
+        assert difference(spec.name, "", ours, theirs).cosine >= COSINE_MIXED
 
 
 # -- PP-OCR ---------------------------------------------------------------------------------------
@@ -214,9 +208,9 @@ def test_text_networks_agree_up_to_their_last_operator(name: str, scratch: Path)
     After it, two things that are not ours count: ONNX Runtime's Sigmoid is off by up to 1e-7, which
     is all of a small probability; and a Softmax turns a relative 4e-6 of a logit of 20 into 1e-4.
     """
-    path = widened(find(name, scratch), scratch)
+    path = widened(find_graph(name, scratch), scratch)
     last = None
-    for found in compare_nodes(path, mx.float32, SHAPES[name]):
+    for found in compare_nodes(path, NumberFormat.FLOAT32, SHAPES[name]):
         if found.operator == READERS[name] and "fetch" in found.name:
             assert found.cosine >= 0.9999
         else:
@@ -229,11 +223,11 @@ def test_text_networks_agree_up_to_their_last_operator(name: str, scratch: Path)
 def test_the_detectors_own_last_step_is_nearer_to_the_truth_than_onnx_runtimes(
     scratch: Path,
 ) -> None:
-    path = widened(find("ppocrv6_tiny_det", scratch), scratch)
+    path = widened(find_graph("ppocrv6_tiny_det", scratch), scratch)
     model = onnx.load(path)
     (last,) = [n for n in model.graph.node if n.op_type == "Sigmoid"]
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(last.input[0]))
-    feeds = feeds_for(find("ppocrv6_tiny_det", scratch))
+    feeds = feeds_for(find_graph("ppocrv6_tiny_det", scratch))
     theirs, logits = run_ort(model, feeds)
     exact = 1 / (1 + np.exp(-logits.astype(np.float64)))
     (ours,) = MlxGraph(path, PLAIN).run(feeds)
@@ -244,7 +238,7 @@ def test_the_detectors_own_last_step_is_nearer_to_the_truth_than_onnx_runtimes(
 
 @pytest.mark.parametrize("name", ["ppocrv6_tiny_rec", "PP-OCRv6_rec_small"])
 def test_the_best_character_of_every_step_is_the_same(name: str, scratch: Path) -> None:
-    path = find(name, scratch)
+    path = find_graph(name, scratch)
     feeds = feeds_for(path)
     (ours,), (theirs,) = MlxGraph(path, PLAIN).run(feeds), run_ort(path, feeds)
     assert np.array_equal(ours.argmax(-1), theirs.argmax(-1))

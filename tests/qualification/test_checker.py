@@ -48,6 +48,31 @@ class World:
         machine, store = odd_mac(self.models), ModelStore(chosen)
         return await Checker(chosen, machine, record, store, tools).settle(key)
 
+    async def ask_again(self, candidate: Candidate) -> bool:
+        """As the worker does of an engine that it had set aside."""
+        chosen = Settings(models_dir=self.models, offline=True, state_dir=self.state)
+        tools = Tools(self.measure, lambda: (self.free_bytes, 8 * GIB))
+        record, store = Record(StateFolder(self.state)), ModelStore(chosen)
+        checker = Checker(chosen, odd_mac(self.models), record, store, tools)
+        return await checker.is_right_again(KEY, candidate)
+
+
+@pytest.mark.parametrize(("outcome", "is_right"), [(Outcome.RIGHT, True), (Outcome.HUNG, False)])
+async def test_an_engine_set_aside_is_probed_again_and_nothing_is_remembered(
+    tmp_path: Path, outcome: Outcome, is_right: bool
+) -> None:
+    world = World(tmp_path, {"mlx float16": outcome})
+    assert await world.ask_again(Candidate("mlx", "float16")) is is_right
+    assert world.asked[0] == "mlx float16"
+    assert not world.state.exists()
+
+
+async def test_without_memory_for_a_probe_it_is_tried_at_work(tmp_path: Path) -> None:
+    world = World(tmp_path, {"mlx float16": Outcome.HUNG})
+    world.free_bytes = 0
+    assert await world.ask_again(Candidate("mlx", "float16"))
+    assert world.asked == []
+
 
 async def candidate(world: World) -> Candidate:
     choice = await world.settle()
@@ -63,7 +88,8 @@ async def test_the_first_choice_that_is_right_ends_the_check(tmp_path: Path) -> 
 
 async def test_the_ladder_goes_down_to_the_cpu(tmp_path: Path) -> None:
     wrong = dict.fromkeys(
-        ("mlx float16", "mlx mixed", "mlx float32", "coreml float32"), Outcome.WRONG
+        ("mlx float16", "mlx mixed", "mlx float32", "coreml float16", "coreml float32"),
+        Outcome.WRONG,
     )
     world = World(tmp_path, wrong)
     assert await candidate(world) == Candidate("cpu")

@@ -70,9 +70,9 @@ async def test_an_abort_is_a_verdict_with_its_signal(models: Path) -> None:
 
 async def test_a_hang_of_140_seconds_ends_at_the_limit(models: Path) -> None:
     started_s = time.monotonic()
-    verdict = await probe(models, "hang", limit_s=3)
-    assert verdict == Verdict(Outcome.HUNG, "no end within 3 s, while running the first item")
-    assert time.monotonic() - started_s < 20
+    verdict = await probe(models, "hang", limit_s=12)
+    assert verdict == Verdict(Outcome.HUNG, "no end within 12 s, while running the first item")
+    assert time.monotonic() - started_s < 40
     assert max(LIMITS_S.values()) < 1000  # what the service itself allows
 
 

@@ -28,7 +28,7 @@ NOW = {"system": "macOS 25A1"}
 BEFORE = {"system": "macOS 24F5"}
 FLOAT16, MIXED, FLOAT32 = (Candidate("mlx", name) for name in ("float16", "mixed", "float32"))
 VISION = Candidate("vision", "its own")
-COREML = Candidate("coreml")
+COREML, COREML_WHOLE = Candidate("coreml", "float16"), Candidate("coreml")
 RIGHT, WRONG = Verdict(Outcome.RIGHT), Verdict(Outcome.WRONG, "cosine 0.99")
 CRASHED = Verdict(Outcome.CRASHED, "SIGABRT")
 
@@ -78,7 +78,7 @@ def test_a_wrong_first_choice_leads_one_step_down_the_ladder() -> None:
 
 
 def test_where_nothing_passes_the_cpu_answers_and_it_is_said() -> None:
-    failed = dict.fromkeys((FLOAT16, MIXED, FLOAT32, COREML), CRASHED)
+    failed = dict.fromkeys((FLOAT16, MIXED, FLOAT32, COREML, COREML_WHOLE), CRASHED)
     choice = choose(VISUAL, entry(failed))
     assert choice.candidate == REFERENCE
     assert not choice.is_pending
@@ -99,22 +99,22 @@ def test_a_last_choice_that_is_now_known_to_be_bad_does_not_answer() -> None:
 
 
 def test_the_fastest_answers_where_all_were_compared() -> None:
-    speeds = {FLOAT16: 20, MIXED: 30, FLOAT32: 40, COREML: 10, REFERENCE: 90}
+    speeds = {FLOAT16: 20, MIXED: 30, FLOAT32: 40, COREML: 10, COREML_WHOLE: 25, REFERENCE: 90}
     remembered = entry({one: timed(ms) for one, ms in speeds.items()}, depth="comparison")
     choice = choose(VISUAL, remembered)
     assert choice.candidate == COREML
-    assert choice.reason == "profile balanced, fastest of 5 that are right: 10.0 ms"
+    assert choice.reason == "profile balanced, fastest of 6 that are right: 10.0 ms"
 
 
 def test_a_fast_engine_beyond_the_limits_is_not_used() -> None:
     verdicts = {FLOAT16: timed(20), MIXED: timed(30), FLOAT32: timed(40), REFERENCE: timed(90)}
     bad = Verdict(Outcome.WRONG, "", Figures(alone_ms=1, batch_ms=1))
-    remembered = entry({**verdicts, COREML: bad}, depth="comparison")
+    remembered = entry({**verdicts, COREML: bad, COREML_WHOLE: bad}, depth="comparison")
     assert choose(VISUAL, remembered).candidate == FLOAT16
 
 
 def test_a_tie_goes_to_the_engine_that_leaves_the_gpu_free() -> None:
-    speeds = {FLOAT16: 20, MIXED: 30, FLOAT32: 40, COREML: 21.5, REFERENCE: 90}
+    speeds = {FLOAT16: 20, MIXED: 30, FLOAT32: 40, COREML: 21.5, COREML_WHOLE: 25, REFERENCE: 90}
     remembered = entry({one: timed(ms) for one, ms in speeds.items()}, depth="comparison")
     assert choose(VISUAL, remembered).candidate == COREML
 
@@ -122,7 +122,7 @@ def test_a_tie_goes_to_the_engine_that_leaves_the_gpu_free() -> None:
 def test_for_search_texts_the_time_alone_counts() -> None:
     fast_alone = Verdict(Outcome.RIGHT, figures=Figures(alone_ms=5, batch_ms=5))
     fast_together = Verdict(Outcome.RIGHT, figures=Figures(alone_ms=9, batch_ms=1))
-    others = dict.fromkeys((MIXED, FLOAT32, REFERENCE), timed(50))
+    others = dict.fromkeys((MIXED, FLOAT32, COREML_WHOLE, REFERENCE), timed(50))
     remembered = entry({FLOAT16: fast_together, COREML: fast_alone, **others}, depth="comparison")
     assert choose(TEXTUAL, remembered).candidate == COREML
     assert choose(VISUAL, remembered).candidate == FLOAT16
@@ -152,7 +152,7 @@ def test_an_engine_asked_for_by_name_answers_at_once_and_a_bad_verdict_is_said()
 def test_a_number_format_asked_for_by_name_is_the_only_one() -> None:
     rule = rule_for(VISUAL, Settings(mlx_dtype="bfloat16"), M_SERIES)
     assert [str(one) for one in rule.candidates] == [
-        *("mlx bfloat16", "coreml float32", "cpu float32")
+        *("mlx bfloat16", "coreml float16", "coreml float32", "cpu float32")
     ]
 
 

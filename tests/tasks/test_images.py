@@ -8,7 +8,7 @@ import pytest
 from doubles.pictures import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from immich_ml_metal.errors import ImageTooLarge, InvalidImage
 from immich_ml_metal.tasks.images import ImageLimits, decode, decode_other, resize
@@ -214,6 +214,10 @@ def test_a_header_over_a_limit_is_refused_before_decoding(
         decode(png(*size), limits)
 
 
+def test_the_limits_are_those_of_the_official_service_unless_others_are_given() -> None:
+    assert ImageLimits() == LIMITS
+
+
 def test_a_picture_on_the_limits_is_decoded() -> None:
     limits = ImageLimits(max_pixels=200 * 50, max_side_px=200)
     assert decode(encode(Image.new("L", (200, 50)), "PNG"), limits).size == (200, 50)
@@ -222,6 +226,28 @@ def test_a_picture_on_the_limits_is_decoded() -> None:
 def test_no_warning_is_given_within_our_limits() -> None:
     with pytest.raises(InvalidImage, match="truncated"):  # not Pillow's DecompressionBombWarning
         decode(png(10_000, 10_000), LIMITS)
+
+
+class Growing(ImageFile.ImageFile):
+    """A format whose header lies, as icons did in Pillow 12: its pixels are 400 by 400."""
+
+    format = "GROWING"
+
+    def _open(self) -> None:
+        self._size, self._mode = (1, 1), "L"
+
+    def load(self) -> None:
+        self.im = Image.new("L", (400, 400)).im
+        self._size = (400, 400)
+
+
+def test_a_size_that_only_decoding_shows_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "GROWING"])
+    accept = (Growing, lambda start: start == b"grow")
+    monkeypatch.setitem(Image.OPEN, "GROWING", accept)
+    with pytest.raises(ImageTooLarge, match="160000 pixels"):
+        decode_other(b"grow", ImageLimits(max_pixels=10_000, max_side_px=1000))
 
 
 @pytest.mark.filterwarnings("ignore:Image was not the expected size")
@@ -286,6 +312,23 @@ def test_a_picture_is_resized_across_then_down(
     image = Image.fromarray(noise(source[1], source[0]))
     across = image.resize((size[0], source[1]), resample)
     assert resize(image, size, resample).tobytes() == across.resize(size, resample).tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    top=st.integers(0, 160).map(lambda quarters: quarters / 4),
+    rows=st.integers(32, 160).map(lambda quarters: quarters / 4),
+    height=st.integers(4, 60),
+    resample=st.sampled_from([Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]),
+)
+def test_a_box_is_resized_with_all_the_rows_that_its_filter_sees(
+    top: float, rows: float, height: int, resample: Image.Resampling
+) -> None:
+    image = Image.fromarray(noise(90, 30))
+    box = (2.5, top, 27.5, top + rows)
+    across = image.resize((20, 90), resample, box=(2.5, 0, 27.5, 90))
+    whole = across.resize((20, height), resample, box=(0, top, 20, top + rows))
+    assert resize(image, (20, height), resample, box=box).tobytes() == whole.tobytes()
 
 
 def test_pixels_are_those_of_the_pillow_that_the_official_service_runs() -> None:

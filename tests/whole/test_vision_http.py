@@ -242,4 +242,5 @@ def test_vision_runs_on_its_own_threads_and_never_on_the_event_loop(tmp_path: Pa
     double = Double(Scene(faces=[FaceTruth((90, 150), 60)]))
     with service(tmp_path, double) as client:
         ask(client, FACES)
-    assert {call.thread.split("_")[0] for call in double.calls} == {"vision"}
+    assert double.calls
+    assert all(call.thread.startswith("vision") for call in double.calls)

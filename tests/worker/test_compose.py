@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from doubles.live import TEXTUAL
-from fastapi.testclient import TestClient
+from starlette.testclient import TestClient
 
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task

@@ -11,6 +11,7 @@ from PIL import Image
 from immich_ml_metal.errors import InvalidImage
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.threads import CpuThreads
+from immich_ml_metal.urgency import Urgency
 from immich_ml_metal.worker.picture_cache import PictureCache
 
 T = TypeVar("T")
@@ -47,8 +48,8 @@ class CountedThreads(CpuThreads):
         super().__init__(count)
         self.done = 0
 
-    async def run(self, func: Callable[[], T]) -> T:
-        result = await super().run(func)
+    async def run(self, func: Callable[[], T], urgency: Urgency = Urgency.PICTURES) -> T:
+        result = await super().run(func, urgency)
         self.done += 1
         return result
 

@@ -342,18 +342,18 @@ async def test_unloading_and_running_at_the_same_time_never_hits_a_model_in_use(
     engine = FakeEngine(width=2)
     pool = world.pool(engine)
 
-    async def unload() -> None:
-        for _ in range(40):
-            await pool.unload_idle(0)
-            await asyncio.sleep(0)
-
     async def work(row: int) -> list[Any]:
-        return [await pool.run((VISUAL, TEXTUAL)[row % 2], (row, turn)) for turn in range(10)]
+        answers = []
+        for turn in range(10):
+            answers.append(await pool.run((VISUAL, TEXTUAL)[row % 2], (row, turn)))
+            await asyncio.sleep(0.004)  # nobody uses the model for a moment
+        return answers
 
-    answers, _ = await soon(
-        asyncio.gather(asyncio.gather(*(work(row) for row in range(6))), unload())
-    )
-    assert answers == [[(row, turn) for turn in range(10)] for row in range(6)]
+    working = start(asyncio.gather(*(work(row) for row in range(4))))
+    while not working.done():
+        await pool.unload_idle(0)
+        await asyncio.sleep(0.001)
+    assert await soon(working) == [[(row, turn) for turn in range(10)] for row in range(4)]
     assert len(engine.models) > 2  # models were unloaded in between
 
 

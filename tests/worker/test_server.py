@@ -76,6 +76,24 @@ def test_metrics_count_requests_and_name_engines(service: str) -> None:
         assert line in answer.text
 
 
+def stages(answer: httpx.Response) -> dict[str, float]:
+    parts = (part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    return {name: float(ms) for name, ms in parts}
+
+
+def test_an_answer_tells_how_long_each_of_its_own_stages_took(service: str) -> None:
+    predict(service, ALL, image=PHOTO)
+    started_s = time.perf_counter()
+    told = stages(predict(service, VISUAL, image=PHOTO))
+    elapsed_ms = 1000 * (time.perf_counter() - started_s)
+    assert list(told) == ["read", "decode", "preprocess", "queue", "infer", "postprocess"]
+    assert 0 < told["infer"] <= sum(told.values()) <= elapsed_ms
+    assert list(stages(predict(service, TEXTUAL, text="red sea"))) == [
+        *("read", "preprocess", "queue", "infer", "postprocess")
+    ]
+    assert "server-timing" not in predict(service, VISUAL, image=b"no picture").headers
+
+
 # -- answers ---------------------------------------------------------------------------------------
 
 

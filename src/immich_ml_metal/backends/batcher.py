@@ -8,10 +8,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from immich_ml_metal.errors import InferenceError, InvalidOutput, ModelError, ServiceError
+from immich_ml_metal.urgency import Urgency
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -20,11 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Waiting(Generic[ItemT, ResultT]):
-    """One waiting item. `alone` marks an item whose batch failed: it is tried again by itself."""
+    """One waiting item, with the context of its caller.
+
+    `alone` marks an item whose batch failed: it is tried again by itself.
+    """
 
     item: ItemT
     future: asyncio.Future[ResultT]
     queued_at: float
+    context: Context
     alone: bool = False
 
 
@@ -32,7 +38,11 @@ class BatchWatch(Protocol):
     """Is told how long an item waited, how long a batch ran, in seconds, and that one failed."""
 
     def waited(self, seconds: float, /) -> None:
-        """One item waited so long for its batch."""
+        """One item waited so long for its batch. Called in its caller's context."""
+        ...
+
+    def answered(self, seconds: float, /) -> None:
+        """The batch of one item ran so long. Called in its caller's context."""
         ...
 
     def ran(self, items: int, seconds: float, /) -> None:
@@ -64,9 +74,11 @@ class Batcher(Generic[ItemT, ResultT]):
         *,
         name: str,
         max_batch: int,
+        urgency: Urgency = Urgency.PICTURES,
         watch: BatchWatch | None = None,
     ) -> None:
         self.name = name
+        self.urgency = urgency
         self._infer = infer
         self._max_batch = max_batch
         self._watch = watch
@@ -81,7 +93,7 @@ class Batcher(Generic[ItemT, ResultT]):
     def add(self, item: ItemT) -> asyncio.Future[ResultT]:
         """Queue one item; the future gets its result or its InferenceError."""
         future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
-        entry: Waiting[ItemT, ResultT] = Waiting(item, future, time.perf_counter())
+        entry: Waiting[ItemT, ResultT] = Waiting(item, future, time.perf_counter(), copy_context())
         self._queue.append(entry)
         return future
 
@@ -124,9 +136,11 @@ class Batcher(Generic[ItemT, ResultT]):
     def _report(self, batch: list[Waiting[ItemT, ResultT]], started: float) -> None:
         if self._watch is None:
             return
+        ran_s = time.perf_counter() - started
         for entry in batch:
-            self._watch.waited(started - entry.queued_at)
-        self._watch.ran(len(batch), time.perf_counter() - started)
+            entry.context.run(self._watch.waited, started - entry.queued_at)
+            entry.context.run(self._watch.answered, ran_s)
+        self._watch.ran(len(batch), ran_s)
 
     def _fail(self, batch: list[Waiting[ItemT, ResultT]], exc: Exception) -> None:
         # A file that is not here is no failure of the engine's; a wrong output is counted by item.

@@ -6,7 +6,7 @@ array of MLX ever leaves it. The process must not fork once MLX has been used.
 
 import logging
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,12 +15,12 @@ from immich_ml_metal.backends.build import build_model
 from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 # Most pictures, texts or lines in one run. Rows of a batch wait for each other, so it stays small;
 # not measured on a Mac yet.
 _MAX_BATCH = 8
@@ -43,14 +43,14 @@ class MlxEngine:
 
     name = "mlx"
     needs_files = True
-    number_formats = frozenset(_DTYPES)
+    number_formats = frozenset(str(each) for each in NumberFormat)
 
     def __init__(self, settings: Settings, *, prepared: bool = True) -> None:
         """Take the process's MLX; `prepared` keeps converted weights beside each model."""
         self._settings = settings
         self._prepared = prepared
         self.on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        self.dtype = choose_dtype(settings.mlx_dtype, on_gpu=self.on_gpu)
+        self.number_format = choose_format(settings.mlx_dtype, on_gpu=self.on_gpu)
         mx.set_cache_limit(_CACHE_BYTES)
         # MLX aborts the process at exit if a thread ends with its streams open
         self.device = Device("mlx", on_exit=mx.clear_streams)
@@ -58,10 +58,14 @@ class MlxEngine:
     def load(
         self, key: ModelKey, files: ModelFiles | None, number_format: str | None = None
     ) -> AnyModel:
-        """Compile the graph and bind it to its task. Device thread only."""
+        """Compile the graph and bind it to its task. Device thread only.
+
+        `number_format` is one of `number_formats`; that of the settings when None.
+        """
         assert files is not None, "the mlx engine needs files"
+        chosen = self.number_format if number_format is None else NumberFormat(number_format)
         options = Options(
-            dtype=self.dtype if number_format is None else _DTYPES[number_format],
+            number_format=chosen,
             max_batch=_MAX_BATCH,
             prepared=self._prepared,
         )
@@ -70,7 +74,7 @@ class MlxEngine:
         log.info(
             "model compiled: model=%s dtype=%s max_batch=%d active_mb=%d cache_mb=%d",
             key,
-            number_format or self._dtype_name,
+            chosen,
             graph.max_batch,
             memory.active_bytes >> 20,
             memory.cache_bytes >> 20,
@@ -84,16 +88,11 @@ class MlxEngine:
     def describe(self) -> dict[str, Any]:
         """What `/health` shows of this engine: number format, device and memory. Any thread."""
         return {
-            "dtype": self._dtype_name,
+            "dtype": self.number_format,
             "on_gpu": self.on_gpu,
             "max_batch": _MAX_BATCH,
             "memory": asdict(self.memory()),
         }
-
-    @property
-    def _dtype_name(self) -> str:
-        """`float16`: MLX writes `mlx.core.float16`."""
-        return str(self.dtype).rsplit(".", maxsplit=1)[-1]
 
     def memory(self) -> MlxMemory:
         """What MLX holds now. Any thread."""
@@ -105,14 +104,13 @@ class MlxEngine:
         )
 
 
-def choose_dtype(
-    wanted: Literal["auto", "float16", "bfloat16", "float32"], *, on_gpu: bool
-) -> mx.Dtype:
+def choose_format(wanted: str, *, on_gpu: bool) -> NumberFormat:
     """The number format: as set, or float16 on a GPU and float32 on a CPU.
 
     float16 halves memory and doubles speed on a GPU at a cosine above 0.99999; a CPU has no kernels
-    for it and is slower. bfloat16 loses three more bits for a range that these models do not need.
+    for it and is slower. bfloat16 loses three more bits for a range that these models do not need;
+    what needs more range gets it from `mixed`.
     """
     if wanted != "auto":
-        return _DTYPES[wanted]
-    return mx.float16 if on_gpu else mx.float32
+        return NumberFormat(wanted)
+    return NumberFormat.FLOAT16 if on_gpu else NumberFormat.FLOAT32

@@ -47,7 +47,7 @@ _PROFILES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 FLOAT32 = "float32"
 LADDERS: Mapping[str, tuple[str, ...]] = {
     "mlx": ("float16", "mixed", FLOAT32),
-    "coreml": (FLOAT32,),
+    "coreml": ("float16", FLOAT32),
 }
 OWN_FORMAT = "its own"  # of engines that bring their own models
 

@@ -29,6 +29,7 @@ COMMANDS = MappingProxyType(
         "demo": "Show what the service answers: search, faces and text of one picture.",
         "doctor": "Check the installation and say what to do, the cause of the trouble first.",
         "config": "Write, show and check the settings.",
+        "qualify": "Measure every engine on this machine and choose the fastest that is right.",
         "models": "Get, check, keep, move and choose models.",
         "service": "Start at boot (launchd on macOS, systemd on Linux), stop, see, read the logs.",
         "immich": "See the Immich server's settings and queues; bring back lost jobs.",

@@ -17,7 +17,6 @@ from immich_ml_metal.doctor.collect import collect_facts
 from immich_ml_metal.doctor.selftest import run_self_test
 from immich_ml_metal.doctor.share import write_bundle
 from immich_ml_metal.service.log_files import log_files
-from immich_ml_metal.settings_sources import settings_file
 from immich_ml_metal.system.programs import run_program
 
 _MARKS = MappingProxyType(
@@ -49,8 +48,7 @@ def doctor(
 
     Exit code: 0 nothing is broken, 1 something is.
     """
-    file = settings_file()
-    facts = collect_facts(run_program, file=file, env_file=env_file, digests=verify)
+    facts = collect_facts(run_program, env_file=env_file, digests=verify)
     if test and not facts.config_error:
         named = {"--env-file": env_file}
         options = {option: str(path) for option, path in named.items() if path is not None}

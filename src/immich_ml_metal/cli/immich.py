@@ -1,8 +1,8 @@
 """`immich status|requeue|release`: see the Immich server's side, and bring lost jobs back."""
 
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,11 +11,12 @@ from immich_ml_metal.cli.output import Exit, JsonOption, print_json
 from immich_ml_metal.setting_kinds import hide_passwords
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from immich_ml_metal.immich.advice import Advice
-    from immich_ml_metal.immich.api import ImmichApi, QueueCounts, ServerSettings
+    from immich_ml_metal.immich.api import ImmichApi, ServerSettings
+    from immich_ml_metal.immich.overview import Overview
     from immich_ml_metal.settings import Settings
+
+_WATCH_S = 2.0
 
 app = typer.Typer(
     help="See the Immich server's settings and queues; bring back lost jobs.", no_args_is_help=True
@@ -27,31 +28,82 @@ def status(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure what more concurrency would give (a minute).")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep showing the queues, with bars, until Ctrl-C.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show Immich's machine-learning settings beside ours, with advice.
+    """Show Immich's queues and settings beside ours, with advice.
 
     Exit code: 0 fine, 1 photos go without results until something is changed, 3 unreachable.
     """
-    from immich_ml_metal.immich.advice import advise
-    from immich_ml_metal.immich.api import ImmichError, connect
-    from immich_ml_metal.immich.our_side import look_at_ours
-    from immich_ml_metal.settings_sources import load_settings
+    with _connected() as (api, settings):
+        server = api.settings()
+        if watch:
+            _watch(api, settings, server)
+            return
+        overview = _overview(api, settings, server)
+    advice = _advise(settings, server, measure=measure)
+    _show_status(settings, server, overview, advice, as_json=as_json)
+    raise typer.Exit(Exit.FINDING if any(item.is_fault for item in advice) else Exit.OK)
 
-    settings = load_settings()
-    try:
-        with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
-            server, queues = api.settings(), api.queues()
-    except ImmichError as exc:
-        typer.echo(f"immich-ml-metal: {exc}", err=True)
-        raise typer.Exit(Exit.UNREACHABLE) from exc
-    advice = advise(server, look_at_ours(settings, server, measure=measure))
+
+def _advise(settings: "Settings", server: "ServerSettings", *, measure: bool) -> "list[Advice]":
+    from immich_ml_metal.immich.advice import advise
+    from immich_ml_metal.immich.our_side import look_at_ours
+
+    return advise(server, look_at_ours(settings, server, measure=measure))
+
+
+def _show_status(
+    settings: "Settings",
+    server: "ServerSettings",
+    overview: "Overview",
+    advice: "list[Advice]",
+    *,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+
+    from immich_ml_metal.cli.immich_show import report, show
+
     failed = _failed_answers(settings)
     if as_json:
-        _print_json(server, queues, failed, advice)
-    else:
-        _print_tables(settings, server, queues, failed, advice)
-    raise typer.Exit(Exit.FINDING if any(item.is_fault for item in advice) else Exit.OK)
+        print_json(report(server, overview, failed, advice))
+        return
+    urls = ", ".join(server.urls)
+    address = hide_passwords(str(settings.immich_url))
+    title = f"Immich {server.version} at {address}, its URLs: {urls}"
+    Console(highlight=False).print(show(overview, failed, advice, title))
+
+
+def _overview(api: "ImmichApi", settings: "Settings", server: "ServerSettings") -> "Overview":
+    from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
+    from immich_ml_metal.immich.overview import overlook
+    from immich_ml_metal.immich.records import Records
+    from immich_ml_metal.immich.release import state_folder
+    from immich_ml_metal.state import StateUnusable
+
+    queues = api.queues()
+    health, records = None, Records()
+    with suppress(NotServing):
+        health = ask_health(local_url(settings)).raw
+    with suppress(StateUnusable):
+        records = Records.load(state_folder(settings))
+    return overlook(server, queues, health, records)
+
+
+def _watch(api: "ImmichApi", settings: "Settings", server: "ServerSettings") -> None:
+    from rich.live import Live
+
+    from immich_ml_metal.cli.immich_show import queue_table
+
+    most: dict[str, int] = {}
+    with suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+        while True:
+            overview = _overview(api, settings, server)
+            live.update(queue_table(overview, most), refresh=True)
+            time.sleep(_WATCH_S)
 
 
 @app.command("requeue")
@@ -133,59 +185,3 @@ def _failed_answers(settings: "Settings") -> int | None:
     except NotServing:
         return None
     return sum(count for status, count in counts.items() if status >= LOST_FROM_STATUS)
-
-
-def _print_json(
-    server: "ServerSettings",
-    queues: "dict[str, QueueCounts]",
-    failed: int | None,
-    advice: "list[Advice]",
-) -> None:
-    report = {
-        "server": asdict(server),
-        "queues": {task: asdict(counts) for task, counts in queues.items()},
-        "answers_failed_since_start": failed,
-        "advice": [asdict(item) for item in advice],
-    }
-    print_json(report)
-
-
-def _print_tables(
-    settings: "Settings",
-    server: "ServerSettings",
-    queues: "dict[str, QueueCounts]",
-    failed: int | None,
-    advice: "list[Advice]",
-) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(
-        f"Immich {server.version} at {hide_passwords(str(settings.immich_url))}", markup=False
-    )
-    console.print(f"  its URLs: {', '.join(server.urls)}", markup=False)
-    console.print(_queue_table(server, queues))
-    shown = "our service is not running" if failed is None else f"{failed} since our start"
-    console.print(f"answers we failed: {shown}")
-    for item in advice:
-        mark, style = ("!", "red") if item.is_fault else ("-", "")
-        console.print(f" {mark} {item.text}", style=style, markup=False)
-
-
-def _queue_table(server: "ServerSettings", queues: "dict[str, QueueCounts]") -> "Table":
-    from rich.table import Table
-
-    from immich_ml_metal.types import Task
-
-    table = Table("task", "Immich's model", "at once", "active", "waiting", "failed", box=None)
-    for task in Task:
-        counts = queues.get(task)
-        row = (counts.active, counts.waiting, counts.failed) if counts else ("-", "-", "-")
-        paused = " (paused)" if counts and counts.is_paused else ""
-        table.add_row(
-            task + paused,
-            server.models.get(task, "off"),
-            str(server.concurrency.get(task, "-")),
-            *(str(value) for value in row),
-        )
-    return table

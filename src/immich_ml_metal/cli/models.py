@@ -199,7 +199,9 @@ def info(
     statuses = [store.status(spec.key(part)) for part in spec.parts]
     records = load_manifest(store.shelf.root(spec.key(spec.parts[0]))).files
     index = IndexGuard(settings).finding(f"{spec.task}/{spec.name}")
-    show.print_info(spec, statuses, records, settings, index, as_json=as_json)
+    remembered = Record(StateFolder(settings.state_folder)).entries()
+    choices = Choices(settings, this_machine(), remembered, store)
+    show.print_info(spec, statuses, records, settings, index, choices, as_json=as_json)
 
 
 @app.command("accept")

@@ -132,25 +132,26 @@ def print_info(
     records: Mapping[str, FileRecord],
     settings: Settings,
     index: IndexFinding,
+    choices: Choices,
     *,
     as_json: bool,
 ) -> None:
-    """One model, with what changing to it means and what made the index that it has."""
-    row = describe_model(spec, statuses)
-    row["origin"] = {path: asdict(record) for path, record in records.items()}
-    row["memory_bytes"] = memory_bytes(spec)
-    row["changing"] = what_changing_means(spec, settings)
-    row["index"] = index.as_dict()
+    """One model, what was measured of its engines, what changing to it means, and its index."""
+    row = describe_model(spec, statuses) | {
+        "origin": {path: asdict(record) for path, record in records.items()},
+        "memory_bytes": memory_bytes(spec),
+        "changing": what_changing_means(spec, settings),
+        "index": index.as_dict(),
+        "engines": {part: _verdicts(spec.key(part), choices) for part in spec.parts},
+    }
     if as_json:
         print_json(row)
         return
-    table = Table(show_header=False, box=None)
-    for label, value in _facts(spec, statuses).items():
-        table.add_row(f"[bold]{label}[/]", value)
     console = Console()
-    console.print(table)
+    console.print(_facts_table(_facts(spec, statuses)))
     if any(status.size_bytes for status in statuses):
         console.print(_files_table(statuses, records))
+    _print_engines(console, row["engines"])
     console.print(row["changing"])
     if spec.task is not Task.OCR:
         style = "yellow" if index.state == "changed" else ""
@@ -173,6 +174,31 @@ def describe_model(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str,
 
 def _engines(spec: ModelSpec, choices: Choices) -> dict[str, str]:
     return {part: choices.answering(spec.key(part)).candidate.engine for part in spec.parts}
+
+
+def _facts_table(facts: Mapping[str, str]) -> Table:
+    table = Table(show_header=False, box=None)
+    for label, value in facts.items():
+        table.add_row(f"[bold]{label}[/]", value)
+    return table
+
+
+def _print_engines(console: Console, engines: Mapping[str, Any]) -> None:
+    for part, told in engines.items():
+        console.print(f"{part}: {told['chosen']}, {told['reason']}", markup=False)
+        for candidate, verdict in told["verdicts"].items():
+            console.print(f"  {candidate}: {verdict}", markup=False)
+
+
+def _verdicts(key: ModelKey, choices: Choices) -> dict[str, Any]:
+    """Who answers a half of a model, why, and what was found about each candidate."""
+    choice = choices.answering(key)
+    judged = choices.entry(key).judged.values()
+    return {
+        "chosen": str(choice.candidate),
+        "reason": choice.reason,
+        "verdicts": {str(one.candidate): str(one.verdict) for one in judged},
+    }
 
 
 def _status(status: PartStatus) -> dict[str, Any]:

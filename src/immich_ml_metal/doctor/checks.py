@@ -40,6 +40,7 @@ class Check:
 
 
 _BASE = ("architecture", "system", "python", "packages", "settings")
+_MODELS = ("model names", "model folder", "disk", "hub", "models")
 
 CHECKS = (
     Check("architecture", machine.check_architecture),
@@ -51,6 +52,7 @@ CHECKS = (
     Check("memory", machine.check_memory),
     Check("disk", machine.check_disk),
     Check("model folder", machine.check_models_dir, after=("settings", "disk")),
+    Check("model names", machine.check_names, after=("settings",)),
     Check("hub", machine.check_hub, after=("settings", "clock")),
     Check("models", machine.check_models, after=("settings", "model folder", "disk", "hub")),
     Check("port", service.check_port, after=("settings",)),
@@ -58,13 +60,15 @@ CHECKS = (
     Check(
         "engines",
         service.check_engines,
-        after=(*_BASE, "memory", "model folder", "disk", "hub", "models", "port", "version"),
+        after=(*_BASE, *_MODELS, "memory", "port", "version"),
     ),
+    Check("verdicts", service.check_verdicts),
     Check("start at boot", service.check_service, after=(*_BASE, "port")),
     Check("privacy", service.check_privacy, after=("start at boot",)),
     Check("address", service.check_address),
     Check("index", service.check_index),
-    Check("immich", service.check_immich, after=("settings", "port")),
+    Check("immich", service.check_immich, after=("settings", "model names", "port")),
+    Check("queues", service.check_queues, after=(*_BASE, *_MODELS, "engines", "immich")),
     Check("sleep", service.check_sleep),
     Check("logs", service.check_logs),
 )

@@ -19,7 +19,7 @@ from immich_ml_metal import __version__
 from immich_ml_metal.catalog import find_by_name
 from immich_ml_metal.client.calls import ModelNames, configured_names
 from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
-from immich_ml_metal.doctor.facts import Facts, Machine, ModelFact, Port
+from immich_ml_metal.doctor.facts import EngineChoice, Facts, Machine, ModelFact, Port
 from immich_ml_metal.errors import ConfigError, UnknownModel
 from immich_ml_metal.immich.advice import Advice, advise
 from immich_ml_metal.immich.api import ImmichError, ServerSettings, connect
@@ -27,16 +27,19 @@ from immich_ml_metal.immich.our_side import look_at_ours
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.qualification.plan import Choices, this_machine
+from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.log_files import log_files
 from immich_ml_metal.service.mac_privacy import unreadable, used_paths
 from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.settings_sources import load_settings, settings_file
+from immich_ml_metal.state import StateFolder
 from immich_ml_metal.system.network import lan_addresses
 from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.system.programs import RunProgram
-from immich_ml_metal.types import Task
+from immich_ml_metal.types import ModelKey, Task
 
 CONNECT_TIMEOUT_S = 2.0
 HUB_TIMEOUT_S = 5.0
@@ -44,11 +47,9 @@ _EVERYWHERE = ("onnxruntime", "numpy", "pillow", "opencv-python-headless", "toke
 _APPLE_SILICON = ("mlx", "pyobjc-framework-Vision", "pyobjc-framework-CoreML")
 
 
-def collect_facts(
-    run: RunProgram, *, file: Path | None, env_file: Path | None, digests: bool
-) -> Facts:
+def collect_facts(run: RunProgram, *, env_file: Path | None, digests: bool) -> Facts:
     """All facts but the self-test's; `digests` reads every model file to its end."""
-    settings, config_error = _read_settings(file, env_file)
+    settings, config_error = _read_settings(env_file)
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
     hub, skew_s = _ask_hub(settings, config_error)
@@ -72,7 +73,8 @@ def collect_facts(
         clock_skew_s=skew_s,
         logs_bytes=size_of_logs(log_files(settings)),
         index=tuple(IndexGuard(settings).findings()),
-        closed=tuple(unreadable(used_paths(settings, file), Path.home())),
+        choices=read_choices(settings),
+        closed=tuple(unreadable(used_paths(settings, settings_file()), Path.home())),
     )
 
 
@@ -88,10 +90,10 @@ def _ask_hub(settings: Settings, config_error: str) -> tuple[str, float | None]:
     return read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
 
 
-def _read_settings(file: Path | None, env_file: Path | None) -> tuple[Settings, str]:
+def _read_settings(env_file: Path | None) -> tuple[Settings, str]:
     """The settings, or the defaults and why the settings are refused."""
     try:
-        return load_settings(file=file, env_file=env_file), ""
+        return load_settings(env_file=env_file), ""
     except ConfigError as exc:
         return Settings(), str(exc)
 
@@ -185,7 +187,7 @@ def read_port(settings: Settings, run: RunProgram) -> Port:
                 return Port(number, "free")
         return Port(number, "taken", holder=_holder(number, run))
     if health.version:
-        return Port(number, "ours", version=health.version)
+        return Port(number, "ours", version=health.version, health=health.raw)
     return Port(number, "other_ml", holder=_holder(number, run))
 
 
@@ -257,6 +259,29 @@ def _read_model(store: ModelStore, name: str, *, digests: bool) -> ModelFact:
             return ModelFact(spec.name, is_present=True, problem=f"{damaged[0]} is damaged")
         is_present = is_present and store.locate(key) is not None
     return ModelFact(spec.name, is_present)
+
+
+def read_choices(settings: Settings) -> tuple[EngineChoice, ...]:
+    """Who answers the configured models that are here, by what is remembered."""
+    record = Record(StateFolder(settings.state_folder))
+    with closing(ModelStore(settings)) as store:
+        choices = Choices(settings, this_machine(), record.entries(), store)
+        try:
+            keys = choices.configured().values()
+        except ConfigError:  # the check of the settings says so
+            return ()
+        found = [_choice(choices, key) for key in keys if store.locate(key) is not None]
+    if record.trouble:
+        found.append(EngineChoice("", warning=f"verdicts are not remembered: {record.trouble}"))
+    return tuple(found)
+
+
+def _choice(choices: Choices, key: ModelKey) -> EngineChoice:
+    choice = choices.answering(key)
+    judged = choices.entry(key).judged.get(choice.candidate)
+    cosine = judged.verdict.figures.cosine if judged is not None else None
+    told = f"{key} on {choice.candidate}" + (f", cosine {cosine:.7f}" if cosine is not None else "")
+    return EngineChoice(told, choice.is_pending, choice.warning)
 
 
 def read_hub(settings: Settings, endpoint: str, now_s: float) -> tuple[str, float | None]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.immich.advice import Advice
@@ -44,6 +44,7 @@ class Port:
     state: Literal["free", "ours", "other_ml", "taken"]
     version: str = ""  # of the service that answers
     holder: str = ""  # program and process id, where the system tells
+    health: Mapping[str, Any] = field(default_factory=dict)  # what it says of itself; its JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,11 @@ class ModelFact:
     name: str
     is_present: bool
     problem: str = ""
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether no official model has this name."""
+        return bool(self.problem) and not self.is_present
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,20 @@ class EngineTest:
     seconds: float = 0.0
     error: str = ""
     skipped: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """Who answers one half of a model, by what is remembered; `warning` is empty when all is well.
+
+    Attributes:
+        told: `ViT-B-32__openai/visual on mlx float16, cosine 0.9999988`.
+        is_pending: no verdict yet that holds now.
+    """
+
+    told: str
+    is_pending: bool = False
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +106,7 @@ class Facts:
         clock_skew_s: our clock minus a server's; None unknown.
         logs_bytes: size of all log files.
         index: what the index guard knows of each model.
+        choices: who answers each configured model that is here, by what is remembered.
         closed: what the installed service uses and macOS keeps from jobs.
     """
 
@@ -109,6 +130,7 @@ class Facts:
     clock_skew_s: float | None = None
     logs_bytes: int = 0
     index: tuple[IndexFinding, ...] = ()
+    choices: tuple[EngineChoice, ...] = ()
     closed: tuple[Path, ...] = ()
 
 

@@ -102,6 +102,15 @@ def check_models_dir(facts: Facts) -> Answer:
     return Outcome.OK, str(facts.settings.models_dir), ""
 
 
+def check_names(facts: Facts) -> Answer:
+    """Every model that is asked for is an official one: no hub has another."""
+    unknown = [f"{model.name}: {model.problem}" for model in facts.models if model.is_unknown]
+    if unknown:
+        fix = "choose another model in Immich's settings; immich-ml-metal models list has them all"
+        return Outcome.FAIL, "; ".join(unknown), fix
+    return Outcome.OK, ", ".join(model.name for model in facts.models), ""
+
+
 def check_hub(facts: Facts) -> Answer:
     """Models can be fetched, or need not be."""
     if not facts.hub:
@@ -119,19 +128,22 @@ def check_hub(facts: Facts) -> Answer:
 
 def check_models(facts: Facts) -> Answer:
     """The configured models are here and whole."""
-    damaged = [f"{m.name} ({m.problem})" for m in facts.models if m.problem]
-    if damaged:
-        names = " ".join(m.name for m in facts.models if m.problem)
+    broken = [m for m in facts.models if m.problem and not m.is_unknown]
+    if broken:
+        damaged = [f"{m.name} ({m.problem})" for m in broken]
+        names = " ".join(m.name for m in broken)
         fix = f"immich-ml-metal models pull {names}"
         return Outcome.FAIL, f"damaged: {', '.join(damaged)}", fix
-    missing = [m.name for m in facts.models if not m.is_present]
+    missing = [m.name for m in facts.models if not m.is_present and not m.is_unknown]
     if missing:
         fix = f"immich-ml-metal models pull {' '.join(missing)}"
         if facts.hub:
             return Outcome.FAIL, f"not here: {', '.join(missing)}", fix
         return Outcome.WARN, f"fetched at first use: {', '.join(missing)}", fix
-    return Outcome.OK, ", ".join(m.name for m in facts.models), ""
+    return Outcome.OK, ", ".join(m.name for m in facts.models if not m.is_unknown), ""
 
 
 def _all_present(facts: Facts) -> bool:
-    return all(model.is_present and not model.problem for model in facts.models)
+    return all(
+        model.is_unknown or (model.is_present and not model.problem) for model in facts.models
+    )

@@ -1,6 +1,7 @@
 """Checks of the running service and of what surrounds it. Each answers (outcome, finding, fix)."""
 
 from immich_ml_metal.doctor.facts import Answer, Facts, Outcome
+from immich_ml_metal.gateway.companions import NO_KEY
 from immich_ml_metal.logs import FILE_BYTES, FILES_KEPT
 from immich_ml_metal.service import mac_privacy
 from immich_ml_metal.system.network import url_host
@@ -63,6 +64,18 @@ def check_engines(facts: Facts) -> Answer:
     return Outcome.OK, ", ".join(told), ""
 
 
+def check_verdicts(facts: Facts) -> Answer:
+    """What was measured of the engines on this machine, and what speaks against one."""
+    warnings = list(dict.fromkeys(one.warning for one in facts.choices if one.warning))
+    if warnings:
+        fix = "immich-ml-metal qualify --again measures every engine anew"
+        return Outcome.WARN, "; ".join(warnings), fix
+    told = ", ".join(one.told for one in facts.choices)
+    if any(one.is_pending for one in facts.choices):
+        return Outcome.OK, f"{told}; the service checks what is not known by itself", ""
+    return Outcome.OK, told or "nothing to measure", ""
+
+
 def check_address(facts: Facts) -> Answer:
     """What to type into Immich."""
     port = facts.port.number
@@ -87,7 +100,7 @@ def check_immich(facts: Facts) -> Answer:
         fix = "set immich_url and immich_api_key right: immich-ml-metal immich status"
         return Outcome.FAIL, facts.immich_error, fix
     if facts.immich is None:
-        return Outcome.SKIP, "no immich_url is set, so Immich's settings are not seen", ""
+        return Outcome.SKIP, "no immich_url and immich_api_key, so its settings are not seen", ""
     if not facts.immich:
         return Outcome.OK, "its settings suit this service", ""
     level = Outcome.FAIL if any(item.is_fault for item in facts.immich) else Outcome.WARN
@@ -117,6 +130,26 @@ def check_index(facts: Facts) -> Answer:
         return Outcome.SKIP, "nothing was served yet: what made the index is not known here", ""
     names = ", ".join(one.model.partition("/")[2] for one in facts.index)
     return Outcome.OK, f"made as since the first use here: {names}", ""
+
+
+def check_queues(facts: Facts) -> Answer:
+    """Nothing keeps Immich's jobs waiting, and nothing can burn them."""
+    if facts.settings.immich_url is None or facts.settings.immich_api_key is None:
+        return Outcome.SKIP, NO_KEY, ""
+    health = facts.port.health
+    if facts.port.state != "ours" or "guard" not in health:
+        return Outcome.SKIP, "the service is not running", ""
+    guard, see = health["guard"], "immich-ml-metal immich status"
+    if paused := guard.get("paused"):
+        told = [f"{queue} is paused by us: {one['reason']}" for queue, one in paused.items()]
+        return Outcome.FAIL, "; ".join(told), see
+    if troubles := health.get("troubles"):
+        told = [f"{one['task']} by {one['model']} {one['reason']}" for one in troubles]
+        return Outcome.FAIL, "; ".join(told), see
+    if guard["why_off"]:
+        outcome = Outcome.WARN if "API key" in guard["why_off"] else Outcome.SKIP
+        return outcome, f"not paused when we cannot serve: {guard['why_off']}", see
+    return Outcome.OK, "looked after", ""
 
 
 def check_clock(facts: Facts) -> Answer:

@@ -10,6 +10,7 @@ from typing import IO
 
 _PIECE_BYTES = 1024 * 1024
 _SMALL_BYTES = 4096
+_HEAD_BYTES = 4096
 _BOUNDARY = re.compile(rb'boundary="?([^";,]+)"?', re.IGNORECASE)
 
 
@@ -18,6 +19,7 @@ class Body:
 
     def __init__(self) -> None:
         self.size_bytes = 0
+        self.head = b""  # how the body begins: `entries` name the tasks
         self._pieces: list[bytes | bytearray] = []
         self._file: IO[bytes] | None = None
 
@@ -33,6 +35,7 @@ class Body:
             OSError: the disk is full.
         """
         self.size_bytes += len(piece)
+        self.head += piece[: _HEAD_BYTES - len(self.head)]
         if self._file is not None:
             await asyncio.to_thread(self._write_all, self._file.fileno(), piece)
         elif len(piece) >= _SMALL_BYTES:

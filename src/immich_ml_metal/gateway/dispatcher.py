@@ -20,6 +20,7 @@ from immich_ml_metal.gateway.replay import Job, JobQueue
 from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, Supervisor, WorkerState
 from immich_ml_metal.logs import REQUEST_ID_HEADER
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.urgency import urgency_of_request
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Counts:
 
 
 class Dispatcher:
-    """Sends requests to the worker in order of arrival, `limit` at once, and sends them again."""
+    """Sends requests to the worker in their turn, `limit` at once, and sends them again."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Dispatcher:
         limit: int,
         crashes: CrashRecord,
         metrics: Metrics,
-        slow_tasks: Callable[[], frozenset[str]] = frozenset,
+        slow_jobs: Callable[[], frozenset[tuple[str, str]]] = frozenset,
     ) -> None:
         self.queue = JobQueue()
         self.counts = Counts()
@@ -63,7 +64,7 @@ class Dispatcher:
         )
         self._limit = limit
         self._metrics = metrics
-        self._slow_tasks = slow_tasks
+        self._slow_jobs = slow_jobs
         self._numbers = itertools.count()
         self._sending: dict[Job, asyncio.Task[None]] = {}
         self._stop_when_clear: Order | None = None
@@ -74,11 +75,17 @@ class Dispatcher:
         self.supervisor.wake()
 
     def submit(
-        self, body: Body, content_type: bytes, request_id: str, *, tasks: tuple[str, ...] = ()
+        self,
+        body: Body,
+        content_type: bytes,
+        request_id: str,
+        *,
+        kind: tuple[str, str] | None = None,
     ) -> Job:
         """Queue a request; its `answer` gets the worker's answer or raises `Condemned`."""
         answer: asyncio.Future[WorkerAnswer] = asyncio.get_running_loop().create_future()
-        job = Job(next(self._numbers), body, content_type, request_id, answer, tasks)
+        urgency = urgency_of_request(body.head, body.size_bytes)
+        job = Job(next(self._numbers), body, content_type, request_id, answer, kind, urgency)
         self.queue.add(job)
         self.expect()
         self._pump()
@@ -122,7 +129,7 @@ class Dispatcher:
             if not self.queue.running:
                 self.supervisor.end(self._stop_when_clear)
             return
-        for job in self.queue.take(self._limit, self._slow_tasks()):
+        for job in self.queue.take(self._limit, self._slow_jobs()):
             self._sending[job] = asyncio.create_task(self._send(job, worker))
 
     async def _send(self, job: Job, worker: WorkerProcess) -> None:

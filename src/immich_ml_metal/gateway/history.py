@@ -6,13 +6,14 @@ Nothing of a request is kept but its kind, how it ended and how long it took.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from statistics import median
 from typing import Any
 
 STEP_S = 10.0
 STEPS = 360  # an hour
+_RATE_STEPS = 3
 _LATEST = 20  # searches whose median the page shows
 
 
@@ -23,6 +24,9 @@ class Kind(StrEnum):
     CLIP = "clip"
     FACES = "faces"
     OCR = "ocr"
+
+
+_QUEUES = {Kind.CLIP: "smartSearch", Kind.FACES: "faceDetection", Kind.OCR: "ocr"}
 
 
 def kinds_of(head: bytes) -> tuple[Kind, ...]:
@@ -92,6 +96,19 @@ class History:
             },
             "totals": {kind: asdict(total) for kind, total in self.totals.items()},
             "search_ms": round(1000 * median(self._search_s), 1) if self._search_s else None,
+        }
+
+    def copy_totals(self) -> dict[Kind, Total]:
+        """What was answered and failed so far, to compare with later."""
+        return {kind: replace(total) for kind, total in self.totals.items()}
+
+    def rates(self) -> dict[str, float]:
+        """Good answers per second of the last half minute, by Immich's queue."""
+        self._advance()
+        whole = slice(-1 - _RATE_STEPS, -1)
+        return {
+            queue: round(sum(list(self._answered[kind])[whole]) / (_RATE_STEPS * STEP_S), 2)
+            for kind, queue in _QUEUES.items()
         }
 
     def _advance(self) -> None:

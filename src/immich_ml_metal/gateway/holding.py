@@ -134,7 +134,7 @@ class Holding:
         self, body: Body, content_type: bytes, upload: Upload, request_id: str
     ) -> WorkerAnswer:
         asked = upload.asked
-        job = self._dispatcher.submit(body, content_type, request_id, tasks=asked.tasks)
+        job = self._dispatcher.submit(body, content_type, request_id, kind=asked.job)
         try:
             return await _answer_or_gone(job, upload)
         except Condemned as exc:

@@ -21,7 +21,6 @@ HEADER_LIMIT_S = 30.0
 MAX_HEAD_BYTES = 32 * 1024  # request line and headers; proxies allow 8 to 32 KB
 MAX_URL_BYTES = 8 * 1024
 MAX_PIPELINED = 64  # requests that wait behind another one on one connection
-_SLICE_BYTES = 16 * 1024  # fed to the parser at once: what a head may be over its limit
 _LINGER_S = 1.0  # a refused client may read why; closed with bytes unread, TCP resets it
 _LOG_EVERY_S = 60.0
 
@@ -72,23 +71,15 @@ class PatientProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came; refuse what is no request, or too long for one."""
         self._unset_keepalive_if_required()
-        for at in range(0, len(data), _SLICE_BYTES):
-            if self._is_refused or self.transport.is_closing():
-                return
-            piece = data[at : at + _SLICE_BYTES]
-            self._head_bytes += len(piece)
-            self._feed(piece)
+        if not (self._is_refused or self.transport.is_closing()):
+            self._head_bytes += len(data)
+            self._feed(data)
             self._check_lengths()
 
     def on_message_begin(self) -> None:
         """Begin to wait for the headers of a request whose first byte is here."""
         super().on_message_begin()
         self._begin_wait()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; trailers behind a body are of no use to anybody."""
-        if self._deadline is not None:
-            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The request is known; its body has its own time limit."""
@@ -190,15 +181,16 @@ class PatientProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        """Say why, and read nothing more; a request whose answer has begun is broken off."""
+        """Say why, and read nothing more; a complete request before it is answered first."""
         self._is_refused = True
         self._end_wait()
         _refusals.note(status, reason)
-        if self.pipeline or _is_being_answered(self):
-            self.transport.close()
+        if self._running is not None and _is_being_answered(self._running):
+            self.pipeline.clear()
+            self._running.keep_alive = False
             return
-        if self.cycle is not None:  # whoever waits for the rest of its body
-            _hang_up(self.cycle)
+        if self._running is not None:  # it waits for the rest of its body
+            _hang_up(self._running)
         body = json.dumps({"detail": reason}).encode()
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
@@ -246,10 +238,7 @@ def _hang_up(cycle: RequestResponseCycle) -> None:
     cycle.message_event.set()
 
 
-def _is_being_answered(connection: HttpToolsProtocol) -> bool:
-    cycle = connection.cycle
-    if cycle is None:
-        return False
+def _is_being_answered(cycle: RequestResponseCycle) -> bool:
     return not cycle.response_complete and (cycle.response_started or not cycle.more_body)
 
 

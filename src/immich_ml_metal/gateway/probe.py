@@ -63,7 +63,7 @@ class Prober:
         body = Body()
         await body.append(_form(task, model))
         kind = b"multipart/form-data; boundary=" + _BOUNDARY
-        job = self._dispatcher.submit(body, kind, "probe", tasks=asked.tasks)
+        job = self._dispatcher.submit(body, kind, "probe", kind=asked.job)
         try:
             async with asyncio.timeout(_LIMIT_S):
                 answer = await job.answer

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer
+from immich_ml_metal.urgency import Turns, Urgency
 
 MAX_DEATHS = 2
 # A SIGKILL comes from outside, from a person or a kernel out of memory: two of them prove nothing.
@@ -22,22 +23,27 @@ _REMEMBER_MAX = 1000
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One accepted request. `deaths` counts the workers that ended while they worked on it."""
+    """One accepted request. `deaths` counts the workers that ended while they worked on it.
+
+    `kind` is its task and model, where that is known.
+    """
 
     number: int
     body: Body
     content_type: bytes
     request_id: str
     answer: "asyncio.Future[WorkerAnswer]"
-    tasks: tuple[str, ...] = ()
+    kind: tuple[str, str] | None = None
+    urgency: Urgency = Urgency.PICTURES
     deaths: int = 0
     causes: list[str] = field(default_factory=list)
 
 
 class JobQueue:
-    """Every unanswered request, in order of arrival."""
+    """Every unanswered request: the most urgent first, then in order of arrival."""
 
     def __init__(self) -> None:
+        self._turns = Turns()
         self._waiting: list[Job] = []
         self._running: set[Job] = set()
 
@@ -67,35 +73,49 @@ class JobQueue:
         """Queue a request by its number."""
         bisect.insort(self._waiting, job, key=lambda waiting: waiting.number)
 
-    def take(self, limit: int, slow: frozenset[str] = frozenset()) -> list[Job]:
-        """Move to the worker what it may have next, `limit` at once; a suspect goes alone.
+    def take(self, limit: int, slow: frozenset[tuple[str, str]] = frozenset()) -> list[Job]:
+        """Move to the worker what it may have next; a suspect goes alone.
 
-        Of the `slow` tasks, which fail for now, no more than a third of the places is taken.
+        Args:
+            limit: how many at once; as many searches are let through beside them.
+            slow: tasks with models that fail for now: they take no more than a third of the places.
         """
         if any(job.deaths for job in self._running):
             return []
-        count = limit - len(self._running)
         if self._waiting and self._waiting[0].deaths:  # suspects arrived before all others
-            count = 0 if self._running else 1
-        taken = self._choose(count, slow, share=max(1, limit // 3))
-        self._waiting = [job for job in self._waiting if job not in taken]
-        self._running.update(taken)
-        return taken
+            return [] if self._running else [self._start(self._waiting[0])]
+        searches = self._choose(limit, slow, are_searches=True)
+        return [*searches, *self._choose(limit, slow, are_searches=False)]
 
-    def _choose(self, count: int, slow: frozenset[str], share: int) -> list[Job]:
-        if not slow:
-            return self._waiting[:count]
-        slow_now = sum(1 for job in self._running if slow.intersection(job.tasks))
+    def _choose(
+        self, limit: int, slow: frozenset[tuple[str, str]], *, are_searches: bool
+    ) -> list[Job]:
+        """Start those of one kind, searches or the rest, for which there is room."""
+
+        def is_slow(job: Job) -> bool:
+            return job.kind in slow
+
+        def is_asked(job: Job) -> bool:
+            return (job.urgency is Urgency.SEARCH) is are_searches
+
+        room = limit - sum(map(is_asked, self._running))
+        slow_room = max(1, limit // 3) - sum(map(is_slow, self._running))
+        waiting = [job for job in self._waiting if is_asked(job)]
         chosen: list[Job] = []
-        for job in self._waiting:
-            if len(chosen) >= count:
+        while len(chosen) < room:
+            if slow and slow_room <= 0:
+                waiting = [job for job in waiting if not is_slow(job)]
+            if not waiting:
                 break
-            if slow.intersection(job.tasks):
-                if slow_now >= share:
-                    continue
-                slow_now += 1
-            chosen.append(job)
+            job = waiting.pop(self._turns.choose([each.urgency for each in waiting]))
+            slow_room -= is_slow(job)
+            chosen.append(self._start(job))
         return chosen
+
+    def _start(self, job: Job) -> Job:
+        self._waiting.remove(job)
+        self._running.add(job)
+        return job
 
     def remove(self, job: Job) -> None:
         """Forget a request: it was answered, or nobody waits for it."""

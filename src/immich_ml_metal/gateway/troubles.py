@@ -21,6 +21,7 @@ ERROR_HEADER = b"x-ml-error"  # the worker names the class of its failure in it
 # Failures that the same request would get again until a person has done something.
 LASTING = frozenset({b"ModelUnavailable", b"UnknownModel", b"LoadFailed"})
 FEW = 3  # answered at once, for whoever tries something by hand
+FORGOTTEN_S = 600.0  # without another failure: nobody asks for it any more
 PASSING_S = 60.0  # what passes by itself (a download) is a trouble after this long
 _GOOD, _FAILED = 200, 500
 
@@ -36,6 +37,7 @@ class Trouble:
         first_s: monotonic time of the first failure in a row.
         since: the same, UTC.
         in_row: failures since the last good answer.
+        last_s: monotonic time of the last of them.
         is_confirmed: a try of our own failed as well.
         held, held_bytes: requests that wait for it to be mended.
     """
@@ -48,6 +50,7 @@ class Trouble:
     is_lasting: bool = False
     is_passing: bool = False
     in_row: int = 0
+    last_s: float = 0.0
     is_confirmed: bool = False
     held: int = 0
     held_bytes: int = 0
@@ -69,6 +72,9 @@ class Troubles:
         self._is_ending = False
 
     def __iter__(self) -> Iterator[Trouble]:
+        """Those that are not forgotten yet."""
+        old_s = time.monotonic() - FORGOTTEN_S
+        self._known = {k: one for k, one in self._known.items() if one.held or one.last_s > old_s}
         return iter(list(self._known.values()))
 
     def expect(self, models: Mapping[str, str]) -> None:
@@ -102,6 +108,7 @@ class Troubles:
             return
         trouble = self._known.setdefault(asked.job, Trouble(*asked.job, time.monotonic()))
         trouble.in_row += 1
+        trouble.last_s = time.monotonic()
         trouble.reason, trouble.is_lasting, trouble.answer = reason, is_lasting, answer
         trouble.is_passing = answer is not None and b"retry-after" in dict(answer.headers)
 
@@ -152,9 +159,9 @@ class Troubles:
         shown = ("task", "model", "reason", "since", "in_row", "held")
         return [{name: getattr(trouble, name) for name in shown} for trouble in self]
 
-    def slow_tasks(self) -> frozenset[str]:
-        """Tasks whose requests may take only a share of the worker's places."""
-        return frozenset(trouble.task for trouble in self)
+    def slow_jobs(self) -> frozenset[tuple[str, str]]:
+        """Tasks with their models whose requests may take only a share of the worker's places."""
+        return frozenset(name for name, one in self._known.items() if one.in_row >= FEW)
 
 
 def _is_long(trouble: Trouble) -> bool:

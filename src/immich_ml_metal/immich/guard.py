@@ -58,6 +58,8 @@ class Guard:
         self._respected: set[str] = set()
         self._said = ""
         self._is_stopping = False
+        self._has_tried_key = False
+        self._refusal = ""  # of the key
 
     def describe(self) -> dict[str, Any]:
         """Its part of `/health`. Any: plain values."""
@@ -121,6 +123,7 @@ class Guard:
         if self._is_stopping or self._server is None:
             return
         before = self.keeper.records.document()
+        await self._try_key()
         self._note_resumed()
         await self._resume_mended(self._server)
         await self._pause_troubled(self._server)
@@ -129,6 +132,24 @@ class Guard:
         self._show_paused()
         if self.keeper.records.document() != before:
             await self.keeper.save()
+
+    async def _try_key(self) -> None:
+        """Learn before it matters whether the key may command: resume a queue that runs anyway.
+
+        Raises:
+            ImmichError: it may not; the guard stays off until it may.
+        """
+        running = [t for t in QUEUES if t in self._queues and not self._queues[t].is_paused]
+        if self._has_tried_key or not running or self.why_off not in ("", self._refusal):
+            return
+        try:
+            await aside(partial(self.keeper.immich.resume, running[0], self._times.call_s))
+        except ImmichError as exc:
+            self._refusal = str(exc)
+            self._set_off(self._refusal)
+            raise
+        self._has_tried_key, self._refusal = True, ""
+        self._set_off("")
 
     async def _ask_settings(self) -> None:
         now_s = time.monotonic()
@@ -142,7 +163,8 @@ class Guard:
         """Whether its queues are ours to pause."""
         find = partial(find_dependence, server, self.keeper.immich.url, self._own.port())
         self._depends = await aside(lambda: find(names_of_this_machine()))
-        self._set_off(self._depends.why_not_alone or (_TERMINAL if self._is_trial else ""))
+        trial = _TERMINAL if self._is_trial else ""
+        self._set_off(self._depends.why_not_alone or trial or self._refusal)
 
     def _set_off(self, why: str) -> None:
         if why != self.why_off:

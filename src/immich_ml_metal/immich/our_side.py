@@ -7,9 +7,10 @@ from immich_ml_metal.errors import UnknownModel
 from immich_ml_metal.immich.advice import OurSide
 from immich_ml_metal.immich.api import ServerSettings
 from immich_ml_metal.immich.gain import measure_gains
+from immich_ml_metal.immich.search_delay import measure_search_delay
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.network import names_of_this_machine
-from immich_ml_metal.types import Task
+from immich_ml_metal.types import Part, Task
 
 
 def look_at_ours(settings: Settings, server: ServerSettings, *, measure: bool) -> OurSide:
@@ -22,7 +23,17 @@ def look_at_ours(settings: Settings, server: ServerSettings, *, measure: bool) -
         why_not_served=_why_not_served,
         engines=_engines(url),
         gains=measure_gains(url, server, draw_preview) if measure else None,
+        search_s=measure_search_delay(url, server, draw_preview) if measure else None,
+        squashes=_squashes,
+        immich_url=settings.immich_url or "",
     )
+
+
+def _squashes(name: str) -> bool:
+    try:
+        return find_model(name, Task.CLIP, Part.VISUAL).resize_mode == "squash"
+    except UnknownModel:
+        return False
 
 
 def _engines(url: str) -> dict[str, str]:

@@ -1,5 +1,8 @@
 """Operators by how they treat the axes of their inputs: what passes may assume of each."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 _ACTIVATIONS = frozenset({"Relu", "LeakyRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish"}) | {
     *{"Swish", "Gelu", "Softplus", "Mish", "Tanh", "Erf", "Clip"}
 }
@@ -39,4 +42,23 @@ SAME_TYPE = (
     _ARITHMETIC
     | RESHAPES
     | {"Transpose", "Slice", "Split", "Expand", "Identity", "Relu", "Clip", "Neg", "Abs"}
+)
+# results that follow from lengths alone
+SHAPE_ONLY = frozenset({"Shape", "Size"})
+# multiply and add up: what takes the time; with the positions of their factors and addends
+PRODUCTS: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        **dict.fromkeys(("Linear", "Gemm", "Conv", "ConvTranspose"), (0, 1, 2)),
+        **dict.fromkeys(("MatMul", "Einsum"), (0, 1)),
+        **dict.fromkeys(("Sdpa", "Attention"), (0, 1, 2)),
+    }
+)
+# give elements of their input as they are, in any type; with the positions of what they move
+_FIRST_MOVED = frozenset({"Transpose", "Slice", "Split", "Expand", "Tile", "Identity", "Pad"}) | {
+    *{"ExpandBatch", "Gather", "GatherElements", "GatherND", "GatherRows", "GatherNDRows"},
+    *{"DepthToSpace", "SpaceToDepth", "Relu", "Neg", "Abs", "MaxPool", "GlobalMaxPool"},
+}
+_ALL = tuple(range(64))
+MOVES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {**dict.fromkeys(_FIRST_MOVED | RESHAPES, (0,)), "Concat": _ALL}
 )

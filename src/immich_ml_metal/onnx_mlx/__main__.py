@@ -1,33 +1,18 @@
 """`python -m immich_ml_metal.onnx_mlx MODEL.onnx`: explain it, or compare it with ONNX Runtime."""
 
 import sys
-from enum import StrEnum
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-import mlx.core as mx
 import typer
 
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.onnx_mlx.compare import Difference, Shape, compare_nodes, compare_outputs
 from immich_ml_metal.onnx_mlx.explain import explain, render, render_reasons
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 
 app = typer.Typer(add_completion=False)
-
-
-class Format(StrEnum):
-    """Number formats of a run."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
-_DTYPES = {
-    Format.FLOAT32: mx.float32,
-    Format.FLOAT16: mx.float16,
-    Format.BFLOAT16: mx.bfloat16,
-}
 
 
 def parse_shape(text: str) -> tuple[str, Shape]:
@@ -49,7 +34,9 @@ def main(
     why: Annotated[bool, typer.Option(help="Say why nodes were left unfused.")] = False,
     compare: Annotated[bool, typer.Option(help="Run on MLX and on ONNX Runtime.")] = False,
     nodes: Annotated[bool, typer.Option(help="Compare every value of the graph.")] = False,
-    dtype: Annotated[Format, typer.Option(help="Number format on MLX.")] = Format.FLOAT32,
+    dtype: Annotated[
+        NumberFormat, typer.Option(help="Number format on MLX.")
+    ] = NumberFormat.FLOAT32,
     shape: Annotated[list[str] | None, typer.Option(help="Input shape, NAME=1,3,48,320.")] = None,
     above: Annotated[float, typer.Option(help="Show nodes that differ by more (relative).")] = 0.0,
 ) -> None:
@@ -61,17 +48,18 @@ def main(
         if why:
             typer.echo(render_reasons(found))
         if compare or nodes:
-            typer.echo(f"{'largest':>10} {'relative':>10} {'cosine':>12}  value")
-        if nodes:
-            for value in compare_nodes(model, _DTYPES[dtype], shapes):
-                if value.relative >= above:
-                    typer.echo(_row(value))
-        elif compare:
-            for value in compare_outputs(model, _DTYPES[dtype], shapes):
-                typer.echo(_row(value))
+            measure = compare_nodes if nodes else compare_outputs
+            _print_differences(measure(model, dtype, shapes), above if nodes else 0.0)
     except ServiceError as exc:
         typer.echo(str(exc), err=True)
         sys.exit(1)
+
+
+def _print_differences(found: Iterable[Difference], above: float) -> None:
+    typer.echo(f"{'largest':>10} {'relative':>10} {'cosine':>12}  value")
+    for difference in found:
+        if difference.relative >= above:
+            typer.echo(_row(difference))
 
 
 def _row(found: Difference) -> str:

@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from immich_ml_metal.onnx_graph.gap import gap
 from immich_ml_metal.onnx_graph.graph import Program
 from immich_ml_metal.onnx_graph.reader import read
 from immich_ml_metal.onnx_mlx.executor import Executor, place
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.lower import lower
 from immich_ml_metal.onnx_mlx.ops.call import to_device
 from immich_ml_metal.onnx_mlx.passes.layout import MARK
@@ -65,25 +67,18 @@ def random_feeds(program: Program, shapes: Mapping[str, Shape], seed: int = 0) -
 
 def difference(name: str, operator: str, ours: Tensor, theirs: Tensor) -> Difference:
     """Measure two arrays of the same shape against each other."""
-    a, b = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
-    same = (a == b) | (np.isnan(a) & np.isnan(b))  # infinities of masks included
-    gap = np.abs(np.where(same, 0, a) - np.where(same, 0, b))
-    largest = float(gap.max(initial=0))
-    finite = np.isfinite(a) & np.isfinite(b)
-    a, b = a[finite], b[finite]
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    cosine = float(a @ b) / norms if norms else float(np.array_equal(a, b))
-    scale = float(np.abs(b).max(initial=0)) or 1.0
-    return Difference(name, operator, largest, largest / scale, cosine)
+    found = gap(ours, theirs)
+    return Difference(name, operator, found.largest, found.relative, found.cosine)
 
 
 def compare_outputs(
-    path: Path, dtype: mx.Dtype, shapes: Mapping[str, Shape] | None = None
+    path: Path, number_format: NumberFormat, shapes: Mapping[str, Shape] | None = None
 ) -> list[Difference]:
     """One difference for each output of the model."""
     program = read(path)
     feeds = random_feeds(program, guess_shapes(program, shapes))
-    lowered = lower(program).program
+    lowered = lower(program, mixed=number_format is NumberFormat.MIXED).program
+    dtype = number_format.dtype
     executor = Executor(lowered, place(lowered, dtype), dtype)
     ours = executor({name: to_device(value, dtype) for name, value in feeds.items()})
     theirs = _run(_session(path.read_bytes(), path), feeds)
@@ -94,7 +89,7 @@ def compare_outputs(
 
 
 def compare_nodes(
-    path: Path, dtype: mx.Dtype, shapes: Mapping[str, Shape] | None = None
+    path: Path, number_format: NumberFormat, shapes: Mapping[str, Shape] | None = None
 ) -> Iterator[Difference]:
     """One difference for each value that both have, in the order in which it is computed.
 
@@ -104,7 +99,9 @@ def compare_nodes(
     program = read(path)
     feeds = random_feeds(program, guess_shapes(program, shapes))
     theirs = _every_value(path, feeds)
-    lowered = lower(program, skip={"batch"}).program
+    mixed = number_format is NumberFormat.MIXED
+    lowered = lower(program, skip={"batch"}, mixed=mixed).program
+    dtype = number_format.dtype
     executor = Executor(lowered, place(lowered, dtype), dtype)
     given = {name: to_device(value, dtype) for name, value in feeds.items()}
     for node, outputs in executor.trace(given):

@@ -20,6 +20,7 @@ from immich_ml_metal.onnx_mlx.executor import (
     infer_shapes,
     place_in,
 )
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.lower import Lowered, lower
 from immich_ml_metal.onnx_mlx.ops.call import Value, is_floating, to_device
 from immich_ml_metal.onnx_mlx.prepared import Prepared
@@ -36,12 +37,13 @@ class Options:
     """How a model is compiled.
 
     Attributes:
+        number_format: which numbers it computes with.
         max_batch: the most rows of one run, for models whose rows are independent.
         compiled: whether to fuse kernels with `mx.compile`.
         prepared: whether to keep the converted weights on disk.
     """
 
-    dtype: mx.Dtype = mx.float32
+    number_format: NumberFormat = NumberFormat.FLOAT32
     max_batch: int = 1
     compiled: bool = True
     prepared: bool = False
@@ -60,6 +62,7 @@ class MlxGraph:
         """
         self._name = path.name
         self._options = options
+        self._dtype = options.number_format.dtype
         lowered, constants = _load(path, options)
         program = lowered.program
         self.inputs, self.outputs = program.inputs, program.outputs
@@ -67,7 +70,7 @@ class MlxGraph:
         self.max_batch = options.max_batch if lowered.batched else 1
         self.size_bytes = sum(v.nbytes for v in constants.values() if isinstance(v, mx.array))
         self._pads_rows = lowered.batched
-        self._executor: Executor | None = Executor(program, constants, options.dtype)
+        self._executor: Executor | None = Executor(program, constants, self._dtype)
         self._functions: OrderedDict[tuple[object, ...], Function] = OrderedDict()
 
     def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
@@ -77,7 +80,7 @@ class MlxGraph:
         if self._pads_rows:
             arrays = [_pad_rows(array, self._bucket(rows)) for array in arrays]
         function = self._function(tuple((a.shape, a.dtype.str) for a in arrays))
-        results = function(*(to_device(array, self._options.dtype) for array in arrays))
+        results = function(*(to_device(array, self._dtype) for array in arrays))
         mx.eval(results)
         taken = [np.array(result) for result in results]
         if self._pads_rows:
@@ -122,17 +125,17 @@ class MlxGraph:
 
 def _load(path: Path, options: Options) -> tuple[Lowered, Mapping[str, Value]]:
     """The lowered program and its constants, from the prepared file where there is a good one."""
-    prepared = Prepared(path, options.dtype) if options.prepared else None
+    prepared = Prepared(path, options.number_format) if options.prepared else None
     found = prepared.load() if prepared else None
     if found is not None:
         return found
-    lowered = lower(read(path))
+    lowered = lower(read(path), mixed=options.number_format is NumberFormat.MIXED)
     check_forms(lowered.program)
     constants: dict[str, Value] = dict(lowered.program.constants)
     on_device = device_constants(lowered.program)
     body = replace_body(lowered.program, lowered.program.nodes, {})
     lowered = replace(lowered, program=body)  # the only holder of a weight is now `constants`
-    place_in(constants, on_device, options.dtype)
+    place_in(constants, on_device, options.number_format.dtype)
     if prepared is not None:
         prepared.save(lowered, constants)
     return lowered, constants

@@ -95,7 +95,8 @@ class Executor:
         self, node: Node, operator: Operator, arguments: Sequence[Value | None]
     ) -> Sequence[Value]:
         known = [a for a in arguments if not isinstance(a, mx.array)]
-        if len(known) == len(arguments) and not operator.host_result:
+        is_known = len(known) == len(arguments)
+        if is_known and not operator.host_result and not operator.on_device:
             return self._evaluate(node, known)
         if operator is _NOWHERE:
             raise Unsupported("its result depends on the data, not only on shapes")
@@ -140,7 +141,8 @@ def device_constants(program: Program) -> set[str]:
     needed: set[str] = set()
     for node in program.nodes:
         operator = OPERATORS.get(node.op, _NOWHERE)
-        if operator.host_result or all(name in known or not name for name in node.inputs):
+        is_known = all(name in known or not name for name in node.inputs)
+        if operator.host_result or (is_known and not operator.on_device):
             known.update(node.outputs)
             continue
         for position, name in enumerate(node.inputs):

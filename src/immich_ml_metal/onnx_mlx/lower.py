@@ -10,6 +10,7 @@ from immich_ml_metal.onnx_mlx.executor import require_operators
 from immich_ml_metal.onnx_mlx.fold import fold_constants, fold_shapes
 from immich_ml_metal.onnx_mlx.passes import PASSES
 from immich_ml_metal.onnx_mlx.passes.batch import free_batch
+from immich_ml_metal.onnx_mlx.passes.mixed import mix
 
 FUSED = frozenset(  # operators that passes make out of several
     ["Sdpa", "Linear", "LayerNormalization", "Gelu", "Swish", "HardSwish", "HardSigmoid"]
@@ -39,10 +40,17 @@ def _silent(name: str, node: Node, reason: str) -> None:
     """The service wants the program alone."""
 
 
-def lower(program: Program, *, skip: Collection[str] = (), remark: Remark = _silent) -> Lowered:
+def lower(
+    program: Program,
+    *,
+    skip: Collection[str] = (),
+    mixed: bool = False,
+    remark: Remark = _silent,
+) -> Lowered:
     """Run every pass but those in `skip` (names of `PASSES`, and `batch`).
 
-    `remark` is told of each node that a pass looked at and left alone, and why.
+    `mixed` gives the operands of products 16 bits; `remark` is told of each node that a pass
+    looked at and left alone, and why.
 
     Raises:
         LoadFailed: an operator has no translation.
@@ -56,6 +64,8 @@ def lower(program: Program, *, skip: Collection[str] = (), remark: Remark = _sil
     for name, run in PASSES.items():
         if name not in skip:
             program = run(program, partial(remark, name))
+    if mixed:
+        program = mix(program)
     after = Counter(node.op for node in program.nodes)
     fused = {op: after[op] - before[op] for op in sorted(FUSED) if after[op] > before[op]}
     return Lowered(program, _takes_rows(program), reason, fused)

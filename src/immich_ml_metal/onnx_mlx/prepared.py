@@ -22,6 +22,7 @@ from immich_ml_metal.onnx_files.derived import DerivedForm, source_digest
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.onnx_graph import graph
 from immich_ml_metal.onnx_graph.graph import Node, Program
+from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.onnx_mlx.lower import Lowered
 from immich_ml_metal.onnx_mlx.ops.call import Value
 from immich_ml_metal.types import Tensor, TensorSpec
@@ -35,11 +36,10 @@ FILE = "model.safetensors"
 class Prepared:
     """The prepared form of one model in one number format."""
 
-    def __init__(self, model: Path, dtype: mx.Dtype) -> None:
-        format_name = str(dtype).rsplit(".", maxsplit=1)[-1]
+    def __init__(self, model: Path, number_format: NumberFormat) -> None:
         libraries = f"mlx{metadata.version('mlx')}-onnx{onnx.__version__}"
         version = f"{libraries}-{compiler_digest()}"
-        self._form = DerivedForm(model, FOLDER, version=version, variant=format_name)
+        self._form = DerivedForm(model, FOLDER, version=version, variant=str(number_format))
 
     def load(self) -> tuple[Lowered, dict[str, Value]] | None:
         """The program and its constants, on the device; None if there is no good form."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import psutil
 
-from immich_ml_metal.backends.selection import REFERENCE, Candidate
+from immich_ml_metal.backends.selection import REFERENCE, Candidate, Rule, rule_for
 from immich_ml_metal.errors import UnknownModel
 from immich_ml_metal.onnx_files.derived import digest_of, stamp_of
 from immich_ml_metal.onnx_files.references import weight_bytes
@@ -82,11 +82,11 @@ class Checker:
 
         None means that its files are not here, or that memory is short for a probe.
         """
-        entry = self._current(key)
+        entry = current_entry(self._record, self._store, key, self._rule(key).candidates)
         if entry is None:
             return None
         choices = Choices(self._settings, self._machine, {name_of(key): entry}, self._store)
-        rule = choices.rule((key.task, key.part))
+        rule = self._rule(key)
         while (choice := self._decide(choices, key, entry)).is_pending:
             candidate = next_candidate(rule.candidates, entry, choices.facts(key, entry))
             if candidate is None:
@@ -101,32 +101,21 @@ class Checker:
         log.info("engine chosen model=%s engine=%s why=%s", key, choice.candidate, choice.reason)
         return choice
 
+    async def is_right_again(self, key: ModelKey, candidate: Candidate) -> bool:
+        """Whether a candidate that failed at work passes a probe; remembers nothing.
+
+        Where memory is short it counts as right: trying it costs less than swapping.
+        """
+        if not self._has_room(key, candidate):
+            return True
+        return (await self._measure(key, candidate)).is_usable
+
     def _decide(self, choices: Choices, key: ModelKey, entry: Entry) -> Choice:
         slot = (key.task, key.part)
         return decide(slot, choices.rule(slot), entry, choices.facts(key, entry))
 
-    def _current(self, key: ModelKey) -> Entry | None:
-        """The entry of a model, about the files that are here now; None where there are none.
-
-        Verdicts about other weights go: their digest is gone with the weights.
-        """
-        entry = self._record.entries().get(name_of(key), Entry())
-        try:
-            files = self._store.locate(key)
-            if files is None:
-                return entry if self._needs_no_files(key) else None
-            stamp = stamp_of(files.graph)
-            if stamp == entry.stamp:
-                return entry
-            digest = digest_of(files.graph)
-            self._record.change(key, lambda old: replace(old, stamp=stamp, digest=digest))
-            return replace(entry, stamp=stamp, digest=digest)
-        except (OSError, UnknownModel, ValueError):
-            return None
-
-    def _needs_no_files(self, key: ModelKey) -> bool:
-        choices = Choices(self._settings, self._machine, {}, self._store)
-        return choices.rule((key.task, key.part)).candidates[0].engine in NO_FILES
+    def _rule(self, key: ModelKey) -> Rule:
+        return rule_for((key.task, key.part), self._settings, self._machine.platform)
 
     def _has_room(self, key: ModelKey, candidate: Candidate) -> bool:
         """The memory gate: whether a probe fits without anything being swapped out for it."""
@@ -144,7 +133,7 @@ class Checker:
 
     async def _measure(self, key: ModelKey, candidate: Candidate) -> Verdict:
         """One verdict; an end without words is asked for once more."""
-        limit_s = self._tools.limits_s.get(candidate.engine, max(self._tools.limits_s.values()))
+        limit_s = limit_of(candidate, self._tools.limits_s)
         settings_json = self._settings.model_dump_json()
         order = Order(settings_json, key, candidate, CHECK, limit_s)
         log.info("checking an engine model=%s engine=%s", key, candidate)
@@ -171,3 +160,30 @@ def next_candidate(
         if candidate != REFERENCE and not is_fresh:
             return candidate
     return None
+
+
+def limit_of(candidate: Candidate, limits_s: Mapping[str, float]) -> float:
+    """Seconds that a probe of a candidate may take; the longest for one that has no own limit."""
+    return limits_s.get(candidate.engine, max(limits_s.values()))
+
+
+def current_entry(
+    record: Record, store: Locator, key: ModelKey, candidates: Sequence[Candidate]
+) -> Entry | None:
+    """The entry of a model, about the files that are here now; None where none are and some must.
+
+    Verdicts about other weights hold no longer: the digest that they depend on is another.
+    """
+    entry = record.entries().get(name_of(key), Entry())
+    try:
+        files = store.locate(key)
+        if files is None:
+            return entry if candidates[0].engine in NO_FILES else None
+        stamp = stamp_of(files.graph)
+        if stamp == entry.stamp:
+            return entry
+        digest = digest_of(files.graph)
+    except (OSError, UnknownModel, ValueError):
+        return None
+    record.change(key, lambda old: replace(old, stamp=stamp, digest=digest))
+    return replace(entry, stamp=stamp, digest=digest)

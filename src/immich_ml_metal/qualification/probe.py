@@ -16,10 +16,10 @@ from immich_ml_metal.backends.makers import Maker, Surroundings
 from immich_ml_metal.backends.selection import FACE_FINDING, REFERENCE
 from immich_ml_metal.errors import LoadFailed, ModelUnavailable
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.onnx_graph.gap import gap
 from immich_ml_metal.qualification.compare import (
     box_gap,
     flatten,
-    gap,
     reading_gap,
     worst,
 )

@@ -7,19 +7,23 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.backends.makers import Surroundings
 from immich_ml_metal.backends.selection import FACE_FINDING
 from immich_ml_metal.catalog import get_model
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.qualification.checker import Checker, Tools
+from immich_ml_metal.qualification.children import COMMAND, measure
 from immich_ml_metal.qualification.plan import Choices, EnginePlan, Machine, this_machine
 from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.guarded_store import GuardedStore
 from immich_ml_metal.worker.preload import key_of_setting, preload_keys
+from immich_ml_metal.worker.second_try import Requalify
 from immich_ml_metal.worker.server import create_app
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ def build_app(settings: Settings, machine: Machine | None = None, *, start: str 
         describe_engines=_describer(plan, [*_remembering(record), *store.shelf.unreadable()]),
         describe_index=guarded.describe,
         spare=plan.spare,
+        requalify=_requalifier(settings, choices, record, store),
     )
 
 
@@ -73,6 +78,19 @@ def check_start(settings: Settings) -> None:
     choices = Choices(settings, this_machine(), record.entries(), store)
     EnginePlan(choices, Surroundings(settings, store.ensure, lambda *_: None))
     preload_keys(settings)
+
+
+def _requalifier(
+    settings: Settings, choices: Choices, record: Record, store: ModelStore
+) -> Requalify:
+    """Probes an engine that was set aside, in a child, before it is used again."""
+    tools = Tools(lambda order: measure(order, COMMAND))
+
+    async def is_right_again(key: ModelKey, engine: Engine) -> bool:
+        checker = Checker(settings, choices.machine, record, store, tools)
+        return await checker.is_right_again(key, choices.of(key).candidate)
+
+    return is_right_again
 
 
 def _guard(choices: Choices, settings: Settings) -> IndexGuard:

@@ -5,7 +5,7 @@ from typing import Any
 
 from immich_ml_metal.backends.base import AnyModel, Engine
 from immich_ml_metal.backends.batcher import Batcher
-from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.metrics import Metrics, note_stage
 from immich_ml_metal.types import ModelKey
 
 Place = tuple[ModelKey, str]  # a model and its engine: a spare engine's copy lies beside the usual
@@ -48,6 +48,11 @@ class BatchWatch:
     def waited(self, seconds: float) -> None:
         """One item waited so long for its batch."""
         self._wait.observe(seconds)
+        note_stage("queue", seconds)
+
+    def answered(self, seconds: float) -> None:
+        """One item's batch ran so long."""
+        note_stage("infer", seconds)
 
     def ran(self, items: int, seconds: float) -> None:
         """One batch ran."""

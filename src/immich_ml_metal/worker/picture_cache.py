@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from immich_ml_metal.tasks.images import Picture, count_pixels
 from immich_ml_metal.threads import CpuThreads
+from immich_ml_metal.urgency import Urgency
 from immich_ml_metal.worker.other_formats import OtherFormats
 
 # Two of Immich's previews, at some 20 MB each: the tasks of one photo come one after the other, and
@@ -42,38 +43,42 @@ class PictureCache:
         """Memory held by kept pictures."""
         return sum(picture.size_bytes for picture in self._kept.values())
 
-    async def count_pixels(self, data: bytes) -> int | None:
+    async def count_pixels(self, data: bytes, urgency: Urgency) -> int | None:
         """Pixels that the header of `data` announces, before anything is decoded.
 
         None for a rare format, which is decoded elsewhere.
         """
-        return await self._threads.run(lambda: count_pixels(data))
+        return await self._threads.run(lambda: count_pixels(data), urgency)
 
-    async def get(self, data: bytes) -> Picture:
+    async def get(self, data: bytes, urgency: Urgency = Urgency.PICTURES) -> Picture:
         """The decoded picture of `data`.
 
         Raises what `decode` raises; a failure is not kept.
         """
-        digest = await self._threads.run(lambda: hashlib.sha256(data).digest())
+        digest = await self._threads.run(lambda: hashlib.sha256(data).digest(), urgency)
         if (picture := self._kept.get(digest)) is not None:
             self._kept.move_to_end(digest)
             return picture
         task = self._pending.get(digest)
         if task is None:
-            task = asyncio.create_task(self._start(data))
+            task = asyncio.create_task(self._start(data, urgency))
             self._pending[digest] = task
             task.add_done_callback(lambda done: self._finish(digest, done))
         return await asyncio.shield(task)  # a caller that hangs up leaves the others their picture
+
+    def clear(self) -> None:
+        """Give back the memory of kept pictures: nothing is going on."""
+        self._kept.clear()
 
     def close(self) -> None:
         """Nothing more is decoded."""
         if self._others is not None:
             self._others.close()
 
-    async def _start(self, data: bytes) -> Picture:
-        if self._others is not None and await self.count_pixels(data) is None:
+    async def _start(self, data: bytes, urgency: Urgency) -> Picture:
+        if self._others is not None and await self.count_pixels(data, urgency) is None:
             return await self._others.decode(data)
-        return await self._threads.run(lambda: self._decode(data))
+        return await self._threads.run(lambda: self._decode(data), urgency)
 
     def _finish(self, digest: bytes, task: asyncio.Task[Picture]) -> None:
         del self._pending[digest]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from immich_ml_metal.errors import MissingDependency, MissingPayload, Overloaded, TimedOut
+from immich_ml_metal.errors import Busy, MissingDependency, MissingPayload, TimedOut
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
@@ -33,6 +33,7 @@ from immich_ml_metal.types import (
     TextRecognition,
     TextRegions,
 )
+from immich_ml_metal.urgency import Urgency, urgency_of
 from immich_ml_metal.worker.picture_cache import PictureCache
 from immich_ml_metal.worker.second_try import SecondTry
 
@@ -80,8 +81,9 @@ class Pipeline:
             InferenceError, InvalidOutput, TimedOut: an engine failed.
         """
         if image is not None:
-            async with self._room_for(image):
-                picture = await self._decode(image)
+            urgency = urgency_of_tasks(request)
+            async with self._room_for(image, urgency):
+                picture = await self._decode(image, urgency)
                 _check_request(request, has_image=True)
                 await self._load_models(request)
                 return await self._timed(self._look(request, picture))
@@ -92,24 +94,24 @@ class Pipeline:
         return await self._timed(self._read_query(request, text))
 
     @asynccontextmanager
-    async def _room_for(self, image: bytes) -> AsyncIterator[None]:
+    async def _room_for(self, image: bytes, urgency: Urgency) -> AsyncIterator[None]:
         """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB.
 
         Raises:
-            Overloaded: there is one; to wait for it here would keep a place from other requests.
+            Busy: there is one; to wait for it here would keep a place from other requests.
         """
-        pixels = await self._pictures.count_pixels(image)
+        pixels = await self._pictures.count_pixels(image, urgency)
         if pixels is None or pixels <= self._giant_pixels:
             yield
             return
         if self._giants.locked():
-            raise Overloaded("another giant picture is being worked on")
+            raise Busy("another giant picture is being worked on")
         async with self._giants:
             yield
 
-    async def _decode(self, image: bytes) -> Picture:
+    async def _decode(self, image: bytes, urgency: Urgency) -> Picture:
         with self._metrics.stage("image", "decode"):
-            return await self._pictures.get(image)
+            return await self._pictures.get(image, urgency)
 
     async def _load_models(self, request: TaskRequest) -> None:
         """Fetch and load all models side by side, however long it takes: the caller waits."""
@@ -234,6 +236,12 @@ def model_keys(request: TaskRequest) -> list[ModelKey]:
         request.text_recognition,
     )
     return [entry.model for entry in entries if entry is not None]
+
+
+def urgency_of_tasks(request: TaskRequest) -> Urgency:
+    """The class of what a request's tasks share: that of the most urgent."""
+    urgencies = (urgency_of(key.task, key.part) for key in model_keys(request))
+    return min(urgencies, default=Urgency.PICTURES)
 
 
 def _check_request(request: TaskRequest, *, has_image: bool) -> None:

@@ -19,6 +19,7 @@ from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelFiles, ModelKey
+from immich_ml_metal.urgency import urgency_of
 from immich_ml_metal.worker.loaded import BatchWatch, Loaded, Place
 from immich_ml_metal.worker.memory import Backoff, MemoryRules
 
@@ -159,12 +160,13 @@ class Pool:
         """
         async with self.lease(key, engine) as loaded:
             model, label = loaded.model, f"{key.task}/{key.part}"
+            urgency = urgency_of(key.task, key.part)
             with self._metrics.stage(label, "preprocess"):
-                blob = await self._threads.run(lambda: model.preprocess(item))
+                blob = await self._threads.run(lambda: model.preprocess(item), urgency)
             raw = await loaded.engine.device.submit(loaded.batcher, blob)
             self.progress += 1
             with self._metrics.stage(label, "postprocess"):
-                return await self._threads.run(lambda: model.postprocess(raw, item))
+                return await self._threads.run(lambda: model.postprocess(raw, item), urgency)
 
     async def _load(self, key: ModelKey, engine: Engine) -> Loaded:
         place, outcome = (key, engine.name), "failed"
@@ -190,6 +192,7 @@ class Pool:
             model.infer,
             name=str(key),
             max_batch=model.max_batch,
+            urgency=urgency_of(key.task, key.part),
             watch=BatchWatch(self._metrics, key, engine.name),
         )
         return Loaded(key, engine, model, batcher, elapsed_s, self._clock())
@@ -204,13 +207,14 @@ class Pool:
 
     async def _open(self, engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyModel:
         """Load; when the engine rejects damaged files, fetch those again and load once more."""
+        urgency = urgency_of(key.task, key.part)  # of the threads that the engine starts as well
         try:
-            model = await engine.device.call(lambda: _load_with(engine, key, files))
+            model = await engine.device.call(lambda: _load_with(engine, key, files), urgency)
         except LoadFailed:
             if files is None or not await self._files_threads.run(lambda: self._store.repair(key)):
                 raise
             log.warning("damaged files were fetched again model=%s", key)
-            model = await engine.device.call(lambda: _load_with(engine, key, files))
+            model = await engine.device.call(lambda: _load_with(engine, key, files), urgency)
         await self._make_room((key, engine.name), model.size_bytes)
         return model
 

@@ -82,7 +82,7 @@ class SecondTry:
         self._make_spare = spare
         self._metrics = metrics
         self._limit_s = limit_s
-        self._requalify = requalify
+        self.requalify = requalify
         self._clock = clock
         self._spare: Engine | None = None
         self._standings: dict[ModelKey, Standing] = {}
@@ -234,7 +234,7 @@ class SecondTry:
             return False
         if self._clock() < standing.aside_until or standing.checking is not None:
             return True
-        if self._requalify is None:
+        if self.requalify is None:
             standing.aside_until = 0.0
             return False
         standing.checking = asyncio.create_task(self._check_again(key, engine, standing))
@@ -242,9 +242,9 @@ class SecondTry:
 
     async def _check_again(self, key: ModelKey, engine: Engine, standing: Standing) -> None:
         """Nothing waits for it: the spare engine goes on answering meanwhile."""
-        assert self._requalify is not None, "checked"
+        assert self.requalify is not None, "checked"
         try:
-            is_fit = await self._requalify(key, engine)
+            is_fit = await self.requalify(key, engine)
         except ServiceError as exc:
             log.warning("not qualified again model=%s engine=%s why=%s", key, engine.name, exc)
             is_fit = False

@@ -4,33 +4,36 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 
 import psutil
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from immich_ml_metal import __version__, errors
 from immich_ml_metal.backends.base import Engine, EngineTable
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
-from immich_ml_metal.metrics import CONTENT_TYPE, Metrics
+from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, own_stages
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.allocator import release_free_memory
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import Answer, TaskRequest
+from immich_ml_metal.urgency import Urgency
 from immich_ml_metal.worker.form import Form, read_form
 from immich_ml_metal.worker.memory import MemoryRules
 from immich_ml_metal.worker.other_formats import OtherFormats
 from immich_ml_metal.worker.picture_cache import PictureCache
-from immich_ml_metal.worker.pipeline import Pipeline, model_keys
+from immich_ml_metal.worker.pipeline import Pipeline, model_keys, urgency_of_tasks
 from immich_ml_metal.worker.pool import Pool, Store
 from immich_ml_metal.worker.preload import preload, preload_keys
-from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, SecondTry
+from immich_ml_metal.worker.second_try import ANSWERED_BY_SPARE, CAUSES, Requalify, SecondTry
 from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ ERROR_HEADER = "X-ML-Error"
 EXIT_NO_MEMORY = 70
 # Their words say everything; a traceback would only repeat with every held request.
 _TOLD_IN_WORDS = (errors.ModelError, errors.TimedOut, errors.Overloaded)
+TIMING_HEADER = "Server-Timing"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
 
@@ -53,27 +57,25 @@ def create_app(
     describe_engines: Callable[[], dict[str, Any]] = dict,
     describe_index: Callable[[], list[dict[str, Any]]] = list,
     spare: Callable[[], Engine] | None = None,
-) -> FastAPI:
+    requalify: Requalify | None = None,
+) -> Starlette:
     """Build the worker app around its engines and its model store; no module-level state.
 
     `metrics` are its own when None; `describe_engines` and `describe_index` tell what `/health`
-    adds; `spare` makes the engine that answers where another fails, None for none.
+    adds; `spare` makes the engine that answers where another fails, None for none; `requalify`
+    judges an engine that was set aside.
     """
     service = WorkerRoutes(settings, engines, store, metrics, describe_engines, spare)
     service.describe_index = describe_index
+    service.models.requalify = requalify
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with service:
             yield
 
-    app = FastAPI(title="immich-ml-metal", version=__version__, lifespan=lifespan)
-    app.get("/")(service.root)
-    app.get("/ping")(service.ping)
-    app.get("/health")(service.health)
-    app.get("/metrics")(service.render_metrics)
-    app.post("/predict")(service.predict)
-    return app
+    refusals: dict[Any, Any] = {HTTPException: _render_refusal}
+    return Starlette(routes=service.routes(), exception_handlers=refusals, lifespan=lifespan)
 
 
 class WorkerRoutes:
@@ -99,9 +101,9 @@ class WorkerRoutes:
         self._pictures = PictureCache(_decode, self._threads, others=others)
         timeout_s = settings.request_timeout_s
         models = SecondTry(self.pool, spare, self.metrics, limit_s=timeout_s / _TRIES)
-        self._models, self._engines = models, engines
+        self.models, self._engines = models, engines
         self._pipeline = Pipeline(models, self._pictures, self.metrics, timeout_s=timeout_s)
-        self._admitted = asyncio.Semaphore(settings.concurrency)
+        self._admitted = _limits(settings.concurrency)
         self._started = time.monotonic()
         self._in_flight = self._answered = 0
         self._released_at = 0  # requests answered when free memory was last handed back
@@ -122,7 +124,7 @@ class WorkerRoutes:
 
     async def __aenter__(self) -> "WorkerRoutes":
         # Not awaited: `/health` tells of its progress, and requests wait for their own model only.
-        self._preloader = asyncio.create_task(preload(self._models, self._preload_keys))
+        self._preloader = asyncio.create_task(preload(self.models, self._preload_keys))
         self._housekeeper = asyncio.create_task(self._keep_house())
         return self
 
@@ -145,19 +147,30 @@ class WorkerRoutes:
                 await self.pool.unload_idle(ttl_s, keep=self._preload_keys)
             if self._in_flight == 0 and self._answered > self._released_at:
                 self._released_at = self._answered
+                self._pictures.clear()
                 await self._threads.run(release_free_memory)
 
     # -- routes ------------------------------------------------------------------------------------
 
-    async def root(self) -> dict[str, str]:
-        """Who is here, in the official service's words."""
-        return {"message": "Immich ML"}
+    def routes(self) -> list[Route]:
+        """Which path asks for what."""
+        return [
+            Route("/", self.root),
+            Route("/ping", self.ping),
+            Route("/health", self.health),
+            Route("/metrics", self.render_metrics),
+            Route("/predict", self.predict, methods=["POST"]),
+        ]
 
-    async def ping(self) -> PlainTextResponse:
+    async def root(self, _: Request) -> JSONResponse:
+        """Who is here, in the official service's words."""
+        return JSONResponse({"message": "Immich ML"})
+
+    async def ping(self, _: Request) -> PlainTextResponse:
         """Whether requests are answered; never waits for anything."""
         return PlainTextResponse("pong")
 
-    async def health(self) -> JSONResponse:
+    async def health(self, _: Request | None = None) -> JSONResponse:
         """What runs where, as JSON. Never loads anything."""
         return JSONResponse(
             {
@@ -171,7 +184,7 @@ class WorkerRoutes:
                 },
                 "engine_plan": self._describe_plan(),
                 "index": self.describe_index(),
-                "engine_failures": self._models.describe(),
+                "engine_failures": self.models.describe(),
                 "models": self.pool.describe(),
                 "loading": [str(key) for key in self.pool.loading],
                 "downloads": self.pool.describe_downloads(),
@@ -179,30 +192,33 @@ class WorkerRoutes:
             }
         )
 
-    async def render_metrics(self) -> Response:
+    async def render_metrics(self, _: Request) -> Response:
         """This process's numbers, for Prometheus."""
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def predict(self, request: Request) -> Response:
         """Read the form, parse the entries, run the pipeline, render the answer."""
-        with request_scope(request.headers.get(REQUEST_ID_HEADER)):
+        with request_scope(request.headers.get(REQUEST_ID_HEADER)), own_stages() as stages:
             try:
                 form = await self._read_form(request)
                 tasks = parse_entries(form.entries, face_min_score=self.settings.face_min_score)
-                return await _unless_gone(request, self._answer(tasks, form.image, form.text))
+                answer = self._answer(tasks, form.image, form.text)
+                response = await _unless_gone(request, answer)
             except ClientDisconnect:
                 return Response(status_code=errors.CLIENT_GONE)
             except MemoryError:
                 _end_without_memory()
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
                 return _render_error(exc)
+        response.headers[TIMING_HEADER] = _render_timing(stages)
+        return response
 
     async def _answer(self, tasks: TaskRequest, image: bytes | None, text: str | None) -> Response:
         self._in_flight += 1
         self.metrics.in_flight.inc()
         status = errors.CLIENT_GONE  # what remains when this is cancelled
         try:
-            async with self._admitted:
+            async with self._admitted[urgency_of_tasks(tasks)]:
                 answer = await self._pipeline.answer(tasks, image, text)
             body = await self._render(answer)
             status = 200
@@ -221,12 +237,18 @@ class WorkerRoutes:
         """The answer's JSON; a long one is written on a thread."""
         if count_items(answer) <= _RENDERED_AT_ONCE:
             return render(answer)
-        return await self._threads.run(lambda: render(answer))
+        return await self._threads.run(lambda: render(answer), Urgency.TEXT)
 
     async def _read_form(self, request: Request) -> Form:
         with self.metrics.stage("request", "read"):
             limit_bytes = self.settings.max_image_size_bytes
             return await read_form(request, self._threads, limit_bytes=limit_bytes)
+
+
+def _limits(concurrency: int) -> dict[Urgency, asyncio.Semaphore]:
+    """So many requests at once, and as many searches beside them."""
+    searches, others = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
+    return {one: searches if one is Urgency.SEARCH else others for one in Urgency}
 
 
 def _decode(data: bytes) -> Picture:
@@ -259,17 +281,29 @@ def _end_without_memory() -> NoReturn:
     os._exit(EXIT_NO_MEMORY)
 
 
+def _render_timing(stages: Mapping[str, float]) -> str:
+    """The stages of one request as `Server-Timing` (W3C): what ran side by side is added up."""
+    return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in stages.items())
+
+
 # -- errors ----------------------------------------------------------------------------------------
+
+
+async def _render_refusal(_: Request, exc: Exception) -> JSONResponse:
+    """A path or method that is not there, in the words that the official service uses."""
+    assert isinstance(exc, HTTPException), "registered for nothing else"
+    return JSONResponse({"detail": exc.detail}, exc.status_code, headers=exc.headers)
 
 
 def _render_error(exc: Exception) -> JSONResponse:
     """The reason as JSON; what is our fault goes to the log as well, once."""
     status = errors.status_of(exc)
-    if status >= 500:
-        if isinstance(exc, _TOLD_IN_WORDS):  # it comes again until somebody mends it
-            log.error("request failed status=%d reason=%s", status, exc)
-        else:
-            log.error("request failed status=%d", status, exc_info=exc)
+    if isinstance(exc, errors.Busy):  # nothing failed: the gateway asks again
+        log.info("put off reason=%s", exc)
+    elif isinstance(exc, _TOLD_IN_WORDS):  # it comes again until somebody mends it
+        log.error("request failed status=%d reason=%s", status, exc)
+    elif status >= 500:
+        log.error("request failed status=%d", status, exc_info=exc)
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
         reason = f"internal error: {type(exc).__name__}: {exc}"

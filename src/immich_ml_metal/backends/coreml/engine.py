@@ -1,4 +1,7 @@
-"""Core ML through ONNX Runtime: official files on the Neural Engine, checked against the CPU.
+"""Core ML through ONNX Runtime: official files on the GPU or the Neural Engine, checked.
+
+In float32, as the files are, Core ML uses the GPU and the CPU; a float16 form of a file is what may
+run on the Neural Engine.
 
 The provider may quietly leave nodes to the CPU, serve a stale compiled model, or compute something
 else. So the share of nodes it really runs is measured, compiled models are kept under the digest of
@@ -7,13 +10,15 @@ the weights, and each shape is compared with the CPU before its first answer (`g
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.build import build_model
 from immich_ml_metal.backends.coreml.graph import (
+    FLOAT16,
+    FLOAT32,
     CoreMLGraph,
     Refusal,
     Setup,
@@ -42,6 +47,7 @@ class CoreMLEngine:
 
     name = "coreml"
     needs_files = True
+    number_formats = frozenset({FLOAT32, FLOAT16})
 
     def __init__(
         self,
@@ -55,12 +61,16 @@ class CoreMLEngine:
         self._setup = setup
         self._is_explicit = is_explicit
         self._on_fallback = on_fallback
-        self._refused: dict[Path, tuple[ModelKey, str]] = {}
-        self._reports: dict[tuple[str, str], ShapeReport] = {}
+        self._refused: dict[tuple[Path, str], tuple[ModelKey, str]] = {}
+        self._reports: dict[tuple[str, str, str], ShapeReport] = {}
         self.device = Device(self.name)
 
-    def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
+    def load(
+        self, key: ModelKey, files: ModelFiles | None, number_format: str | None = None
+    ) -> AnyModel:
         """Open the graph on Core ML, check it, and bind it to its task.
+
+        `number_format` is one of `number_formats`; float32, that of the files, when None.
 
         Raises:
             LoadFailed: the files are broken, or Core ML was asked for by name and is refused.
@@ -68,9 +78,10 @@ class CoreMLEngine:
         assert files is not None, "the coreml engine needs files"
         threads = self._settings.intra_op_threads or inference_cores()
         reference = OrtGraph(files.graph, options=session_options(threads))
+        setup = replace(self._setup, number_format=number_format or FLOAT32)
         graph: Graph = reference
-        if files.graph not in self._refused:
-            graph = self._try(key, files, reference)
+        if (files.graph, setup.number_format) not in self._refused:
+            graph = self._try(key, files, reference, setup)
         return build_model(key, files, graph, self._settings)
 
     def describe(self) -> dict[str, Any]:
@@ -81,16 +92,20 @@ class CoreMLEngine:
         }
 
     def _keep(self, report: ShapeReport) -> None:
-        self._reports[report.model, report.shape] = report
+        self._reports[report.model, report.number_format, report.shape] = report
 
-    def _try(self, key: ModelKey, files: ModelFiles, reference: OrtGraph) -> Graph:
+    def _try(self, key: ModelKey, files: ModelFiles, reference: OrtGraph, setup: Setup) -> Graph:
         graph = CoreMLGraph(
-            compiled_form(files.graph, self._setup),
+            compiled_form(files.graph, setup),
             reference,
-            self._setup,
+            setup,
             name=str(key),
             batches=_batches(key, reference),
-            checked=[(report.weights, report.shape) for report in self._reports.values()],
+            checked=[
+                (report.weights, report.shape)
+                for report in self._reports.values()
+                if report.number_format == setup.number_format
+            ],
             on_report=self._keep,
         )
         try:
@@ -100,7 +115,7 @@ class CoreMLEngine:
         except Refusal as exc:
             if self._is_explicit:
                 raise LoadFailed(f"{key}: {exc}") from exc
-            self._refused[files.graph] = (key, str(exc))
+            self._refused[files.graph, setup.number_format] = (key, str(exc))
             self._on_fallback(REFUSED)
             log.warning("core ml refused, the cpu answers instead: model=%s reason=%s", key, exc)
             return reference

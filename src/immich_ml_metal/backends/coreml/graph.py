@@ -1,26 +1,35 @@
 """An ONNX file on Core ML: one session per shape, compiled once, checked before it answers."""
 
+import hashlib
+import inspect
 import logging
 import platform
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from immich_ml_metal.backends.coreml import adapt as adapting
+from immich_ml_metal.backends.coreml import edit, half
+from immich_ml_metal.backends.coreml.adapt import adapt
+from immich_ml_metal.backends.coreml.half import FILE as HALF_FILE
+from immich_ml_metal.backends.coreml.half import write_half
 from immich_ml_metal.backends.coreml.session import (
     MIN_COSINE,
     Session,
     SessionMaker,
     cosine,
+    open_fed,
     open_session,
     provider_options,
     provider_share,
 )
-from immich_ml_metal.backends.coreml.shapes import Shapes, cut, label, pin
+from immich_ml_metal.backends.coreml.shapes import Shapes, cut, label, read_pinned
 from immich_ml_metal.errors import InferenceError, LoadFailed
 from immich_ml_metal.onnx_files.derived import DerivedForm, weights_digest
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
@@ -29,6 +38,7 @@ from immich_ml_metal.types import Graph, Tensor
 log = logging.getLogger(__name__)
 
 FOLDER = "coreml"  # beside the model file
+FLOAT32, FLOAT16 = "float32", "float16"
 
 
 class Refusal(Exception):
@@ -37,20 +47,23 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ShapeReport:
-    """What was found when a shape was first opened."""
+    """What was found when a shape was first opened; `adapted` names passes of `adapt`."""
 
     model: str
     weights: str
     shape: str
     share: float
     cosine: float
+    number_format: str = FLOAT32
+    adapted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How one engine opens its sessions."""
+    """How one engine opens its sessions; `number_format` is float32 or float16."""
 
     use_ane: bool
+    number_format: str = FLOAT32
     make_session: SessionMaker = open_session
     environment: str = f"ort{ort.__version__}-{platform.system()}{platform.release()}"
 
@@ -99,10 +112,15 @@ class CoreMLGraph:
             Refusal: the folder cannot be written to, or the model not be read.
         """
         try:
-            self._cache = self._form.find() or self._form.make(lambda folder: None)
+            self._cache = self._form.find() or self._form.make(self._fill)
             self._digest = weights_digest(self._cache)
-        except (OSError, NotOnnx) as exc:
+        except (OSError, NotOnnx, LoadFailed) as exc:
             raise Refusal(str(exc)) from exc
+
+    def _fill(self, folder: Path) -> None:
+        """What a new folder of compiled models starts with: the converted file, if any."""
+        if self._setup.number_format == FLOAT16:
+            write_half(self._form.model, folder)
 
     def open_fixed_shapes(self) -> bool:
         """Open every shape that the file fixes; False if it leaves some open.
@@ -157,21 +175,26 @@ class CoreMLGraph:
         """Compile a shape and check it; its compiled form is kept beside the model."""
         assert self._cache is not None, "keep_compiled comes first"
         folder = self._cache / label(shapes)
+        is_half = self._setup.number_format == FLOAT16
         try:
             folder.mkdir(exist_ok=True)
-            model = pin(self._form.model, shapes)
+            model = read_pinned(self._cache / HALF_FILE if is_half else self._form.model, shapes)
+            adapted = adapt(model)
             options = provider_options(use_ane=self._setup.use_ane, cache=folder)
-            session = self._setup.make_session(model, options)
+            session = open_fed(self._setup.make_session, model, options)
         except (LoadFailed, OSError) as exc:
             raise Refusal(str(exc)) from exc
         if (self._digest, label(shapes)) not in self._checked:  # a reload repeats nothing
-            self._report(self._check(session, shapes), is_kept=any(folder.iterdir()))
+            report = replace(self._check(session, shapes), adapted=adapted)
+            self._report(report, is_kept=any(folder.iterdir()))
         return session
 
     def _report(self, report: ShapeReport, *, is_kept: bool) -> None:
         log.info(
-            "core ml opened model=%s shape=%s node_share=%.2f cosine=%.6f compiled_kept=%s",
-            *(report.model, report.shape, report.share, report.cosine, is_kept),
+            "core ml opened model=%s format=%s shape=%s node_share=%.2f cosine=%.6f adapted=%s "
+            "compiled_kept=%s",
+            *(report.model, report.number_format, report.shape, report.share, report.cosine),
+            *(",".join(report.adapted) or "nothing", is_kept),
         )
         self._on_report(report)
 
@@ -198,7 +221,8 @@ class CoreMLGraph:
                 f"core ml differs from the cpu: cosine {worst:.6f} at {label(shapes)}, "
                 f"limit {MIN_COSINE}"
             )
-        return ShapeReport(self._name, self._digest, label(shapes), share, worst)
+        number_format = self._setup.number_format
+        return ShapeReport(self._name, self._digest, label(shapes), share, worst, number_format)
 
 
 def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:
@@ -208,7 +232,15 @@ def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:
 def compiled_form(path: Path, setup: Setup) -> DerivedForm:
     """Where the compiled models of an ONNX file are kept, in a folder for each shape."""
     units = "all" if setup.use_ane else "gpu"
-    return DerivedForm(path, FOLDER, version=setup.environment, variant=units)
+    version = f"{setup.environment}-{_passes_digest()}"
+    return DerivedForm(path, FOLDER, version=version, variant=f"{units}-{setup.number_format}")
+
+
+@cache
+def _passes_digest() -> str:
+    """Digest of what changes a graph: other passes may leave another one to compile."""
+    sources = (inspect.getsource(module) for module in (adapting, edit, half))
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:8]
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from immich_ml_metal.backends.ort.session import session_options
 from immich_ml_metal.errors import InferenceError, LoadFailed
@@ -46,7 +46,8 @@ def open_session(model: bytes, options: Mapping[str, str]) -> Session:
     setup = session_options(core_count())
     setup.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        # MatMulAddFusion makes a node that Core ML does not take (contract §7); goes when it does
+        # MatMulAddFusion makes Gemm nodes, whose weights the provider writes as text: gigabytes,
+        # and minutes for a first load (onnxruntime#32212). It goes when it writes them as MatMul's.
         return ort.InferenceSession(  # type: ignore[no-any-return]
             model,
             setup,
@@ -55,6 +56,42 @@ def open_session(model: bytes, options: Mapping[str, str]) -> Session:
         )
     except Exception as exc:  # its exceptions derive from Exception directly
         raise LoadFailed(f"core ml rejects the model: {exc}") from exc
+
+
+class FedSession:
+    """A session whose feeds become what its inputs take: bytes go in as floats."""
+
+    def __init__(self, session: Session, dtypes: Mapping[str, np.dtype[Any]]) -> None:
+        self._session = session
+        self._dtypes = dtypes
+
+    def run(self, names: Sequence[str] | None, feeds: dict[str, Tensor], /) -> Any:
+        """Compute every output."""
+        given = {
+            name: value.astype(self._dtypes[name], copy=False) for name, value in feeds.items()
+        }
+        return self._session.run(names, given)
+
+    def get_provider_graph_assignment_info(self) -> Sequence[Any]:
+        """Name the provider of each node."""
+        return self._session.get_provider_graph_assignment_info()
+
+
+def open_fed(make: SessionMaker, model: ModelProto, options: Mapping[str, str]) -> FedSession:
+    """Open a model in memory.
+
+    Raises:
+        LoadFailed: ONNX Runtime rejects it, or it is over protobuf's 2 GiB with its weights inside.
+    """
+    dtypes = {
+        value.name: np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        for value in model.graph.input
+    }
+    try:
+        content = bytes(model.SerializeToString())
+    except Exception as exc:  # protobuf's errors derive from Exception directly
+        raise LoadFailed(f"the model does not fit into one piece: {exc}") from exc
+    return FedSession(make(content, options), dtypes)
 
 
 def provider_options(*, use_ane: bool, cache: Path) -> dict[str, str]:

@@ -32,18 +32,18 @@ def label(shapes: Shapes) -> str:
     return "_".join("x".join(map(str, shape)) for _, shape in shapes)
 
 
-def pin(path: Path, shapes: Shapes) -> bytes:
+def read_pinned(path: Path, shapes: Shapes) -> onnx.ModelProto:
     """Read an ONNX file with its external data and pin its inputs to `shapes`.
 
     Raises:
-        LoadFailed: the file cannot be read, or is over protobuf's 2 GiB with its weights inside.
+        LoadFailed: the file cannot be read.
     """
     try:
         model = onnx.load(path)
         pin_inputs(model, dict(shapes))
-        return bytes(model.SerializeToString())
     except Exception as exc:  # protobuf's errors derive from Exception directly
         raise LoadFailed(f"{path} cannot be pinned to {label(shapes)}: {exc}") from exc
+    return model
 
 
 def pin_inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> None:

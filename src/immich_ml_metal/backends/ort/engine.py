@@ -1,11 +1,12 @@
 """ONNX Runtime: the portable engine, and the reference for the others.
 
-Large weights are prepared once (`prepared`) and mapped; sessions follow the load
+Models are prepared once (`prepared`) and mapped; sessions follow the load
 (`adaptive`).
 """
 
 import logging
 import subprocess
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from immich_ml_metal.backends.ort.prepared import (
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
+from immich_ml_metal.onnx_graph.rewriting import chosen_rewritings
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.threads import inference_cores
 from immich_ml_metal.types import ModelFiles, ModelKey, Part
+from immich_ml_metal.urgency import Urgency, urgency_of
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +43,29 @@ class OrtEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._cores = settings.intra_op_threads or inference_cores()
-        self._load = CoreLoad()
-        self.device = Device("cpu", width=inference_cores())
+        searches, others = CoreLoad(), CoreLoad()
+        # A search is alone when no other search runs: it need not share cores with the rest.
+        self._loads = {one: searches if one is Urgency.SEARCH else others for one in Urgency}
+        self.device = Device("cpu", width=inference_cores(), has_lanes=True)
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
         """Open the graph, from its prepared form where that pays, and bind it to its task."""
         assert files is not None, "the cpu engine needs files"
         # Faces and lines come several at a time, even from a lone request: one core each.
         cores = 1 if key.part is Part.RECOGNITION else self._cores
-        return build_model(key, files, self._open(files.graph, cores), self._settings)
+        load = self._loads[urgency_of(key.task, key.part)]
+        return build_model(key, files, self._open(files.graph, load, cores), self._settings)
 
-    def _open(self, model: Path, cores: int) -> AdaptiveGraph:
-        form = _find_or_prepare(model)
+    def _open(self, model: Path, load: CoreLoad, cores: int) -> AdaptiveGraph:
+        rewritings = chosen_rewritings(self._settings.graph_rewriting)
+        form = _find_or_prepare(model, rewritings)
         if form is not None:
             try:
-                return AdaptiveGraph(partial(_open_form, form, model), self._load, cores=cores)
+                return AdaptiveGraph(partial(_open_form, form, model), load, cores=cores)
             except LoadFailed as exc:
                 log.warning("prepared weights thrown away: folder=%s reason=%s", form, exc)
-                prepared_form(model).discard(form)
-        return AdaptiveGraph(partial(_open_model, model), self._load, cores=cores)
+                prepared_form(model, rewritings).discard(form)
+        return AdaptiveGraph(partial(_open_model, model), load, cores=cores)
 
 
 def _open_form(form: Path, model: Path, threads: int) -> OrtGraph:
@@ -71,7 +78,7 @@ def _open_model(model: Path, threads: int) -> OrtGraph:
     return OrtGraph(model, options=session_options(threads))
 
 
-def _find_or_prepare(model: Path) -> Path | None:
+def _find_or_prepare(model: Path, rewritings: Collection[str]) -> Path | None:
     """The folder of the prepared form, made now if need be.
 
     None where preparing does not pay or is not possible (small model, read-only or full disk): the
@@ -83,8 +90,8 @@ def _find_or_prepare(model: Path) -> Path | None:
     try:
         if not worth_preparing(model):
             return None
-        form = prepared_form(model)
-        return form.find() or prepare_in_child(form)
+        form = prepared_form(model, rewritings)
+        return form.find() or prepare_in_child(form, rewritings)
     except (NotOnnx, FileNotFoundError) as exc:
         raise LoadFailed(f"ONNX Runtime rejects {model}: {exc}") from exc
     except (OSError, subprocess.SubprocessError) as exc:
@@ -96,5 +103,6 @@ def _find_or_prepare(model: Path) -> Path | None:
 def _last_words(exc: Exception) -> str:
     """What went wrong, in the failed process's own words where it had any."""
     words = getattr(exc, "stderr", None) or b""
-    lines = words.decode(errors="replace").splitlines()
+    text = words.decode(errors="replace") if isinstance(words, bytes) else words
+    lines = text.splitlines()
     return lines[-1] if lines else str(exc)

@@ -99,6 +99,6 @@ def _lower_triangle(rows: int, columns: int) -> mx.array:
 
 
 TABLE: Table = {
-    "Sdpa": Operator(sdpa, keep_scalars=True),
+    "Sdpa": Operator(sdpa, keep_scalars=True, on_device=True),
     "Attention": Operator(attention, keep_scalars=True, host=frozenset()),
 }

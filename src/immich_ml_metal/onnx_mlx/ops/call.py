@@ -37,12 +37,15 @@ class Operator:
         keep_scalars: leave constants of one element in NumPy, so that they take the type of the
             other operand instead of widening it.
         host_result: the outputs are known even if the inputs are not (`Shape`).
+        on_device: computed on the device even where all inputs are known: an operator that passes
+            make, which ONNX's reference may lack in the opset of the file.
     """
 
     function: Callable[..., Result]
     host: frozenset[int] = frozenset()
     keep_scalars: bool = False
     host_result: bool = False
+    on_device: bool = False
 
     def is_host(self, position: int) -> bool:
         """Whether the input at `position` has to be a NumPy array."""

@@ -17,6 +17,8 @@ from immich_ml_metal.onnx_mlx.ops.call import (
 )
 from immich_ml_metal.types import Tensor
 
+HALF_MAX = 65504.0  # the largest finite number of float16
+
 
 def align(call: Call, *values: Value) -> list[mx.array]:
     """Bring operands to the device; constants take the type of the operand that is there."""
@@ -86,6 +88,23 @@ def cast(call: Call, x: mx.array) -> mx.array:
 
     target = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(call.integer("to")))
     return x.astype(device_type(target, call.dtype))
+
+
+def to_half(call: Call, x: mx.array) -> mx.array:
+    """What `passes.mixed` puts before a product: float16, if x is floating at all.
+
+    What lies beyond the range becomes infinite, or with `finite` the largest number there is.
+    """
+    if not is_floating(x):
+        return x
+    if call.integer("finite"):
+        x = mx.where(mx.isinf(x), x, mx.clip(x, -HALF_MAX, HALF_MAX))
+    return x.astype(mx.float16)
+
+
+def to_float(call: Call, x: mx.array) -> mx.array:
+    """What `passes.mixed` puts after a product: float32, if x is floating at all."""
+    return x.astype(mx.float32) if is_floating(x) else x
 
 
 def cast_like(call: Call, x: mx.array, other: Value) -> mx.array:
@@ -243,13 +262,15 @@ TABLE: Table = {
     "Elu": Operator(elu),
     "Sigmoid": _unary(mx.sigmoid),
     "HardSigmoid": Operator(hard_sigmoid),
-    "HardSwish": _unary(hard_swish),
-    "Swish": Operator(swish),
-    "Gelu": Operator(gelu),
+    "HardSwish": Operator(lambda call, x: hard_swish(x), on_device=True),
+    "Swish": Operator(swish, on_device=True),
+    "Gelu": Operator(gelu, on_device=True),
     "Softplus": _unary(softplus),
     "Mish": _unary(mish),
     "Clip": Operator(clip, keep_scalars=True),
     "Cast": Operator(cast),
+    "ToHalf": Operator(to_half, on_device=True),
+    "ToFloat": Operator(to_float, on_device=True),
     "CastLike": Operator(cast_like, keep_scalars=True),
     "Where": Operator(where, keep_scalars=True),
 }

@@ -32,7 +32,7 @@ def einsum(call: Call, *operands: mx.array) -> mx.array:
 
 TABLE: Table = {
     "MatMul": Operator(matmul),
-    "Linear": Operator(linear),
+    "Linear": Operator(linear, on_device=True),
     "Gemm": Operator(gemm),
     "Einsum": Operator(einsum),
 }

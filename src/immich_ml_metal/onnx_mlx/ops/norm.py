@@ -95,7 +95,7 @@ def log_softmax(call: Call, x: mx.array) -> mx.array:
 
 
 TABLE: Table = {
-    "LayerNormalization": Operator(layer_norm),
+    "LayerNormalization": Operator(layer_norm, on_device=True),
     "RMSNormalization": Operator(rms_norm),
     "BatchNormalization": Operator(batch_norm),
     "InstanceNormalization": Operator(instance_norm),

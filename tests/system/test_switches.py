@@ -1,10 +1,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from immich_ml_metal.system.quiet import SWITCHES
+from immich_ml_metal.system.switches import SWITCHES
 
 SHOW = "import immich_ml_metal, json, os; print(json.dumps(dict(os.environ)))"
 
@@ -39,3 +40,36 @@ def test_the_hub_library_reads_our_switch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env={}, capture_output=True, check=True)
     assert done.stdout == b"True\n"
+
+
+MLX_USERS = [
+    "immich_ml_metal.onnx_mlx.__main__",
+    "immich_ml_metal.backends.mlx",
+    "immich_ml_metal.worker.process",
+    "immich_ml_metal.bench.raw",
+]
+
+
+@pytest.mark.parametrize("module", MLX_USERS)
+def test_float32_is_asked_for_before_mlx_is_there(module: str) -> None:
+    """MLX reads the switch once: whoever imports MLX has imported the package before."""
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mlx":
+            print(os.environ.get("MLX_ENABLE_TF32"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+import {module}
+print("never imported", os.environ.get("MLX_ENABLE_TF32"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={}, capture_output=True, check=True)
+    assert done.stdout.split()[-1] == b"0"
+
+
+def test_mlx_knows_the_switch_under_this_name() -> None:
+    """A misspelt switch would say nothing: its name stands in the headers of the library."""
+    core = pytest.importorskip("mlx.core")
+    header = Path(core.__file__).parent / "include" / "mlx" / "utils.h"
+    assert 'get_var("MLX_ENABLE_TF32"' in header.read_text(encoding="utf-8")

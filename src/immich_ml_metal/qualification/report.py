@@ -1,0 +1,64 @@
+"""The comparison as a page to post: figures of a real machine, and nothing of its owner's."""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from immich_ml_metal import __version__
+from immich_ml_metal.qualification.comparison import Compared
+from immich_ml_metal.qualification.environment import Environment
+from immich_ml_metal.qualification.verdict import Judged
+
+_HEAD = ("engine", "numbers", "cosine", "first s", "ms alone", "ms in batch", "MB", "verdict")
+GIB = 2**30
+
+
+def write_report(path: Path, environment: Environment, found: Sequence[Compared]) -> None:
+    """Write Markdown. Names of models are public; paths, names and addresses are not in it."""
+    path.write_text(render_report(environment, found), encoding="utf-8")
+
+
+def render_report(environment: Environment, found: Sequence[Compared]) -> str:
+    """The machine, then a table for each half of a model."""
+    known = {**environment.facts_for("mlx"), **environment.facts_for("coreml")}
+    versions = ", ".join(
+        f"{name} {known[name]}" for name in ("mlx", "onnxruntime") if known.get(name)
+    )
+    memory = psutil.virtual_memory().total / GIB
+    lines = [
+        f"# Engines measured by immich-ml-metal {__version__}",
+        "",
+        f"{known['chip']}, {memory:.0f} GiB, {known['system']}, Python "
+        f"{platform.python_version()}, {versions}",
+    ]
+    for compared in found:
+        lines += ["", f"## {compared.key}", "", _row(_HEAD), _row(["---"] * len(_HEAD))]
+        lines += [_row(cells(row.judged)) for row in compared.rows]
+        lines += ["", f"Chosen: {compared.choice.candidate}, {compared.choice.reason}."]
+    return "\n".join(lines) + "\n"
+
+
+def cells(judged: Judged) -> tuple[str, ...]:
+    """One candidate as a row of a table, in the order engine, numbers, figures, verdict."""
+    figures, candidate = judged.verdict.figures, judged.candidate
+    batch = f"{figures.batch_ms:.1f} of {figures.batch}" if figures.batch_ms is not None else "-"
+    return (
+        candidate.engine,
+        candidate.number_format,
+        _number(figures.cosine, ".7f"),
+        _number(figures.first_s, ".2f"),
+        _number(figures.alone_ms, ".1f"),
+        batch,
+        _number(None if figures.memory_bytes is None else figures.memory_bytes / 1e6, ".0f"),
+        str(judged.verdict),
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
