@@ -15,9 +15,10 @@ from doubles.tiny_models import CLIP, FACES, make_models
 from immich_ml_metal.catalog import find_by_name, model_key
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
 from immich_ml_metal.models.file_lock import Held, hold
+from immich_ml_metal.models.remote import Retry
 from immich_ml_metal.models.shelf import FileState, Shelf, is_for_us
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.models.transfer import Corrupt, Retry, Transient, raise_for_status
+from immich_ml_metal.models.transfer import Corrupt, Transient, raise_for_status
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
 
