@@ -36,6 +36,7 @@ from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.qualifier import Qualifier
 from immich_ml_metal.gateway.refused import Refused
 from immich_ml_metal.gateway.supervisor import Order, WorkerState
+from immich_ml_metal.gateway.terminal import Teller
 from immich_ml_metal.gateway.troubles import Troubles, is_failure, reason_of
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
@@ -94,7 +95,9 @@ class Gateway:
         self.qualifier = self._make_qualifier(check_command)
         own = see_own_side(self.dispatcher, self.troubles, self.prober, lambda: self.port)
         self.companions = companions or make_companions(settings, self.metrics, own)
-        self._page = Page(settings, self.history, self._describe_engines, port=lambda: self.port)
+        self._page = Page(
+            settings, self.history, lambda: self.watch.last_health or {}, port=lambda: self.port
+        )
         self._pages = self._make_pages()
         self._feed_gauges()
 
@@ -125,6 +128,15 @@ class Gateway:
             command=command,
         )
 
+    def _make_teller(self) -> Teller:
+        supervisor = self.dispatcher.supervisor
+        return Teller(
+            self.settings,
+            self.history,
+            is_up=lambda: supervisor.state is WorkerState.READY,
+            port=lambda: self.port,
+        )
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the server's life."""
         if scope["type"] == "lifespan":
@@ -144,6 +156,7 @@ class Gateway:
             asyncio.create_task(self.prober.run()),
             asyncio.create_task(self.companions.run()),
             asyncio.create_task(self.qualifier.run()),
+            asyncio.create_task(self._make_teller().run()),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)
@@ -282,11 +295,6 @@ class Gateway:
             self.refused.note(answer.status, reason_of(answer))
         await reply(send, answer.status, answer.headers, answer.body)
         return _Told(answer.status, is_lost)
-
-    def _describe_engines(self) -> Mapping[str, Any]:
-        """Slot → engine and verdict, as the worker told last."""
-        engines = (self.watch.last_health or {}).get("engines", {})
-        return {slot: {"engine": engine} for slot, engine in engines.items()}
 
     async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> _Told:
         """Answer with a failure of the gateway's own."""

@@ -10,11 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.gateway.asked import TASKS
 from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.http import Receive, Send, reply, reply_json
+from immich_ml_metal.gateway.terminal import models_on_disk
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.system.network import lan_addresses, url_host
+from immich_ml_metal.system.network import urls_of
 
 _TYPES = {
     ".html": b"text/html; charset=utf-8",
@@ -39,20 +39,20 @@ _MOVED = [(b"location", b"/ui/"), (b"vary", b"accept"), (b"cache-control", b"no-
 class Page:
     """The ASGI app below `/ui`.
 
-    `describe_engines` gives slot → {engine, verdict}, as far as it is known.
+    `worker_told` gives the `/health` of the worker that was asked last, empty before the first.
     """
 
     def __init__(
         self,
         settings: Settings,
         history: History,
-        describe_engines: Callable[[], Mapping[str, Any]],
+        worker_told: Callable[[], Mapping[str, Any]],
         *,
         port: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._history = history
-        self._describe_engines = describe_engines
+        self._worker_told = worker_told
         self._port = port
         self._files = _read_files()
         self._has_loaded = False
@@ -88,8 +88,8 @@ class Page:
         usual = self._settings
         return {
             **self._history.describe(),
-            "addresses": [f"http://{url_host(host)}:{self._port()}" for host in self._hosts()],
-            "engines": dict(self._describe_engines()),
+            "addresses": urls_of(usual.host, self._port()),
+            "engines": engines_of(self._worker_told()),
             "models": {
                 "usual": {
                     "clip": usual.clip_model,
@@ -105,10 +105,19 @@ class Page:
             },
         }
 
-    def _hosts(self) -> list[str]:
-        if self._settings.host in {"0.0.0.0", "::", ""}:
-            return lan_addresses()[:3] or ["127.0.0.1"]
-        return [self._settings.host]
+
+def engines_of(told: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Slot → engine with its number format, and the verdict by which it was chosen. Any: JSON."""
+    plan = told.get("engine_plan", {})
+    engines = {slot: {"engine": str(engine)} for slot, engine in told.get("engines", {}).items()}
+    for slot, one in plan.get("tasks", {}).items():
+        verdict = (
+            "to be checked"
+            if f"{slot}/{one['model']}" in plan.get("pending", ())
+            else one["reason"]
+        )
+        engines[slot] = {"engine": f"{one['engine']} {one['number_format']}", "verdict": verdict}
+    return engines
 
 
 def send_to_page(headers: Mapping[bytes, bytes]) -> bool:
@@ -128,18 +137,6 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
     """
     origin = headers.get(b"origin")
     return origin is not None and origin.partition(b"://")[2] != headers.get(b"host", b"")
-
-
-def models_on_disk(folder: Path) -> dict[str, list[str]]:
-    """Names of the models that have a graph in Immich's cache layout, by task; blocks."""
-    found: dict[str, list[str]] = {}
-    for task in TASKS:
-        try:
-            models = sorted(path for path in (folder / task).iterdir() if path.is_dir())
-            found[task] = [path.name for path in models if any(path.glob("*/model.onnx"))]
-        except OSError:  # not there, or not ours to read: `models list` says which
-            found[task] = []
-    return found
 
 
 def _read_files() -> dict[str, tuple[bytes, bytes]]:

@@ -19,14 +19,9 @@ from huggingface_hub.errors import (
 
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.models.remote import Listing, RemoteFile
 from immich_ml_metal.models.shelf import is_for_us
-from immich_ml_metal.models.transfer import (
-    Listing,
-    RemoteFile,
-    Transient,
-    describe_transport,
-    raise_for_status,
-)
+from immich_ml_metal.models.transfer import Transient, describe_transport, raise_for_status
 from immich_ml_metal.types import Part
 
 if TYPE_CHECKING:
@@ -90,7 +85,7 @@ class Hub:
         except HfHubHTTPError as exc:
             raise_for_status(exc.response.status_code, exc.response.headers, where)
             raise Transient(str(exc)) from exc
-        except httpx2.TransportError as exc:
+        except httpx2.RequestError as exc:
             raise Transient(describe_transport(exc)) from exc
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
             raise Transient(

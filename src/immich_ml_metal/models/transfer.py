@@ -4,81 +4,22 @@
 here; it supplies the addresses, the sizes, the digests and the credentials. Goes when it resumes.
 """
 
-import errno
 import os
-import random
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import httpx2
 
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
-from immich_ml_metal.models.manifest import git_sha1_of, sha256_of
-from immich_ml_metal.models.progress import Tracker, format_bytes
+from immich_ml_metal.models.progress import Tracker
+from immich_ml_metal.models.remote import FULL, RemoteFile, Retry, explain_os_error
+from immich_ml_metal.system.network_settings import explain, proxy_for
 
 PARTIAL = ".partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_RETRY_AFTER_S = 120.0  # a server that asks for more is treated as asking for this
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How patient a download is.
-
-    Attributes:
-        attempts: consecutive tries that bring no new byte before giving up.
-        first_wait_s: pause after the first failure; doubled after each further one.
-        max_wait_s: the longest pause, unless the server asks for more.
-    """
-
-    attempts: int = 6
-    first_wait_s: float = 1.0
-    max_wait_s: float = 30.0
-
-    def wait_s(self, failures: int) -> float:
-        """The pause after so many failures in a row, spread so that many clients do not meet."""
-        ceiling = min(self.max_wait_s, self.first_wait_s * 2.0 ** (failures - 1))
-        return ceiling * (0.75 + random.random() / 4)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """One file of a model as its source describes it.
-
-    Attributes:
-        path: relative to the model's folder, with forward slashes.
-        size_bytes: None where the source does not say; then the answer's Content-Length counts.
-        sha256, git_sha1: at least one is given.
-    """
-
-    path: str
-    url: str
-    size_bytes: int | None
-    sha256: str | None = None
-    git_sha1: str | None = None
-    headers: Mapping[str, str] | None = None
-
-    @property
-    def digest(self) -> str:
-        """The digest that names this content."""
-        return self.sha256 or self.git_sha1 or ""
-
-    def matches(self, path: Path) -> bool:
-        """Whether the file at `path` has the digest."""
-        return (sha256_of(path) if self.sha256 else git_sha1_of(path)) == self.digest
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The files of one half at one revision."""
-
-    source: str
-    revision: str
-    files: tuple[RemoteFile, ...]
 
 
 class Transient(Exception):
@@ -128,7 +69,7 @@ class Transfer:
                     raise DownloadFailed(f"{file.path} from {file.url}: {exc}") from exc
                 pause(exc, failures, self._retry, self._tracker)
             except OSError as exc:
-                self.met_full_disk |= exc.errno in _FULL
+                self.met_full_disk |= exc.errno in FULL
                 raise DownloadFailed(explain_os_error(exc, staged)) from exc
             else:
                 return
@@ -149,7 +90,7 @@ class Transfer:
                 have = self._accept(file, answer, partial, have)
                 with partial.open("ab") as out:
                     self._copy(file, answer, out, have)
-        except httpx2.TransportError as exc:
+        except httpx2.RequestError as exc:
             raise Transient(describe_transport(exc)) from exc
 
     def _accept(self, file: RemoteFile, answer: httpx2.Response, partial: Path, have: int) -> int:
@@ -163,7 +104,12 @@ class Transfer:
         if have and not answer.headers.get("content-range", "").startswith(f"bytes {have}-"):
             raise Corrupt("the server resumed at another place than asked")
         length = answer.headers.get("content-length")
-        if length is not None and file.size_bytes not in (None, have + int(length)):
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            # A proxy that compresses although we asked it not to: its offsets and lengths are not
+            # the file's, so only a whole answer is of use.
+            if have:
+                raise Corrupt("a proxy compresses what is resumed; starting again")
+        elif length is not None and file.size_bytes not in (None, have + int(length)):
             raise Corrupt(f"wrong length: {have + int(length)} bytes, expected {file.size_bytes}")
         return have
 
@@ -184,6 +130,33 @@ class Transfer:
     def _check(file: RemoteFile, partial: Path) -> None:
         if not file.matches(partial):
             raise Corrupt("wrong digest: the file was damaged on the way")
+
+
+# What the HTTP and hub libraries raise over a variable, a certificate or an answer out of order.
+_FOREIGN = (
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    httpx2.RequestError,
+    httpx2.InvalidURL,
+)
+
+
+@contextmanager
+def network(what: str) -> Iterator[None]:
+    """Turn what libraries raise before or beside the network into a failed download.
+
+    Raises:
+        DownloadFailed: with the variable to blame, where one is.
+    """
+    try:
+        yield
+    except _FOREIGN as exc:
+        raise DownloadFailed(f"{what}: {explain(exc)}") from exc
 
 
 def pause(exc: Transient, failures: int, retry: Retry, tracker: Tracker) -> None:
@@ -213,7 +186,15 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
         raise Transient(f"the server answered {status}", _retry_after_s(headers))
     if status == 416:
         raise Corrupt("the server has fewer bytes than an earlier try received")
+    if status == 407:
+        raise Transient(
+            "the proxy wants a user and a password (407): set HTTPS_PROXY or HTTP_PROXY to "
+            "http://USER:PASSWORD@HOST:PORT"
+        )
     if status in (401, 403):
+        proxy = proxy_for(url)
+        if status == 403 and proxy:
+            raise Transient(f"{url} answered 403: the proxy of {proxy} or the hub denies it")
         raise ModelUnavailable(
             f"{url} answered {status}: access denied; set HF_TOKEN if it is private or gated"
         )
@@ -227,29 +208,12 @@ def describe_transport(exc: Exception) -> str:
     if isinstance(exc, httpx2.TimeoutException):
         return "no data for too long"
     if isinstance(exc, httpx2.ProxyError):
-        return f"the proxy failed ({exc})"
+        return f"the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY failed ({exc})"
+    if isinstance(exc, httpx2.TooManyRedirects):
+        return "the server redirects in a loop"
+    if isinstance(exc, httpx2.DecodingError):
+        return f"what arrives is not encoded as its Content-Encoding says ({exc})"
     return f"the line was cut ({exc})" if str(exc) else "the line was cut"
-
-
-def explain_os_error(exc: OSError, path: Path) -> str:
-    """A disk failure in plain words."""
-    if exc.errno in _FULL:
-        return f"the disk is full while writing {path}; free some space or set ML_MODELS_DIR"
-    return f"cannot write {path}: {exc.strerror or exc}"
-
-
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse a download that cannot fit.
-
-    Raises:
-        DownloadFailed: less than `needed_bytes` are free where `folder` lies.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise DownloadFailed(
-            f"not enough disk space at {folder}: {format_bytes(needed_bytes)} needed, "
-            f"{format_bytes(free)} free; free some space or set ML_MODELS_DIR"
-        )
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
