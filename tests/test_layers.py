@@ -265,12 +265,6 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
     assert not loaded & HEAVY
 
 
-def test_the_gateway_starts_without_heavy_imports() -> None:
-    report, loaded = probe(["immich_ml_metal.gateway.serving"])
-    assert report == {"immich_ml_metal.gateway.serving": ""}
-    assert not {name.split(".")[0] for name in loaded} & (HEAVY | {"httpx", "rich", "typer"})
-
-
 def test_the_help_that_lists_the_commands_imports_none_of_them() -> None:
     code = """
 import json, sys

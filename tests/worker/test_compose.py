@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 from doubles.live import TEXTUAL
@@ -38,3 +40,9 @@ def test_one_process_can_hold_two_apps(models: Path) -> None:
         form = {"entries": json.dumps(TEXTUAL), "text": "red sea"}
         assert one.post("/predict", data=form).content == two.post("/predict", data=form).content
         assert [len(c.get("/health").json()["models"]) for c in (one, two)] == [1, 1]
+
+
+def test_a_worker_that_downloads_nothing_imports_no_http_client_and_no_framework() -> None:
+    code = "import sys, immich_ml_metal.worker.compose; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert not {"httpx", "httpx2", "huggingface_hub", "fastapi", "rich"} & set(found.stdout.split())
