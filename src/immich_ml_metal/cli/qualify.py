@@ -19,7 +19,7 @@ from immich_ml_metal.qualification.plan import this_machine
 from immich_ml_metal.qualification.record import Record, name_of
 from immich_ml_metal.qualification.report import cells, write_report
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.settings_sources import resolve
+from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.state import StateFolder
 from immich_ml_metal.types import ModelKey
 
@@ -48,7 +48,7 @@ def qualify(
 
     Takes minutes and the whole machine. Exit code: 0, or 1 when nothing could be measured.
     """
-    settings, _ = resolve({"models_dir": models_dir})
+    settings = load_settings({"models_dir": models_dir})
     record = Record(StateFolder(settings.state_folder))
     machine, store = this_machine(), ModelStore(settings)
     comparison = Comparison(

@@ -22,7 +22,7 @@ from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
 from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.guarded_store import GuardedStore
-from immich_ml_metal.worker.preload import key_of_setting
+from immich_ml_metal.worker.preload import key_of_setting, preload_keys
 from immich_ml_metal.worker.second_try import Requalify
 from immich_ml_metal.worker.server import create_app
 
@@ -61,11 +61,23 @@ def build_app(settings: Settings, machine: Machine | None = None, *, start: str 
         plan,
         guarded,
         metrics=metrics,
-        describe_engines=_describer(plan, record.trouble),
+        describe_engines=_describer(plan, [*_remembering(record), *store.shelf.unreadable()]),
         describe_index=guarded.describe,
         spare=plan.spare,
         requalify=_requalifier(settings, choices, record, store),
     )
+
+
+def check_start(settings: Settings) -> None:
+    """Refuse what the worker of such a start would refuse; start and write nothing.
+
+    Raises:
+        ConfigError: as `build_app`.
+    """
+    store, record = ModelStore(settings), Record(StateFolder(settings.state_folder))
+    choices = Choices(settings, this_machine(), record.entries(), store)
+    EnginePlan(choices, Surroundings(settings, store.ensure, lambda *_: None))
+    preload_keys(settings)
 
 
 def _requalifier(
@@ -90,7 +102,11 @@ def _guard(choices: Choices, settings: Settings) -> IndexGuard:
     return guard
 
 
-def _describer(plan: EnginePlan, trouble: str) -> Callable[[], dict[str, Any]]:
+def _remembering(record: Record) -> list[str]:
+    return [f"verdicts are not remembered: {record.trouble}"] if record.trouble else []
+
+
+def _describer(plan: EnginePlan, troubles: list[str]) -> Callable[[], dict[str, Any]]:
     """What `/health` says of the engines: the plan, and what they know of themselves."""
 
     def describe() -> dict[str, Any]:
@@ -100,8 +116,7 @@ def _describer(plan: EnginePlan, trouble: str) -> Callable[[], dict[str, Any]]:
             if (tell := getattr(engine, "describe", None)) is not None
         }
         told = plan.as_dict()
-        if trouble:
-            told["warnings"] = [*told["warnings"], f"verdicts are not remembered: {trouble}"]
+        told["warnings"] = [*told["warnings"], *troubles]
         return {**told, **details}
 
     return describe
@@ -120,6 +135,8 @@ def report_models(settings: Settings, store: ModelStore) -> None:
     Raises:
         ConfigError: a setting names no official model of its kind.
     """
+    for trouble in store.shelf.unreadable():
+        log.warning("a folder of models cannot be read, the others are served: %s", trouble)
     for setting, (task, part) in _MODEL_SETTINGS.items():
         spec = get_model(key_of_setting(setting, getattr(settings, setting), task, part).name)
         if spec is None:  # an `open_clip/` name: its engine fetches it, and tells
