@@ -20,9 +20,8 @@ from starlette.routing import Route
 from immich_ml_metal.immich.api import ImmichApi, ImmichError
 from immich_ml_metal.immich.guard import Guard
 from immich_ml_metal.immich.keeper import Keeper
-from immich_ml_metal.immich.own import OwnSide
+from immich_ml_metal.immich.own import OwnSide, Times
 from immich_ml_metal.immich.records import DOCUMENT, STOPPED, VERSION, Pause, Records
-from immich_ml_metal.immich.times import Times
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.state import StateFolder, StateUnusable
 

@@ -15,10 +15,9 @@ from immich_ml_metal.immich.api import (
     QueueCounts,
     ServerSettings,
 )
-from immich_ml_metal.immich.aside import aside
-from immich_ml_metal.immich.keeper import Keeper
+from immich_ml_metal.immich.keeper import Keeper, aside
+from immich_ml_metal.immich.own import Times
 from immich_ml_metal.immich.repairs import Repair, is_within
-from immich_ml_metal.immich.times import Times
 from immich_ml_metal.metrics import Metrics
 
 log = logging.getLogger(__name__)
