@@ -223,6 +223,18 @@ async def test_machine_learning_that_is_switched_off_lets_our_pauses_go(place: P
         await until(lambda: not place.immich.paused, "resumed queues")
 
 
+async def test_a_run_that_immich_refuses_keeps_no_other_from_being_asked_for(
+    place: Place,
+) -> None:
+    place.remember(running_since=SINCE)
+    place.immich.fails["start smartSearch"] = 500
+    async with place.guard() as (guard, _):
+        await until(lambda: len(place.immich.started) == 2, "two runs")
+        assert "500" in guard.describe()["missing_runs"]["smartSearch"]["waits_for"]
+        place.immich.fails = {}
+        await until(lambda: len(place.immich.started) == 3, "three runs")
+
+
 def answering(status: int, content: str, **headers: str) -> Starlette:
     async def answer(_: Request) -> Response:
         return Response(content, status, headers)
