@@ -4,6 +4,7 @@ One child process at a time, at low priority, and only while there is memory for
 finds is remembered; the worker takes it up at its next start. Nobody waits for it.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,9 +105,10 @@ class Checker:
     async def is_right_again(self, key: ModelKey, candidate: Candidate) -> bool:
         """Whether a candidate that failed at work passes a probe; remembers nothing.
 
-        Where memory is short it counts as right: trying it costs less than swapping.
+        Where memory is short it counts as right: trying it costs less than swapping. Its files are
+        looked at on a thread: whoever asks answers requests meanwhile.
         """
-        if not self._has_room(key, candidate):
+        if not await asyncio.to_thread(self._has_room, key, candidate):
             return True
         return (await self._measure(key, candidate)).is_usable
 

@@ -14,8 +14,8 @@ from immich_ml_metal.catalog import get_model
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.qualification.checker import Checker, Tools
-from immich_ml_metal.qualification.children import COMMAND, measure
+from immich_ml_metal.qualification.checker import Checker, Measure, Tools
+from immich_ml_metal.qualification.children import measure
 from immich_ml_metal.qualification.plan import Choices, EnginePlan, Machine, this_machine
 from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
@@ -37,11 +37,17 @@ _MODEL_SETTINGS = MappingProxyType(
 )
 
 
-def build_app(settings: Settings, machine: Machine | None = None, *, start: str = "") -> ASGIApp:
+def build_app(
+    settings: Settings,
+    machine: Machine | None = None,
+    *,
+    start: str = "",
+    probe: Measure = measure,
+) -> ASGIApp:
     """The worker app as `serve` runs it; says which engines answer and which models are here.
 
     It starts with what is remembered of its engines and tests none of them. `start` names the start
-    of the service that this worker belongs to.
+    of the service that this worker belongs to; `probe` judges an engine that was set aside.
 
     Raises:
         ConfigError: an engine that was asked for by name cannot be used on this machine, or a
@@ -64,18 +70,16 @@ def build_app(settings: Settings, machine: Machine | None = None, *, start: str 
         describe_engines=_describer(plan, record.trouble),
         describe_index=guarded.describe,
         spare=plan.spare,
-        requalify=_requalifier(settings, choices, record, store),
+        requalify=_requalifier(
+            choices, Checker(settings, choices.machine, record, store, Tools(probe))
+        ),
     )
 
 
-def _requalifier(
-    settings: Settings, choices: Choices, record: Record, store: ModelStore
-) -> Requalify:
+def _requalifier(choices: Choices, checker: Checker) -> Requalify:
     """Probes an engine that was set aside, in a child, before it is used again."""
-    tools = Tools(lambda order: measure(order, COMMAND))
 
     async def is_right_again(key: ModelKey, engine: Engine) -> bool:
-        checker = Checker(settings, choices.machine, record, store, tools)
         return await checker.is_right_again(key, choices.of(key).candidate)
 
     return is_right_again

@@ -245,8 +245,8 @@ class SecondTry:
         assert self.requalify is not None, "checked"
         try:
             is_fit = await self.requalify(key, engine)
-        except ServiceError as exc:
-            log.warning("not qualified again model=%s engine=%s why=%s", key, engine.name, exc)
+        except Exception as exc:  # noqa: BLE001 - without an answer it would be asked for each item
+            log.warning("not qualified again model=%s engine=%s why=%r", key, engine.name, exc)
             is_fit = False
         finally:
             standing.checking = None
