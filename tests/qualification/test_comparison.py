@@ -28,6 +28,7 @@ SPEEDS = {
     "mlx float16": 8,
     "mlx mixed": 9,
     "mlx float32": 16,
+    "coreml float16": 12,
     "coreml float32": 4,
     "cpu float32": 30,
 }
