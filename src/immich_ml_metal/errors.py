@@ -17,6 +17,7 @@ ServiceError
 ├── InvalidOutput           500  an output is not finite or of a wrong dimension
 ├── Condemned               500  it ended every worker that worked on it
 ├── TimedOut                503  no answer within the limit
+├── Busy                    503  a place is taken for a moment; the gateway asks again
 ├── Overloaded              503  held as long as it could be held; try again later
 └── ConfigError             a setting is unknown, malformed or cannot be honoured; stops the start
 
@@ -95,6 +96,10 @@ class TimedOut(ServiceError):
     """The request made no progress within the limit."""
 
 
+class Busy(ServiceError):
+    """A place that one request takes at a time is taken; it is free again soon."""
+
+
 class Overloaded(ServiceError):
     """The request was held as long as it could be held. The caller should retry later."""
 
@@ -119,13 +124,14 @@ STATUS: Mapping[type[ServiceError], int] = MappingProxyType(
         InvalidOutput: 500,
         Condemned: 500,
         TimedOut: 503,
+        Busy: 503,
         Overloaded: 503,
     }
 )
 CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 # What may pass by itself. A network comes back: the gateway asks again for as long as it may hold.
 RETRY_AFTER_S: Mapping[type[ServiceError], int] = MappingProxyType(
-    {DownloadFailed: 5, Overloaded: 30}
+    {DownloadFailed: 5, Busy: 5, Overloaded: 30}
 )
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import (
+    Busy,
     InferenceError,
     InvalidImage,
     LoadFailed,
     MissingDependency,
     MissingPayload,
-    Overloaded,
     TimedOut,
 )
 from immich_ml_metal.metrics import Metrics
@@ -264,7 +264,7 @@ async def test_a_second_giant_picture_is_asked_to_come_again() -> None:
     first = asyncio.create_task(stage.ask(request, picture(40)))
     small = asyncio.create_task(stage.ask(request, picture(39)))  # just not giant
     await until(lambda: sum(map(len, model.batches)) == 2)
-    with pytest.raises(Overloaded, match="another giant picture"):
+    with pytest.raises(Busy, match="another giant picture"):
         await stage.ask(request, picture(41))
     model.gate.open()
     await asyncio.gather(first, small)

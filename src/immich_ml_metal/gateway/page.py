@@ -10,11 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from immich_ml_metal.gateway.asked import TASKS
 from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.http import Receive, Send, reply, reply_json
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.network import lan_addresses, url_host
-from immich_ml_metal.types import Task
 
 _TYPES = {
     ".html": b"text/html; charset=utf-8",
@@ -92,9 +92,9 @@ class Page:
             "engines": dict(self._describe_engines()),
             "models": {
                 "usual": {
-                    Task.CLIP: usual.clip_model,
-                    Task.FACES: usual.face_model,
-                    Task.OCR: usual.ocr_model,
+                    "clip": usual.clip_model,
+                    "facial-recognition": usual.face_model,
+                    "ocr": usual.ocr_model,
                 },
                 "on_disk": await asyncio.to_thread(models_on_disk, usual.models_dir.expanduser()),
             },
@@ -133,7 +133,7 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
 def models_on_disk(folder: Path) -> dict[str, list[str]]:
     """Names of the models that have a graph in Immich's cache layout, by task; blocks."""
     found: dict[str, list[str]] = {}
-    for task in Task:
+    for task in TASKS:
         try:
             models = sorted(path for path in (folder / task).iterdir() if path.is_dir())
             found[task] = [path.name for path in models if any(path.glob("*/model.onnx"))]

@@ -14,7 +14,7 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image
 
-from immich_ml_metal.errors import ImageTooLarge, InvalidImage, Overloaded
+from immich_ml_metal.errors import Busy, ImageTooLarge, InvalidImage
 from immich_ml_metal.system.footprint import memory_bytes
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.threads import CpuThreads
@@ -52,10 +52,10 @@ class OtherFormats:
         Raises:
             InvalidImage: no picture, or one that takes too long or too much memory.
             ImageTooLarge: over the limits.
-            Overloaded: another one is being decoded. To wait here would keep a place from others.
+            Busy: another one is being decoded. To wait here would keep a place from others.
         """
         if self._is_busy:
-            raise Overloaded("another picture of a rare format is being decoded")
+            raise Busy("another picture of a rare format is being decoded")
         self._is_busy = True
         try:
             return await self._threads.run(lambda: self._decode(data))

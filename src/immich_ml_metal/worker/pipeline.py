@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from immich_ml_metal.errors import MissingDependency, MissingPayload, Overloaded, TimedOut
+from immich_ml_metal.errors import Busy, MissingDependency, MissingPayload, TimedOut
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.tasks.clip import SearchQuery
 from immich_ml_metal.tasks.faces import FaceCrop, FaceQuery
@@ -98,14 +98,14 @@ class Pipeline:
         """Hold one giant picture at a time: one of 13000x13000 pixels takes 1.2 GB.
 
         Raises:
-            Overloaded: there is one; to wait for it here would keep a place from other requests.
+            Busy: there is one; to wait for it here would keep a place from other requests.
         """
         pixels = await self._pictures.count_pixels(image, urgency)
         if pixels is None or pixels <= self._giant_pixels:
             yield
             return
         if self._giants.locked():
-            raise Overloaded("another giant picture is being worked on")
+            raise Busy("another giant picture is being worked on")
         async with self._giants:
             yield
 

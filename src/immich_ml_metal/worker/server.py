@@ -286,7 +286,9 @@ async def _render_refusal(_: Request, exc: Exception) -> JSONResponse:
 def _render_error(exc: Exception) -> JSONResponse:
     """The reason as JSON; what is our fault goes to the log as well, once."""
     status = errors.status_of(exc)
-    if status >= 500:
+    if isinstance(exc, errors.Busy):  # nothing failed: the gateway asks again
+        log.info("put off reason=%s", exc)
+    elif status >= 500:
         log.error("request failed status=%d", status, exc_info=exc)
     reason = str(exc)
     if not isinstance(exc, errors.ServiceError):
