@@ -208,7 +208,10 @@ def test_faces_aligned_by_another_detector_are_said(shelf: Path) -> None:
     assert other.guard.held_points() == "vision"
     without = IndexGuard(other.settings, "immich", has_vision=False)
     assert (without.held_points(), without.finding(name).served) == ("", "as set")
-    assert Start(shelf, points="vision").guard.held_points() == ""
+    same = Start(shelf, points="vision")
+    assert (same.finding(name).state, same.guard.held_points()) == ("same", "vision")
+    same.guard.history.accept(name)
+    assert same.guard.held_points() == ""
 
 
 def test_text_is_not_guarded_because_nothing_compares_it(shelf: Path) -> None:

@@ -315,7 +315,7 @@ async def test_it_is_qualified_again_while_the_cpu_goes_on_answering(
     asked: list[ModelKey] = []
     verdict = asyncio.Event()
 
-    async def requalify(key: ModelKey, engine: object) -> bool:
+    async def requalify(key: ModelKey) -> bool:
         asked.append(key)
         await verdict.wait()
         return is_fit
@@ -339,7 +339,7 @@ async def test_a_probe_that_breaks_keeps_it_aside_and_is_not_asked_for_each_item
 ) -> None:
     asked: list[ModelKey] = []
 
-    async def requalify(key: ModelKey, engine: object) -> bool:
+    async def requalify(key: ModelKey) -> bool:
         asked.append(key)
         raise OSError("no disk")
 

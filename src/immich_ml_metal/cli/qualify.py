@@ -15,12 +15,11 @@ from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_err
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.children import measure
 from immich_ml_metal.qualification.comparison import Compared, Comparison
-from immich_ml_metal.qualification.plan import this_machine
-from immich_ml_metal.qualification.record import Record, name_of
+from immich_ml_metal.qualification.plan import remembered_choices
+from immich_ml_metal.qualification.record import name_of
 from immich_ml_metal.qualification.report import cells, write_report
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import resolve
-from immich_ml_metal.state import StateFolder
 from immich_ml_metal.types import ModelKey
 
 Names = Annotated[
@@ -49,23 +48,20 @@ def qualify(
     Takes minutes and the whole machine. Exit code: 0, or 1 when nothing could be measured.
     """
     settings, _ = resolve({"models_dir": models_dir})
-    record = Record(StateFolder(settings.state_folder))
-    machine, store = this_machine(), ModelStore(settings)
-    comparison = Comparison(
-        settings, machine, record, store, measure, engines=engine or (), again=again
-    )
+    choices = remembered_choices(settings, ModelStore(settings))
+    comparison = Comparison(choices, measure, engines=engine or (), again=again)
     keys = _keys(settings, names or ())
     found = asyncio.run(_compare(comparison, keys))
     if share is not None:
-        write_report(share, machine.environment, found)
+        write_report(share, choices.machine.environment, found)
         typer.echo(f"Wrote {share}; look into it before you post it.", err=True)
     if as_json:
         print_json([_as_dict(one) for one in found])
     else:
         _print(found)
-    if record.trouble:
-        print_error(f"the verdicts are not remembered: {record.trouble}")
-    raise typer.Exit(Exit.OK if found and not record.trouble else Exit.FINDING)
+    if choices.record.trouble:
+        print_error(f"the verdicts are not remembered: {choices.record.trouble}")
+    raise typer.Exit(Exit.OK if found and not choices.record.trouble else Exit.FINDING)
 
 
 def _keys(settings: Settings, names: Sequence[str]) -> list[ModelKey]:

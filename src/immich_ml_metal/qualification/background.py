@@ -16,10 +16,9 @@ from immich_ml_metal.logs import configure_logging
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.checker import LIMITS_S, Checker, Tools, machine_memory
 from immich_ml_metal.qualification.children import COMMAND, measure
-from immich_ml_metal.qualification.plan import Machine, this_machine
-from immich_ml_metal.qualification.record import Record, key_of
+from immich_ml_metal.qualification.plan import Machine, remembered_choices
+from immich_ml_metal.qualification.record import key_of
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.state import StateFolder
 
 _STDIN = 0
 _NICENESS = 10
@@ -34,17 +33,18 @@ def main(tools: Tools | None = None, machine: Machine | None = None) -> None:
     settings = Settings.model_validate_json(order["settings"])
     configure_logging(settings, "check")
     tools = tools or Tools(lambda one: measure(one, COMMAND), machine_memory, LIMITS_S)
-    asyncio.run(_settle(settings, order["models"], tools, machine or this_machine()))
+    asyncio.run(_settle(settings, order["models"], tools, machine))
 
 
-async def _settle(settings: Settings, names: Sequence[str], tools: Tools, machine: Machine) -> None:
-    store = ModelStore(settings)
-    record = Record(StateFolder(settings.state_folder))
-    checker = Checker(settings, machine, record, store, tools)
+async def _settle(
+    settings: Settings, names: Sequence[str], tools: Tools, machine: Machine | None
+) -> None:
+    choices = remembered_choices(settings, ModelStore(settings), machine)
+    checker = Checker(choices, tools)
     for name in names:
         choice = await checker.settle(key_of(name))
         told = {"model": name, "chosen": str(choice.candidate) if choice else None}
-        print(json.dumps({**told, "remembered": not record.trouble}), flush=True)  # noqa: T201
+        print(json.dumps({**told, "remembered": not choices.record.trouble}), flush=True)  # noqa: T201
 
 
 def _read_line() -> bytes:

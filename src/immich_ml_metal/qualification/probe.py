@@ -15,6 +15,7 @@ from immich_ml_metal.backends.base import AnyModel, Engine, in_format
 from immich_ml_metal.backends.makers import Maker, Surroundings
 from immich_ml_metal.backends.selection import FACE_FINDING, REFERENCE
 from immich_ml_metal.errors import LoadFailed, ModelUnavailable
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.onnx_graph.gap import gap
 from immich_ml_metal.qualification.compare import (
@@ -24,6 +25,7 @@ from immich_ml_metal.qualification.compare import (
     worst,
 )
 from immich_ml_metal.qualification.order import CHECK, Order
+from immich_ml_metal.qualification.plan import ServedFiles
 from immich_ml_metal.qualification.samples import WORDS, draw_samples
 from immich_ml_metal.qualification.verdict import Figures, Outcome, Verdict, judge
 from immich_ml_metal.settings import Settings
@@ -50,7 +52,7 @@ class Answers:
 async def probe(order: Order, makers: Makers, say: Say) -> Verdict:
     """Measure one candidate; what it raises is for the caller to make a verdict of."""
     settings = Settings.model_validate_json(order.settings_json)
-    files = _files(settings, order.key)
+    files = files_of(settings, order.key)
     say("making the engine")
     given = Surroundings(settings, files_of=lambda key: _need(settings, key), is_explicit=True)
     try:
@@ -75,16 +77,17 @@ async def probe(order: Order, makers: Makers, say: Say) -> Verdict:
     return _compare(order.key, answers, theirs, model, figures)
 
 
-def _files(settings: Settings, key: ModelKey) -> ModelFiles | None:
+def files_of(settings: Settings, key: ModelKey) -> ModelFiles | None:
+    """The files of a model that the service serves; None when they are not here."""
     store = ModelStore(settings)
     try:
-        return store.locate(key)
+        return ServedFiles(store, IndexGuard(settings)).locate(key)
     finally:
         store.close()
 
 
 def _need(settings: Settings, key: ModelKey) -> ModelFiles:
-    files = _files(settings, key)
+    files = files_of(settings, key)
     if files is None:
         raise ModelUnavailable(f"{key} is not on this disk")
     return files

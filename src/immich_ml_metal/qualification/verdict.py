@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from immich_ml_metal.backends.selection import Candidate, Slot
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.backends.selection import Candidate
+from immich_ml_metal.types import Part, Slot, Task
 
 
 class Outcome(StrEnum):
