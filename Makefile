@@ -5,29 +5,37 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.14 python3.11 python3 p
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SERVE := $(VENV)/.serve-$(shell cksum requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 DEV := $(VENV)/.dev-$(shell cksum requirements-dev.lock pyproject.toml | cksum | cut -d' ' -f1)
+
+# What is told when no Python fits: how to get one on each system.
+NO_PYTHON = "Python 3.11 to 3.14 is needed, with its venv module. On the path is: $$(python3 --version 2>&1)." \
+	"  macOS with Homebrew:  brew install python@3.13" \
+	"  macOS without:        the installer at https://www.python.org/downloads/" \
+	"  Debian, Ubuntu:       sudo apt install python3 python3-venv" \
+	"  any, with uv:         uv venv --seed --python 3.13 $(VENV)" \
+	"Then the same make again. PYTHON=/path/to/python3.13 names one that is elsewhere."
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
 
 # An Intel Python on Apple Silicon has no MLX and no ONNX Runtime to install: say so before pip does.
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed, with its venv module"; exit 1; }
+	@test -n "$(PYTHON)" || { printf '%s\n' $(NO_PYTHON); exit 1; }
 	@$(PYTHON) scripts/check_python.py
 	$(PYTHON) -m venv $(VENV)
 
 $(SERVE): | $(BIN)/python
-	@echo "Installing what the service needs (once, a few minutes)"
+	@echo "Installing what the service needs into $(VENV) (once, a few minutes)"
 	@$(PIP) install --require-hashes -r requirements.lock
-	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(PIP) --quiet install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(DEV): | $(BIN)/python
 	@echo "Installing the service and the development tools (once, a few minutes)"
 	@$(PIP) install --require-hashes -r requirements-dev.lock
-	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(PIP) --quiet install --no-deps --no-build-isolation -e .
 	@touch $@
 
 setup: $(SERVE)  ## Create .venv with what the service needs

@@ -7,7 +7,10 @@ import platform
 import subprocess
 import sys
 
-REMEDY = "with uv: `arch -arm64 uv venv --python cpython-3.13-macos-aarch64 .venv`, then make again"
+REMEDY = (
+    "with uv: `arch -arm64 uv venv --seed --python cpython-3.13-macos-aarch64 .venv`, "
+    "then make again"
+)
 
 
 def problem(system: str, machine: str, *, on_apple_silicon: bool) -> str:

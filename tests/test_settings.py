@@ -87,6 +87,7 @@ def example(name: str) -> str:
         "hub_endpoint": "http://mirror",
         "modelscope_endpoint": "http://mirror",
         "immich_url": "http://nas:2283",
+        "graph_rewriting": "rows, length",
     }
     default = Settings.model_fields[name].default
     if name in words:

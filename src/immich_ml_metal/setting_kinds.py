@@ -43,6 +43,10 @@ def _flag(value: Any) -> Any:
 Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=1)]
 SizeOrZero = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Rewritings = Annotated[
+    tuple[Literal["all", "off", "rows", "length", "gelu", "upscaling"], ...],
+    BeforeValidator(_split),
+]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 LogLevel = Annotated[Literal["error", "warning", "info", "debug"], BeforeValidator(_log_level)]
 

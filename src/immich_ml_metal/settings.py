@@ -7,7 +7,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, SecretStr
 from pydantic.fields import FieldInfo
 
-from immich_ml_metal.setting_kinds import Flag, LogLevel, Names, Size, SizeOrZero, setting
+from immich_ml_metal.setting_kinds import (
+    Flag,
+    LogLevel,
+    Names,
+    Rewritings,
+    Size,
+    SizeOrZero,
+    setting,
+)
 from immich_ml_metal.state import default_folder
 from immich_ml_metal.threads import core_count
 
@@ -125,6 +133,12 @@ class Settings(BaseModel):
         "auto",
         "ML_MLX_DTYPE",
         help="Number format of the mlx engine; auto is float16 on a GPU, float32 on a CPU.",
+    )
+    graph_rewriting: Rewritings = setting(
+        ("all",),
+        "ML_GRAPH_REWRITING",
+        help="Which rewritings shorten the models' graphs: all, off, or some of rows, length, "
+        "gelu and upscaling, to compare.",
     )
 
     offline: bool = setting(

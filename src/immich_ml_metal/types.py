@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the gateway shares these words, and does without NumPy's 5 MB
+    import numpy as np
+    from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
-Tensor = NDArray[Any]  # a graph's input or output: its dtype is the graph's own
+    Floats = NDArray[np.float32]
+    Bytes = NDArray[np.uint8]
+    Tensor = NDArray[Any]  # a graph's input or output: its dtype is the graph's own
+else:
+    Floats = Bytes = Tensor = Any
 
 
 class Task(StrEnum):
@@ -236,8 +239,12 @@ class TensorSpec:
     """A graph's input or output: `shape` holds None for a free dimension."""
 
     name: str
-    dtype: np.dtype[Any]
+    dtype: "np.dtype[Any]"
     shape: tuple[int | None, ...]
+
+
+# In a graph's metadata: it takes fewer tokens than the file says, up to and with the end token.
+FREE_LENGTH = "immich-ml-metal.free_length"
 
 
 class Graph(Protocol):

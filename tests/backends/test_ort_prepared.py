@@ -24,9 +24,11 @@ from immich_ml_metal.backends.ort.prepared import (
 )
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.onnx_graph.rewriting import REWRITINGS
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
+ALL = tuple(REWRITINGS)
 SIDE = 112
 FEATURES = 3 * SIDE * SIDE // 2  # times 512 outputs: just over the limit
 KEY = ModelKey(Task.FACES, Part.RECOGNITION, "buffalo_l")
@@ -42,7 +44,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net.add("MatMul", net.add("Flatten", half), net.const(weights), name="y")
     net.save(path, ("x", FLOAT, ["n", 3, SIDE, SIDE]), [("y", FLOAT, ["n", 512])])
     assert worth_preparing(path)
-    prepare_in_child(prepared_form(path))
+    prepare_in_child(prepared_form(path, ALL), ALL)
     return path
 
 
@@ -77,13 +79,13 @@ def plain(path: Path) -> np.ndarray[Any, Any]:
 
 
 def test_the_prepared_form_gives_the_same_numbers(large: Path) -> None:
-    form = prepared_form(large).find()
+    form = prepared_form(large, ALL).find()
     assert form is not None
     np.testing.assert_allclose(plain(form / GRAPH), plain(large), rtol=1e-5, atol=1e-4)
 
 
 def test_its_size_is_that_of_the_weights_not_of_both_forms(large: Path) -> None:
-    form = prepared_form(large).find()
+    form = prepared_form(large, ALL).find()
     assert form is not None
     graph = OrtGraph(form / GRAPH, options=session_options(1), weights=large)
     assert graph.size_bytes == large.stat().st_size
@@ -140,11 +142,11 @@ def test_what_another_runtime_or_other_weights_made_is_replaced(
         monkeypatch.setattr("onnxruntime.__version__", "99.0")
     else:
         monkeypatch.setattr(prepared, "disabled_optimizers", lambda: ["AnotherFusion"])
-    assert prepared_form(copy).find() is None
+    assert prepared_form(copy, ALL).find() is None
     load(copy)
     (new,) = forms(copy)
     assert new != old
-    assert prepared_form(copy).find() == new
+    assert prepared_form(copy, ALL).find() == new
 
 
 def test_the_form_of_another_processor_on_the_same_folder_stays(

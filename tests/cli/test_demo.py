@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
 from immich_ml_metal.cli.demo import show_demo
+from immich_ml_metal.cli.output import own_command
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.worker.compose import build_app
@@ -60,6 +61,24 @@ def test_missing_models_are_named_with_the_way_to_get_them(
     assert "not shown: ViT-L-14__openai is not in" in words
     assert "immich-ml-metal models pull ViT-L-14__openai" in words
     assert "1 found" in words
+
+
+def test_commands_are_named_as_they_work_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / ".venv" / "bin" / "immich-ml-metal"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert own_command() == ".venv/bin/immich-ml-metal"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert own_command() == str(program)
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert own_command() == "immich-ml-metal"
 
 
 def test_with_pull_a_missing_model_is_asked_for_all_the_same(

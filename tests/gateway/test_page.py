@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from doubles.gateway import Service, running_gateway
 
-from immich_ml_metal.gateway.page import models_on_disk
+from immich_ml_metal.gateway.terminal import models_on_disk
 
 UI = Path(__file__).parents[2] / "src/immich_ml_metal/gateway/ui"
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}

@@ -14,8 +14,8 @@ from immich_ml_metal.models.download import Download
 from immich_ml_metal.models.manifest import load_manifest
 from immich_ml_metal.models.paddle import list_pinned
 from immich_ml_metal.models.progress import Tracker
+from immich_ml_metal.models.remote import Retry
 from immich_ml_metal.models.shelf import FileState, Shelf
-from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
 

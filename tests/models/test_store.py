@@ -10,8 +10,8 @@ from immich_ml_metal.errors import DownloadFailed, ModelUnavailable, UnknownMode
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.manifest import load_manifest, sha256_of
 from immich_ml_metal.models.progress import DownloadProgress, Phase
+from immich_ml_metal.models.remote import Retry
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey, Part, Task
 

@@ -15,9 +15,10 @@ from doubles.hub import FakeHub, Fault, onnx_bytes
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.models.manifest import load_manifest
+from immich_ml_metal.models.remote import RemoteFile, Retry
 from immich_ml_metal.models.shelf import FileState
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.models.transfer import RemoteFile, Retry, partial_path
+from immich_ml_metal.models.transfer import partial_path
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
 

@@ -11,8 +11,8 @@ from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import DownloadFailed, ModelError, ModelUnavailable
 from immich_ml_metal.models.manifest import NAME
 from immich_ml_metal.models.progress import DownloadProgress
+from immich_ml_metal.models.remote import Retry
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
 

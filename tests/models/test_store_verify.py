@@ -7,9 +7,9 @@ from doubles.hub import FakeHub, Fault, external_onnx, onnx_bytes
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.models.manifest import NAME, load_manifest, save_manifest
+from immich_ml_metal.models.remote import Retry
 from immich_ml_metal.models.shelf import FileState
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.models.transfer import Retry
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,3 +87,9 @@ def test_an_engine_set_aside_is_used_again_once_a_probe_finds_it_right(
         ask_until(range(1), Outcome.RIGHT)
     assert len(answers) == 1
     assert "clip" in answers.pop()
+
+
+def test_a_worker_that_downloads_nothing_imports_no_http_client_and_no_framework() -> None:
+    code = "import sys, immich_ml_metal.worker.compose; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert not {"httpx", "httpx2", "huggingface_hub", "fastapi", "rich"} & set(found.stdout.split())

@@ -1,34 +1,32 @@
-"""What `bench` measures, in order: start, raw engine, each task, a whole import, memory.
+"""What `bench` measures, in order: start, raw engine, each task, a whole import, search, memory.
 
-Callers are closed loops: each sends its next request when the last is answered. Two services are
-measured in turn, A B A B, so that a machine busy for a moment does not decide between them.
+Speed is told as ratios made in the same minutes: two services are measured in turn, A B A B, in
+rounds; what is told of each is the median of its rounds and their spread.
 """
 
 import asyncio
-import itertools
 import platform
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import httpx
-
 from immich_ml_metal import __version__
-from immich_ml_metal.bench.raw import RawRate, raw_rates
-from immich_ml_metal.client.calls import (
-    ANSWER_TIMEOUT_S,
-    CLIP_IMAGE,
-    FACES,
-    TEXT,
-    Call,
-    checked,
-    configured_names,
-    encode,
-    find_photos,
-    immich_calls,
+from immich_ml_metal.bench.load import (
+    IN_FLIGHT,
+    Form,
+    Load,
+    make_forms,
+    run_import,
+    run_load,
+    run_once,
+    run_search,
 )
-from immich_ml_metal.client.own_service import OwnService, running_service
+from immich_ml_metal.bench.machine import OtherWork, Processes
+from immich_ml_metal.bench.raw import RawRate, raw_rates
+from immich_ml_metal.client.calls import CLIP_TEXT, configured_names, find_photos, immich_calls
+from immich_ml_metal.client.own_service import running_service
 from immich_ml_metal.drawing import draw_preview
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.models.store import ModelStore
@@ -36,7 +34,8 @@ from immich_ml_metal.settings import Settings
 from immich_ml_metal.threads import core_count
 
 Say = Callable[[str], None]
-Requests = dict[str, list[httpx.Request]]  # ready requests by the name of their call
+Forms = Mapping[str, Sequence[Form]]  # ready requests by the name of their call
+Measure = Callable[[str], Load]
 
 QUERIES = (
     "a photo of a dog",
@@ -48,44 +47,62 @@ QUERIES = (
     "snow on a mountain road",
     "a cat asleep on a keyboard",
 )
-IMPORT = (CLIP_IMAGE, FACES, TEXT)  # what Immich asks of every new photo
 DRAWN_PICTURES = 8
-TURNS = 2  # of each service, where there are two; the better one counts
+WHOLE_IMPORT, SEARCH, SEARCH_BESIDE = "whole import", "search", "search beside an import"
+IDLE_S = 22.0  # two looks of the service at what it may give back
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What one measurement saw: answers per second, and latency percentiles in milliseconds."""
+class Figure:
+    """One number over all rounds."""
 
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(slots=True)
+class Row:
+    """One kind of load on one service, over all rounds."""
+
+    name: str
     clients: int
-    answers: int
-    per_s: float
-    p50_ms: float
-    p95_ms: float
+    loads: list[Load] = field(default_factory=list)
+
+    def figure(self, value: str) -> Figure:
+        """A field of `Load` over the rounds."""
+        return summarise([getattr(load, value) for load in self.loads])
 
 
 @dataclass(slots=True)
 class Measured:
-    """One service: loads by task, whole imports in photos per second, memory."""
+    """One service: what each kind of load saw, and memory in bytes where it is known."""
 
     url: str
-    loads: dict[str, list[Load]] = field(default_factory=dict)
-    imports: list[Load] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     first_answer_s: float | None = None
+    idle_private_bytes: int | None = None
+    busy_private_bytes: int | None = None
     resident_bytes: int | None = None
 
 
 @dataclass(slots=True)
 class BenchReport:
-    """Everything `bench` found, with the machine it was found on."""
+    """Everything `bench` found, with the machine it was found on.
+
+    Attributes:
+        others_share: of all cores, used by neither service nor `bench` meanwhile, 0..1.
+    """
 
     machine: str
     cores: int
     version: str
     pictures: int
+    rounds: int
     raw: list[RawRate]
     ours: Measured
     against: Measured | None
+    others_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +111,16 @@ class Plan:
 
     Attributes:
         photos: pictures or folders of pictures; drawn ones when empty.
-        clients: each number of callers is measured.
+        clients: each number of callers is measured; none leaves the single tasks out.
         seconds: length of one measurement.
+        rounds: of each measurement, the services in turn.
         against: address of a second service.
     """
 
     photos: Sequence[Path]
     clients: Sequence[int]
     seconds: float
+    rounds: int
     against: str | None
     say: Say
 
@@ -114,155 +133,138 @@ def measure_all(settings: Settings, plan: Plan) -> BenchReport:
     """
     pictures = [file.read_bytes() for file in find_photos(plan.photos)]
     pictures = pictures or [draw_preview(seed) for seed in range(DRAWN_PICTURES)]
-    requests = _requests_by_task(settings, pictures, plan.say)
+    forms = _forms_by_task(settings, pictures, plan.say)
     options = {"--models-dir": str(settings.models_dir), "--log-level": "warning"}
     started_s = time.perf_counter()
     with running_service(options) as own:
-        ours = _first_answer(own, requests, started_s)
-        services = [ours, *([Measured(plan.against)] if plan.against else [])]
-        _warm_up(services, requests, plan.say)
-        plan.say("raw engine")
-        raw = raw_rates(settings, seconds=plan.seconds / 2)
-        for count in plan.clients:
-            _measure_tasks(services, requests, count, plan)
-            _measure_imports(services, requests, count, plan)
-        ours.resident_bytes = own.resident_bytes()
-    against = services[1] if plan.against else None
-    return BenchReport(_machine(), core_count(), __version__, len(pictures), raw, ours, against)
-
-
-def _first_answer(own: OwnService, requests: Requests, started_s: float) -> Measured:
-    first = next(iter(requests.values()))[:1]
-    asyncio.run(run_once(own.url, first, clients=1))
-    return Measured(own.url, first_answer_s=time.perf_counter() - started_s)
-
-
-def _warm_up(services: Sequence[Measured], requests: Requests, say: Say) -> None:
-    """Load every model before anything is timed."""
-    for service in services:
-        for name, ready in requests.items():
-            say(f"warming up {name} on {service.url}")
-            asyncio.run(run_once(service.url, ready, clients=2))
-
-
-def _measure_tasks(
-    services: Sequence[Measured], requests: Requests, clients: int, plan: Plan
-) -> None:
-    for name, ready in requests.items():
-
-        def measure(url: str, ready: list[httpx.Request] = ready) -> Load:
-            return asyncio.run(run_load(url, ready, clients=clients, seconds=plan.seconds))
-
-        plan.say(f"{name}, {clients} clients")
-        for service, load in zip(services, in_turn(services, measure), strict=True):
-            service.loads.setdefault(name, []).append(load)
-
-
-def _measure_imports(
-    services: Sequence[Measured], requests: Requests, clients: int, plan: Plan
-) -> None:
-    if not any(name in requests for name in IMPORT):
-        return
-    plan.say(f"whole import, {clients} clients")
-    loads = in_turn(services, lambda url: _measure_import(url, requests, clients, plan.seconds))
-    for service, load in zip(services, loads, strict=True):
-        service.imports.append(load)
-
-
-def in_turn(services: Sequence[Measured], measure: Callable[[str], Load]) -> list[Load]:
-    """Measure each service in turn, more than once where there are two; the best of each."""
-    turns = TURNS if len(services) > 1 else 1
-    rounds = [[measure(service.url) for service in services] for _ in range(turns)]
-    return [max(loads, key=lambda load: load.per_s) for loads in zip(*rounds, strict=True)]
-
-
-async def run_load(
-    url: str, requests: Sequence[httpx.Request], *, clients: int, seconds: float
-) -> Load:
-    """Send `requests` round and round from `clients` callers for `seconds`."""
-    deadline = time.perf_counter() + seconds
-    endless = itertools.takewhile(
-        lambda _: time.perf_counter() < deadline, itertools.cycle(requests)
+        asyncio.run(run_once(own.url, next(iter(forms.values()))[:1], clients=1))
+        first_answer_s = time.perf_counter() - started_s
+        bench = Bench({own.url: Processes(own.pid)}, forms, plan)
+        raw = [] if not plan.clients else raw_rates(settings, seconds=plan.seconds / 2)
+        bench.run()
+    ours, *others = bench.measured
+    ours.first_answer_s = first_answer_s
+    return BenchReport(
+        machine=_machine(),
+        cores=core_count(),
+        version=__version__,
+        pictures=len(pictures),
+        rounds=plan.rounds,
+        raw=raw,
+        ours=ours,
+        against=others[0] if others else None,
+        others_share=bench.others_share,
     )
-    at_least_one = itertools.chain(requests[:1], endless)
-    return await _drive(url, at_least_one, clients)
 
 
-async def run_once(url: str, requests: Sequence[httpx.Request], *, clients: int) -> Load:
-    """Send each of `requests` once, in order, from `clients` callers."""
-    return await _drive(url, iter(requests), clients)
+class Bench:
+    """The services in turn, one kind of load after the other."""
 
+    def __init__(self, processes: dict[str, Processes], forms: Forms, plan: Plan) -> None:
+        if plan.against:
+            processes = {**processes, plan.against: Processes.behind(plan.against)}
+        self.measured = [Measured(url) for url in processes]
+        self.others_share = 0.0
+        self._processes = processes
+        self._forms = forms
+        self._plan = plan
 
-async def _drive(url: str, requests: Iterator[httpx.Request], clients: int) -> Load:
-    latencies_s: list[float] = []
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(limits=limits, timeout=ANSWER_TIMEOUT_S) as client:
-        started = time.perf_counter()
-        await asyncio.gather(
-            *(_one_client(client, url, requests, latencies_s) for _ in range(clients))
+    def run(self) -> None:
+        """Warm up, measure every kind of load, then the memory that stays."""
+        for service in self.measured:
+            for name, forms in self._forms.items():
+                self._plan.say(f"warming up {name} on {service.url}")
+                asyncio.run(run_once(service.url, forms, clients=2))
+        others = OtherWork(self._processes.values())
+        for clients in self._plan.clients:
+            for name, forms in self._forms.items():
+                self._in_turn(name, clients, self._task(forms, clients))
+        self._measure_import()
+        self._measure_search()
+        self.others_share = others.share()
+        self._plan.say("memory when idle")
+        time.sleep(IDLE_S)
+        for service in self.measured:
+            service.idle_private_bytes = self._processes[service.url].private_bytes()
+            service.resident_bytes = self._processes[service.url].resident_bytes()
+
+    def _task(self, forms: Sequence[Form], clients: int) -> Measure:
+        seconds = self._plan.seconds
+        return lambda url: asyncio.run(run_load(url, forms, clients=clients, seconds=seconds))
+
+    def _measure_import(self) -> None:
+        if not any(name in self._forms for name in IN_FLIGHT):
+            return
+        trial = asyncio.run(run_import(self.measured[0].url, self._forms, photos=6))
+        photos = max(6, round(self._plan.seconds * trial.per_s))  # the same work for both
+        clients = sum(count for name, count in IN_FLIGHT.items() if name in self._forms)
+        self._in_turn(
+            WHOLE_IMPORT, clients, lambda url: asyncio.run(run_import(url, self._forms, photos))
         )
-        elapsed_s = time.perf_counter() - started
-    ordered = sorted(latencies_s)
-    return Load(
-        clients=clients,
-        answers=len(ordered),
-        per_s=len(ordered) / elapsed_s,
-        p50_ms=1000 * ordered[len(ordered) // 2],
-        p95_ms=1000 * ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-    )
+
+    def _measure_search(self) -> None:
+        if (queries := self._forms.get(CLIP_TEXT)) is None:
+            return
+
+        def search(beside: Forms | None) -> Measure:
+            seconds = self._plan.seconds
+            return lambda url: asyncio.run(run_search(url, queries, seconds=seconds, beside=beside))
+
+        self._in_turn(SEARCH, 1, search(None))
+        if any(name in self._forms for name in IN_FLIGHT):
+            self._in_turn(SEARCH_BESIDE, 1, search(self._forms))
+
+    def _in_turn(self, name: str, clients: int, measure: Measure) -> None:
+        self._plan.say(f"{name}, {clients} in flight")
+        rows = [Row(name, clients) for _ in self.measured]
+        for _ in range(self._plan.rounds):
+            for service, row in zip(self.measured, rows, strict=True):
+                load = self._watched(service, measure)
+                # beside an import the processor works for the import, not for the searches
+                row.loads.append(replace(load, cpu_ms=None) if name == SEARCH_BESIDE else load)
+        for service, row in zip(self.measured, rows, strict=True):
+            service.rows.append(row)
+
+    def _watched(self, service: Measured, measure: Measure) -> Load:
+        """One measurement, with the processor time it took and the memory right behind it."""
+        processes = self._processes[service.url]
+        before_s = processes.cpu_s()
+        load = measure(service.url)
+        after_s = processes.cpu_s()
+        if (private := processes.private_bytes()) is not None:
+            service.busy_private_bytes = max(private, service.busy_private_bytes or 0)
+        if before_s is None or after_s is None:
+            return load
+        return replace(load, cpu_ms=1000 * (after_s - before_s) / load.answers)
 
 
-async def _one_client(
-    client: httpx.AsyncClient,
-    url: str,
-    requests: Iterator[httpx.Request],
-    latencies_s: list[float],
-) -> None:
-    for request in requests:
-        started = time.perf_counter()
-        with checked(url):
-            answer = await client.post(
-                f"{url}/predict",
-                content=request.content,
-                headers={"content-type": request.headers["content-type"]},
-            )
-            answer.raise_for_status()
-        latencies_s.append(time.perf_counter() - started)
+def summarise(values: Sequence[float]) -> Figure:
+    """The median, and how far the rounds lie apart."""
+    return Figure(statistics.median(values), min(values), max(values))
 
 
-def _requests_by_task(settings: Settings, pictures: Sequence[bytes], say: Say) -> Requests:
+def ratios(ours: Row, theirs: Row) -> Figure:
+    """Our answers per second to theirs, round by round: a slow minute slows both."""
+    pairs = zip(ours.loads, theirs.loads, strict=True)
+    return summarise([mine.per_s / other.per_s for mine, other in pairs])
+
+
+def _forms_by_task(settings: Settings, pictures: Sequence[bytes], say: Say) -> Forms:
     """Ready requests of every task whose models are here.
 
     Raises:
         ModelUnavailable: no configured model is here.
     """
     store = ModelStore(settings)
-    requests = {}
+    forms = {}
     for name, call in immich_calls(configured_names(settings)).items():
         if missing := call.missing(store):
             say(f"{name} is not measured: {missing[0].name} is not in {settings.models_dir}")
         else:
-            requests[name] = _requests(call, pictures)
-    if not requests:
+            forms[name] = make_forms(call, pictures if call.takes_image else QUERIES)
+    if not forms:
         raise ModelUnavailable(f"nothing to measure: no configured model in {settings.models_dir}")
-    return requests
-
-
-def _requests(call: Call, pictures: Sequence[bytes]) -> list[httpx.Request]:
-    return [encode(call, payload) for payload in (pictures if call.takes_image else QUERIES)]
-
-
-def _measure_import(url: str, requests: Requests, clients: int, seconds: float) -> Load:
-    """Each photo through every task, as an import does; the rate is in photos per second."""
-    tasks = [name for name in IMPORT if name in requests]
-    photos = [list(group) for group in zip(*(requests[name] for name in tasks), strict=True)]
-    once = [request for photo in photos for request in photo]
-    trial = asyncio.run(run_once(url, once, clients=clients))
-    rounds = max(1, round(seconds * trial.per_s / len(once)))
-    load = asyncio.run(run_once(url, once * rounds, clients=clients))
-    return Load(
-        clients, load.answers // len(tasks), load.per_s / len(tasks), load.p50_ms, load.p95_ms
-    )
+    return forms
 
 
 def _machine() -> str:

@@ -32,7 +32,7 @@ COMMANDS = MappingProxyType(
         "immich": "See the Immich server's settings and queues; bring back lost jobs.",
         "parity": "Send the same pictures and texts to two services and say whether switching is "
         "safe.",
-        "bench": "Measure requests per second, latency and memory; compare with the raw engine.",
+        "bench": "Measure each task, an import, searches beside it, processor time and memory.",
     }
 )
 

@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from immich_ml_metal.bench.measure import BenchReport, Measured, Plan, measure_all
+from immich_ml_metal.bench.machine import TOO_BUSY
+from immich_ml_metal.bench.measure import (
+    BenchReport,
+    Figure,
+    Measured,
+    Plan,
+    Row,
+    measure_all,
+    ratios,
+)
 from immich_ml_metal.cli.output import (
     ClipOption,
     FaceOption,
@@ -24,6 +33,7 @@ from immich_ml_metal.settings_sources import load_settings
 
 CLIENTS = (1, 2, 8)
 MIB = 2**20
+_COLUMNS = ("", "in flight", "per s", "p50 ms", "p95 ms", "cpu ms", "service/raw")
 Photos = Annotated[
     list[Path] | None,
     typer.Argument(
@@ -31,6 +41,10 @@ Photos = Annotated[
     ),
 ]
 Seconds = Annotated[float, typer.Option(min=0.5, help="Length of each measurement.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each kind; medians count.")]
+ImportOnly = Annotated[
+    bool, typer.Option("--import-only", help="Leave out the single tasks: import and search.")
+]
 Against = Annotated[
     str | None, typer.Option(help="A second service, measured in turn with ours: its address.")
 ]
@@ -43,10 +57,12 @@ def bench(
     face_model: FaceOption = None,
     ocr_model: OcrOption = None,
     seconds: Seconds = 6.0,
+    rounds: Rounds = 3,
+    import_only: ImportOnly = False,
     against: Against = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure requests per second, latency and memory; compare with the raw engine."""
+    """Measure each task, an import, searches beside it, processor time and memory."""
     models = {"clip_model": clip_model, "face_model": face_model, "ocr_model": ocr_model}
     settings = load_settings({"models_dir": models_dir, **models})
     console = Console(stderr=as_json)
@@ -54,7 +70,9 @@ def bench(
     def say(line: str) -> None:
         console.print(line, style="dim")
 
-    report = measure_all(settings, Plan(photos or [], CLIENTS, seconds, against, say))
+    clients = () if import_only else CLIENTS
+    plan = Plan(photos or [], clients, seconds, rounds, against and against.rstrip("/"), say)
+    report = measure_all(settings, plan)
     if as_json:
         print_json(asdict(report))
     else:
@@ -62,23 +80,25 @@ def bench(
 
 
 def print_report(report: BenchReport, console: Console) -> None:
-    """Print what was found, ratios last."""
+    """Print what was found, ratios last, and whether the machine was quiet."""
     console.print(
         f"[bold]immich-ml-metal {report.version}[/] on {report.machine}, {report.cores} cores, "
-        f"{report.pictures} pictures"
+        f"{report.pictures} pictures, each request another one; medians of {report.rounds} rounds"
     )
     raw = {rate.task: rate.per_s for rate in report.raw}
-    console.print(_raw_table(report))
+    if report.raw:
+        console.print(_raw_table(report))
     for measured in (report.ours, report.against):
         if measured is not None:
             console.print(_load_table(measured, raw))
+            console.print(_memory_line(measured))
     if report.against is not None:
         console.print(_ratio_table(report.ours, report.against))
-    if report.ours.first_answer_s is not None and report.ours.resident_bytes is not None:
-        console.print(
-            f"First answer {report.ours.first_answer_s:.1f} s after the start; "
-            f"resident memory after all tasks {report.ours.resident_bytes / MIB:.0f} MiB"
-        )
+    share = f"{100 * report.others_share:.0f} % of the cores"
+    if report.others_share > TOO_BUSY:
+        console.print(f"[bold]Too busy to tell[/]: other programs used {share} meanwhile.")
+    else:
+        console.print(f"The machine was quiet: other programs used {share}.")
 
 
 def _raw_table(report: BenchReport) -> Table:
@@ -93,32 +113,51 @@ def _raw_table(report: BenchReport) -> Table:
 
 def _load_table(measured: Measured, raw: dict[str, float]) -> Table:
     table = Table(title=measured.url)
-    for name in ("task", "clients", "requests/s", "p50 ms", "p95 ms", "service/raw"):
-        table.add_column(name, justify="left" if name == "task" else "right")
-    for name, loads in (*measured.loads.items(), ("whole import, photos", measured.imports)):
-        for load in loads:
-            ratio = f"{load.per_s / raw[name]:.2f}" if name in raw else ""
-            table.add_row(
-                name,
-                str(load.clients),
-                f"{load.per_s:.1f}",
-                f"{load.p50_ms:.0f}",
-                f"{load.p95_ms:.0f}",
-                ratio,
-            )
-        table.add_section()
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name else "left")
+    for row in measured.rows:
+        rate = row.figure("per_s")
+        table.add_row(
+            row.name,
+            str(row.clients),
+            _spread(rate, 1),
+            _spread(row.figure("p50_ms"), 0),
+            _spread(row.figure("p95_ms"), 0),
+            "" if row.loads[0].cpu_ms is None else _spread(row.figure("cpu_ms"), 0),
+            f"{rate.median / raw[row.name]:.2f}" if row.name in raw else "",
+        )
     return table
+
+
+def _memory_line(measured: Measured) -> str:
+    if measured.idle_private_bytes is None:
+        return "Its memory and processor time are not seen from here."
+    first_s = measured.first_answer_s
+    start = "" if first_s is None else f"First answer {first_s:.1f} s after the start; "
+    return (
+        f"{start}memory of its own {measured.idle_private_bytes / MIB:.0f} MiB when idle, "
+        f"{(measured.busy_private_bytes or 0) / MIB:.0f} MiB under load; "
+        f"with mapped models {(measured.resident_bytes or 0) / MIB:.0f} MiB"
+    )
 
 
 def _ratio_table(ours: Measured, other: Measured) -> Table:
-    table = Table(title=f"Ours / {other.url}, requests per second")
-    table.add_column("task")
-    for load in ours.imports:
-        table.add_column(f"{load.clients} clients", justify="right")
-    rows = {name: (loads, other.loads[name]) for name, loads in ours.loads.items()}
-    rows["whole import"] = (ours.imports, other.imports)
-    for name, (mine, theirs) in rows.items():
-        table.add_row(
-            name, *(f"{a.per_s / b.per_s:.2f}" for a, b in zip(mine, theirs, strict=True))
-        )
+    table = Table(title=f"Ours / {other.url}, answers per second, round by round")
+    for name in ("", "in flight", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    for mine, theirs in zip(ours.rows, other.rows, strict=True):
+        if _is_paced(mine):
+            continue
+        table.add_row(mine.name, str(mine.clients), _spread(ratios(mine, theirs), 2))
     return table
+
+
+def _is_paced(row: Row) -> bool:
+    """Searches come at a person's pace: their rate says nothing, their latency does."""
+    return row.name.startswith("search")
+
+
+def _spread(figure: Figure, digits: int) -> str:
+    if figure.low == figure.high:
+        return f"{figure.median:.{digits}f}"
+    return f"{figure.median:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"

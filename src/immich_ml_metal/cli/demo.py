@@ -9,7 +9,7 @@ import typer
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from immich_ml_metal.cli.output import FolderOption
+from immich_ml_metal.cli.output import FolderOption, own_command
 from immich_ml_metal.client.calls import (
     CLIP_IMAGE,
     CLIP_TEXT,
@@ -75,7 +75,7 @@ def show_demo(
             missing = [key.name for name in needed for key in calls[name].missing(store)]
             if missing and not pull:
                 console.print(f"  not shown: {missing[0]} is not in {settings.models_dir}")
-                console.print(f"  get it with: immich-ml-metal models pull {missing[0]}")
+                console.print(f"  get it with: {own_command()} models pull {missing[0]}")
             else:
                 show()
             console.print()

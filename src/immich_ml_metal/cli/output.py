@@ -1,6 +1,9 @@
 """How every command ends and speaks: exit codes, one JSON document for scripts, shared options."""
 
 import json
+import os
+import shutil
+import sys
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,3 +36,16 @@ def print_json(value: Any) -> None:
 def print_error(reason: object) -> None:
     """Say on standard error why the command does not end well."""
     typer.echo(f"immich-ml-metal: {reason}", err=True)
+
+
+def own_command() -> str:
+    """How to call this program from where the user stands: by its name, else by its path."""
+    name = "immich-ml-metal"
+    program = Path(sys.argv[0]).absolute()
+    if program.name != name:  # `python -m`
+        program = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not program.exists() or (found is not None and Path(found).resolve() == program.resolve()):
+        return name
+    here = os.path.relpath(program)
+    return str(program) if here.startswith("..") else here

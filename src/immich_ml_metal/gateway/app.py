@@ -36,6 +36,7 @@ from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.qualifier import Qualifier
 from immich_ml_metal.gateway.refused import Refused
 from immich_ml_metal.gateway.supervisor import Order, WorkerState
+from immich_ml_metal.gateway.terminal import Teller
 from immich_ml_metal.gateway.troubles import Troubles, is_failure, reason_of
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
@@ -125,6 +126,15 @@ class Gateway:
             command=command,
         )
 
+    def _make_teller(self) -> Teller:
+        supervisor = self.dispatcher.supervisor
+        return Teller(
+            self.settings,
+            self.history,
+            is_up=lambda: supervisor.state is WorkerState.READY,
+            port=lambda: self.port,
+        )
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or follow the server's life."""
         if scope["type"] == "lifespan":
@@ -144,6 +154,7 @@ class Gateway:
             asyncio.create_task(self.prober.run()),
             asyncio.create_task(self.companions.run()),
             asyncio.create_task(self.qualifier.run()),
+            asyncio.create_task(self._make_teller().run()),
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)

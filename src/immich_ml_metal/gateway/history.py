@@ -6,7 +6,7 @@ Nothing of a request is kept but its kind, how it ended and how long it took.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from statistics import median
 from typing import Any
@@ -97,6 +97,10 @@ class History:
             "totals": {kind: asdict(total) for kind, total in self.totals.items()},
             "search_ms": round(1000 * median(self._search_s), 1) if self._search_s else None,
         }
+
+    def copy_totals(self) -> dict[Kind, Total]:
+        """What was answered and failed so far, to compare with later."""
+        return {kind: replace(total) for kind, total in self.totals.items()}
 
     def rates(self) -> dict[str, float]:
         """Good answers per second of the last half minute, by Immich's queue."""

@@ -10,11 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.gateway.asked import TASKS
 from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.http import Receive, Send, reply, reply_json
+from immich_ml_metal.gateway.terminal import models_on_disk
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.system.network import lan_addresses, url_host
+from immich_ml_metal.system.network import urls_of
 
 _TYPES = {
     ".html": b"text/html; charset=utf-8",
@@ -88,7 +88,7 @@ class Page:
         usual = self._settings
         return {
             **self._history.describe(),
-            "addresses": [f"http://{url_host(host)}:{self._port()}" for host in self._hosts()],
+            "addresses": urls_of(usual.host, self._port()),
             "engines": dict(self._describe_engines()),
             "models": {
                 "usual": {
@@ -104,11 +104,6 @@ class Page:
                 "answered": answered > 0,
             },
         }
-
-    def _hosts(self) -> list[str]:
-        if self._settings.host in {"0.0.0.0", "::", ""}:
-            return lan_addresses()[:3] or ["127.0.0.1"]
-        return [self._settings.host]
 
 
 def send_to_page(headers: Mapping[bytes, bytes]) -> bool:
@@ -128,18 +123,6 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
     """
     origin = headers.get(b"origin")
     return origin is not None and origin.partition(b"://")[2] != headers.get(b"host", b"")
-
-
-def models_on_disk(folder: Path) -> dict[str, list[str]]:
-    """Names of the models that have a graph in Immich's cache layout, by task; blocks."""
-    found: dict[str, list[str]] = {}
-    for task in TASKS:
-        try:
-            models = sorted(path for path in (folder / task).iterdir() if path.is_dir())
-            found[task] = [path.name for path in models if any(path.glob("*/model.onnx"))]
-        except OSError:  # not there, or not ours to read: `models list` says which
-            found[task] = []
-    return found
 
 
 def _read_files() -> dict[str, tuple[bytes, bytes]]:

@@ -18,18 +18,15 @@ from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.manifest import describe_file, load_manifest, save_manifest
 from immich_ml_metal.models.paddle import list_pinned
 from immich_ml_metal.models.progress import Tracker, format_bytes
-from immich_ml_metal.models.shelf import GRAPH, FileState, Shelf, check_part
-from immich_ml_metal.models.transfer import (
+from immich_ml_metal.models.remote import (
     Listing,
     RemoteFile,
     Retry,
-    Transfer,
-    Transient,
     explain_os_error,
-    partial_path,
-    pause,
     require_space,
 )
+from immich_ml_metal.models.shelf import GRAPH, FileState, Shelf, check_part
+from immich_ml_metal.models.transfer import Transfer, Transient, partial_path, pause
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey
 

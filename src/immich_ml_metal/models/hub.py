@@ -19,14 +19,9 @@ from huggingface_hub.errors import (
 
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.models.remote import Listing, RemoteFile
 from immich_ml_metal.models.shelf import is_for_us
-from immich_ml_metal.models.transfer import (
-    Listing,
-    RemoteFile,
-    Transient,
-    describe_transport,
-    raise_for_status,
-)
+from immich_ml_metal.models.transfer import Transient, describe_transport, raise_for_status
 from immich_ml_metal.types import Part
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from immich_ml_metal.models.manifest import (
     save_manifest,
     sha256_of,
 )
+from immich_ml_metal.models.remote import explain_os_error, require_space
 from immich_ml_metal.models.shelf import GRAPH, STAGING, Shelf, check_part, is_for_us, is_usable
-from immich_ml_metal.models.transfer import explain_os_error, require_space
 from immich_ml_metal.types import ModelKey, Part, Task
 
 # The files of InsightFace's own packs: which half of which packs each is (public pack contents).

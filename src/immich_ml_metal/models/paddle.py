@@ -8,7 +8,7 @@ from pathlib import Path
 
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.models.manifest import sha256_of
-from immich_ml_metal.models.transfer import Listing, RemoteFile
+from immich_ml_metal.models.remote import Listing, RemoteFile
 from immich_ml_metal.types import ModelFiles, Part
 
 RELEASE = "v3.10.0"  # of RapidOCR; the catalogue's digests are those of this release

@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 
 from immich_ml_metal.catalog import ModelSpec, all_models
 from immich_ml_metal.errors import DownloadFailed
+from immich_ml_metal.models.remote import explain_os_error
 from immich_ml_metal.models.shelf import STAGING, Shelf
-from immich_ml_metal.models.transfer import explain_os_error
 
 # Builds of the official service for hardware that this one does not use.
 _FOREIGN = ("*.armnn", "*.rknn")

@@ -9,19 +9,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from immich_ml_metal.catalog import ModelSpec, find_model
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
-from immich_ml_metal.models.download import Download
 from immich_ml_metal.models.manifest import FileRecord, describe_file, load_manifest, save_manifest
 from immich_ml_metal.models.paddle import find_in_wheel
 from immich_ml_metal.models.progress import DownloadProgress, Downloads, Listener, Tracker
+from immich_ml_metal.models.remote import Retry, explain_os_error
 from immich_ml_metal.models.shelf import FileState, PartStatus, Shelf
-from immich_ml_metal.models.transfer import Retry, explain_os_error
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+
+if TYPE_CHECKING:
+    from immich_ml_metal.models.download import Download
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +165,10 @@ class ModelStore:
 
     def _download(
         self, spec: ModelSpec, key: ModelKey, tracker: Tracker, *, digests: bool = False
-    ) -> Download:
+    ) -> "Download":
+        # brings an HTTP library, which a worker that finds its models does without
+        from immich_ml_metal.models.download import Download
+
         return Download(self._settings, self.shelf, spec, key, tracker, self._retry, digests)
 
     def _official_records(self, key: ModelKey, status: PartStatus) -> dict[str, FileRecord]:

@@ -4,81 +4,20 @@
 here; it supplies the addresses, the sizes, the digests and the credentials. Goes when it resumes.
 """
 
-import errno
 import os
-import random
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import httpx2
 
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
-from immich_ml_metal.models.manifest import git_sha1_of, sha256_of
-from immich_ml_metal.models.progress import Tracker, format_bytes
+from immich_ml_metal.models.progress import Tracker
+from immich_ml_metal.models.remote import FULL, RemoteFile, Retry, explain_os_error
 
 PARTIAL = ".partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_RETRY_AFTER_S = 120.0  # a server that asks for more is treated as asking for this
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How patient a download is.
-
-    Attributes:
-        attempts: consecutive tries that bring no new byte before giving up.
-        first_wait_s: pause after the first failure; doubled after each further one.
-        max_wait_s: the longest pause, unless the server asks for more.
-    """
-
-    attempts: int = 6
-    first_wait_s: float = 1.0
-    max_wait_s: float = 30.0
-
-    def wait_s(self, failures: int) -> float:
-        """The pause after so many failures in a row, spread so that many clients do not meet."""
-        ceiling = min(self.max_wait_s, self.first_wait_s * 2.0 ** (failures - 1))
-        return ceiling * (0.75 + random.random() / 4)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """One file of a model as its source describes it.
-
-    Attributes:
-        path: relative to the model's folder, with forward slashes.
-        size_bytes: None where the source does not say; then the answer's Content-Length counts.
-        sha256, git_sha1: at least one is given.
-    """
-
-    path: str
-    url: str
-    size_bytes: int | None
-    sha256: str | None = None
-    git_sha1: str | None = None
-    headers: Mapping[str, str] | None = None
-
-    @property
-    def digest(self) -> str:
-        """The digest that names this content."""
-        return self.sha256 or self.git_sha1 or ""
-
-    def matches(self, path: Path) -> bool:
-        """Whether the file at `path` has the digest."""
-        return (sha256_of(path) if self.sha256 else git_sha1_of(path)) == self.digest
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The files of one half at one revision."""
-
-    source: str
-    revision: str
-    files: tuple[RemoteFile, ...]
 
 
 class Transient(Exception):
@@ -128,7 +67,7 @@ class Transfer:
                     raise DownloadFailed(f"{file.path} from {file.url}: {exc}") from exc
                 pause(exc, failures, self._retry, self._tracker)
             except OSError as exc:
-                self.met_full_disk |= exc.errno in _FULL
+                self.met_full_disk |= exc.errno in FULL
                 raise DownloadFailed(explain_os_error(exc, staged)) from exc
             else:
                 return
@@ -229,27 +168,6 @@ def describe_transport(exc: Exception) -> str:
     if isinstance(exc, httpx2.ProxyError):
         return f"the proxy failed ({exc})"
     return f"the line was cut ({exc})" if str(exc) else "the line was cut"
-
-
-def explain_os_error(exc: OSError, path: Path) -> str:
-    """A disk failure in plain words."""
-    if exc.errno in _FULL:
-        return f"the disk is full while writing {path}; free some space or set ML_MODELS_DIR"
-    return f"cannot write {path}: {exc.strerror or exc}"
-
-
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse a download that cannot fit.
-
-    Raises:
-        DownloadFailed: less than `needed_bytes` are free where `folder` lies.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise DownloadFailed(
-            f"not enough disk space at {folder}: {format_bytes(needed_bytes)} needed, "
-            f"{format_bytes(free)} free; free some space or set ML_MODELS_DIR"
-        )
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:

@@ -69,6 +69,7 @@ class Editor:
             self._link(node)
         self.constants: dict[str, Tensor] = dict(program.constants)
         self._results = set(program.output_names)
+        self._is_changed = False
 
     def __iter__(self) -> Iterator[Node]:
         """Nodes as they were at the start, without those that were replaced meanwhile."""
@@ -100,9 +101,13 @@ class Editor:
         """Every node that looks at `name`."""
         return tuple(self._users.get(name, ()))
 
+    def is_result(self, name: str) -> bool:
+        """Whether the value is a result of the program."""
+        return name in self._results
+
     def is_private(self, name: str) -> bool:
         """Whether exactly one node looks at `name` and it is not a result of the program."""
-        return len(self._users.get(name, ())) == 1 and name not in self._results
+        return len(self._users.get(name, ())) == 1 and not self.is_result(name)
 
     def scalar(self, name: str) -> float | None:
         """The value of a constant of one element, else None."""
@@ -118,7 +123,8 @@ class Editor:
         return name
 
     def replace(self, old: Node, *new: Node) -> None:
-        """Put `new` where `old` is. The inputs of `new` must be made before that place."""
+        """Put `new` where `old` is."""
+        self._is_changed = True
         slot = self._slot_of.pop(old)
         for name in old.inputs:
             self._users[name].remove(old)
@@ -130,9 +136,14 @@ class Editor:
             self._producer.update(dict.fromkeys(node.outputs, node))
 
     def finish(self) -> Program:
-        """The rewritten program, without nodes and constants that nothing needs any more."""
+        """The rewritten program, without nodes and constants that nothing needs any more.
+
+        The very program where nothing was replaced.
+        """
+        if not self._is_changed:
+            return self._program
         nodes = tuple(node for slot in self._slots for node in slot)
-        return prune(replace_body(self._program, nodes, self.constants))
+        return prune(sort_nodes(replace_body(self._program, nodes, self.constants)))
 
 
 def replace_body(
@@ -148,6 +159,22 @@ def replace_body(
         program.opset,
         program.metadata,
     )
+
+
+def sort_nodes(program: Program) -> Program:
+    """Put each node behind those that make its inputs; the order stays where it is right."""
+    makers = {name: node for node in program.nodes for name in node.outputs}
+    placed: dict[Node, None] = {}
+    for node in program.nodes:
+        waiting = [node]
+        while waiting:
+            missing = [makers[i] for i in waiting[-1].inputs if i in makers]
+            missing = [maker for maker in missing if maker not in placed]
+            if missing:
+                waiting += missing
+            else:
+                placed[waiting.pop()] = None
+    return replace_body(program, tuple(placed), program.constants)
 
 
 def prune(program: Program) -> Program:

@@ -23,6 +23,7 @@ from immich_ml_metal.onnx_graph.graph import Attribute, Node, Program
 from immich_ml_metal.types import Tensor, TensorSpec
 
 OWN_DOMAINS = ("", "ai.onnx")
+SUBGRAPH = "graph"  # in place of the body of an If or a Loop: it is refused by name later
 OPSETS = range(9, 25)  # 11..23 are what Immich's files use; the table follows 9..24
 
 
@@ -91,7 +92,7 @@ def _attribute(proto: AttributeProto, path: Path) -> Attribute:
         return value
     if isinstance(value, Iterable):
         return tuple(v.decode() if isinstance(v, bytes) else v for v in value)
-    return "graph"  # the body of an If or a Loop: its operator is refused by name later
+    return SUBGRAPH
 
 
 def _constant(attributes: dict[str, Attribute]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -36,6 +37,22 @@ def memory_bytes(pid: int) -> int | None:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return None
+
+
+def private_bytes(pid: int) -> int | None:
+    """Memory that is a process's own and cannot be read again from a file; None when it is gone.
+
+    Mapped models are left out: the system drops their pages when it needs room. On macOS the
+    physical footprint.
+    """
+    if sys.platform == "darwin":
+        return _footprint(pid)
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("Anonymous:")), "0")
+    return 1024 * int(kib)
 
 
 def _footprint(pid: int) -> int | None:

@@ -37,3 +37,10 @@ def names_of_this_machine() -> frozenset[str]:
 def url_host(address: str) -> str:
     """An address as it stands in a URL: IPv6 in brackets."""
     return f"[{address}]" if ":" in address else address
+
+
+def urls_of(host: str, port: int) -> list[str]:
+    """Addresses of a service that listens on `host`, as others type them, the best first."""
+    everywhere = host in {"0.0.0.0", "::", ""}
+    hosts = (lan_addresses()[:3] or ["127.0.0.1"]) if everywhere else [host]
+    return [f"http://{url_host(one)}:{port}" for one in hosts]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.tasks.images import Picture, resize
 from immich_ml_metal.tasks.vectors import check_vector
-from immich_ml_metal.types import Floats, Graph, Tensor
+from immich_ml_metal.types import FREE_LENGTH, Floats, Graph, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)  # the 32 ASCII marks S
 # What the text towers call their inputs (contract §2.2): OpenCLIP's, and M-CLIP's two.
 _TOKEN_INPUTS = ("text", "input_ids")
 _MASK_INPUT = "attention_mask"
+
+# What a text is padded to where each length costs a compilation and the graph takes any: most
+# searches have fewer than 14 words.
+_LENGTHS = (16, 32)
 
 # FLORES-200 codes by the language tags of Immich's web client (contract §2.3). `jpn_Hira` is not a
 # real code, but it is what the official service sends.
@@ -261,6 +265,7 @@ class ClipTextualModel:
         self._tokenizer = tokenizer
         self._name = name
         self._dim = dim
+        self._takes_any_length = FREE_LENGTH in graph.metadata
         self.max_batch = graph.max_batch
         self.size_bytes = graph.size_bytes
 
@@ -280,7 +285,16 @@ class ClipTextualModel:
         feeds = {
             spec.name: np.stack([blob[spec.name] for blob in batch]) for spec in self._graph.inputs
         }
+        if self._takes_any_length:
+            feeds = {name: self._shorten(tokens) for name, tokens in feeds.items()}
         return list(self._graph.run(feeds)[0])
+
+    def _shorten(self, tokens: Tensor) -> Tensor:
+        """Drop what follows the end tokens, which have the highest number: nothing looks at it."""
+        length = int(tokens.argmax(axis=1).max()) + 1
+        if self._graph.fixed_shapes:
+            length = next((n for n in _LENGTHS if n >= length), tokens.shape[1])
+        return tokens[:, :length]
 
     def postprocess(self, raw: Tensor, item: SearchQuery) -> Floats:
         """Check the vector."""

@@ -1,11 +1,12 @@
 """ONNX Runtime: the portable engine, and the reference for the others.
 
-Large weights are prepared once (`prepared`) and mapped; sessions follow the load
+Models are prepared once (`prepared`) and mapped; sessions follow the load
 (`adaptive`).
 """
 
 import logging
 import subprocess
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from immich_ml_metal.backends.ort.prepared import (
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
+from immich_ml_metal.onnx_graph.rewriting import chosen_rewritings
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.threads import inference_cores
 from immich_ml_metal.types import ModelFiles, ModelKey, Part
@@ -55,13 +57,14 @@ class OrtEngine:
         return build_model(key, files, self._open(files.graph, load, cores), self._settings)
 
     def _open(self, model: Path, load: CoreLoad, cores: int) -> AdaptiveGraph:
-        form = _find_or_prepare(model)
+        rewritings = chosen_rewritings(self._settings.graph_rewriting)
+        form = _find_or_prepare(model, rewritings)
         if form is not None:
             try:
                 return AdaptiveGraph(partial(_open_form, form, model), load, cores=cores)
             except LoadFailed as exc:
                 log.warning("prepared weights thrown away: folder=%s reason=%s", form, exc)
-                prepared_form(model).discard(form)
+                prepared_form(model, rewritings).discard(form)
         return AdaptiveGraph(partial(_open_model, model), load, cores=cores)
 
 
@@ -75,7 +78,7 @@ def _open_model(model: Path, threads: int) -> OrtGraph:
     return OrtGraph(model, options=session_options(threads))
 
 
-def _find_or_prepare(model: Path) -> Path | None:
+def _find_or_prepare(model: Path, rewritings: Collection[str]) -> Path | None:
     """The folder of the prepared form, made now if need be.
 
     None where preparing does not pay or is not possible (small model, read-only or full disk): the
@@ -87,8 +90,8 @@ def _find_or_prepare(model: Path) -> Path | None:
     try:
         if not worth_preparing(model):
             return None
-        form = prepared_form(model)
-        return form.find() or prepare_in_child(form)
+        form = prepared_form(model, rewritings)
+        return form.find() or prepare_in_child(form, rewritings)
     except (NotOnnx, FileNotFoundError) as exc:
         raise LoadFailed(f"ONNX Runtime rejects {model}: {exc}") from exc
     except (OSError, subprocess.SubprocessError) as exc:
@@ -100,5 +103,6 @@ def _find_or_prepare(model: Path) -> Path | None:
 def _last_words(exc: Exception) -> str:
     """What went wrong, in the failed process's own words where it had any."""
     words = getattr(exc, "stderr", None) or b""
-    lines = words.decode(errors="replace").splitlines()
+    text = words.decode(errors="replace") if isinstance(words, bytes) else words
+    lines = text.splitlines()
     return lines[-1] if lines else str(exc)
