@@ -192,6 +192,12 @@ async def test_with_a_key_a_broken_model_loses_no_job(
         assert failure in pause["reason"]
         await until(lambda: house.immich.missing()["ocr"] < jobs - 10, "the others going on")
         assert house.immich.paused == {"smartSearch"}
+        queues = (await health(gateway))["guard"]["queues"]
+        assert {name: queue["is_paused"] for name, queue in queues.items()} == {
+            "smartSearch": True,
+            "faceDetection": False,
+            "ocr": False,
+        }
         (house.folder / "broken-clip").unlink()
         await house.repaired()
     assert house.immich.lost == 0

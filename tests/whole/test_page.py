@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from doubles.gateway import free_port, gateway_process, running_gateway
 from doubles.tiny_models import CLIP, FACES, OCR, draw_faces, draw_text
-from playwright.async_api import Browser, FilePayload, Page, async_playwright, expect
+from playwright.async_api import Browser, FilePayload, Page, Route, async_playwright, expect
 
 from immich_ml_metal.client.own_service import running_service
 
@@ -134,6 +134,75 @@ async def test_names_are_text_and_never_html(chromium: Browser, tmp_path: Path) 
         await expect(page.locator("#models li")).to_have_text(f"{name} visual · cpu · 5 MB")
         await expect(page.locator("#models label")).to_contain_text(name)
         assert await page.locator("main script, main img[src=x]").count() == 0
+
+
+async def test_verdicts_warnings_and_a_changed_index_are_shown(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    slot = {"model": "buffalo_l", "engine": "mlx", "number_format": "float16", "reason": "right"}
+    plan = {
+        "tasks": {
+            "facial-recognition/detection": slot,
+            "ocr/detection": {**slot, "model": "m", "engine": "cpu", "number_format": "float32"},
+        },
+        "pending": ["ocr/detection/m"],
+        "warnings": ["coreml was set aside"],
+    }
+    index = [
+        {"model": "a", "state": "changed", "served": "as before", "text": "run Smart Search"},
+        {"model": "b", "state": "same", "served": "as set", "text": "all is well"},
+    ]
+    (tmp_path / "health.json").write_text(json.dumps({"engine_plan": plan, "index": index}))
+    async with (
+        running_gateway(tmp_path) as service,
+        page_of(chromium, f"http://127.0.0.1:{service.port}/ui/") as page,
+    ):
+        await expect(page.locator('tr[data-kind="faces"]')).to_contain_text("mlx float16right")
+        await expect(page.locator('tr[data-kind="ocr"]')).to_contain_text("to be checked")
+        await expect(page.locator("#problems li")).to_have_text(
+            ["run Smart Search", "coreml was set aside"]
+        )
+
+
+async def test_a_task_that_fails_is_shown_with_what_to_do(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    async with (
+        running_gateway(tmp_path) as service,
+        page_of(chromium, f"http://127.0.0.1:{service.port}/ui/") as page,
+    ):
+        await service.predict(OCR_REQUEST + b"[status 500]")
+        await expect(page.locator("#problems li")).to_contain_text("ocr with m: answered 500")
+        await service.predict(b"[abort]" + OCR_REQUEST)
+        await expect(page.locator("#failures .quiet").first).to_contain_text("doctor --share")
+        await service.predict(OCR_REQUEST)
+        await expect(page.locator("#problems")).to_be_hidden()
+
+
+async def test_immichs_queues_are_shown_with_what_is_paused(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    queue = {"active": 2, "waiting": 1198, "failed": 0, "is_paused": False}
+    told: dict[str, object] = {
+        "queues": {"ocr": queue, "faceDetection": {**queue, "is_paused": True}}
+    }
+    told["paused"] = {"faceDetection": {"reason": "no model", "since": "2026-01-02T03:04:05+00:00"}}
+
+    async def with_queues(route: Route) -> None:
+        answer = await route.fetch()
+        await route.fulfill(json={**await answer.json(), "guard": {"state": "on", **told}})
+
+    async with running_gateway(tmp_path) as service:
+        page = await chromium.new_page(locale="en-GB")
+        await page.route("**/health", with_queues)
+        await page.goto(f"http://127.0.0.1:{service.port}/ui/")
+        await expect(page.locator('tr[data-kind="ocr"] [data-cell="waiting"]')).to_have_text(
+            "1,200"
+        )
+        paused = page.locator('tr[data-kind="faces"] [data-cell="waiting"]')
+        await expect(paused).to_have_text("1,200, paused")
+        await expect(page.locator("#guard li")).to_contain_text("faceDetection is paused")
+        await page.close()
 
 
 async def test_the_policy_stops_a_script_that_got_in(chromium: Browser, tmp_path: Path) -> None:

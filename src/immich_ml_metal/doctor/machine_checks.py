@@ -1,6 +1,7 @@
 """Checks of the machine, the installation and the disk. Each answers (outcome, finding, fix)."""
 
 from immich_ml_metal.doctor.facts import GIB, Answer, Facts, Outcome
+from immich_ml_metal.gateway import remedies
 
 MIN_PYTHON = (3, 11)
 MIN_MACOS = 14  # MLX's wheels
@@ -84,8 +85,7 @@ def check_disk(facts: Facts) -> Answer:
     """There is room to download models."""
     shown = f"{facts.disk_free_bytes / GIB:.1f} GiB free for models"
     if facts.disk_free_bytes < MIN_FREE_DISK_BYTES and not _all_present(facts):
-        fix = "free some space, or point models_dir (ML_MODELS_DIR) at another disk"
-        return Outcome.FAIL, f"{shown}, needs {MIN_FREE_DISK_BYTES / GIB:.0f} GiB", fix
+        return Outcome.FAIL, f"{shown}, needs {MIN_FREE_DISK_BYTES / GIB:.0f} GiB", remedies.DISK
     if facts.disk_free_bytes < GOOD_FREE_DISK_BYTES:
         return Outcome.WARN, shown, "the largest search models need up to 10 GiB"
     return Outcome.OK, shown, ""
@@ -103,8 +103,7 @@ def check_names(facts: Facts) -> Answer:
     """Every model that is asked for is an official one: no hub has another."""
     unknown = [f"{model.name}: {model.problem}" for model in facts.models if model.is_unknown]
     if unknown:
-        fix = "choose another model in Immich's settings; immich-ml-metal models list has them all"
-        return Outcome.FAIL, "; ".join(unknown), fix
+        return Outcome.FAIL, "; ".join(unknown), remedies.NAME
     return Outcome.OK, ", ".join(model.name for model in facts.models), ""
 
 
@@ -115,12 +114,10 @@ def check_hub(facts: Facts) -> Answer:
     if facts.hub == "offline":
         if _all_present(facts):
             return Outcome.OK, "offline by setting; all configured models are here", ""
-        fix = "unset offline (ML_OFFLINE, HF_HUB_OFFLINE), or copy a model folder here"
-        return Outcome.FAIL, "offline by setting, and models are missing", fix
+        return Outcome.FAIL, "offline by setting, and models are missing", remedies.OFFLINE
     if _all_present(facts):
         return Outcome.WARN, f"{facts.hub}; all configured models are here", ""
-    fix = "check the network, or name a mirror or proxy (HF_ENDPOINT, HTTPS_PROXY)"
-    return Outcome.FAIL, facts.hub, fix
+    return Outcome.FAIL, facts.hub, remedies.NETWORK
 
 
 def check_models(facts: Facts) -> Answer:

@@ -1,6 +1,7 @@
 """Checks of the running service and of what surrounds it. Each answers (outcome, finding, fix)."""
 
 from immich_ml_metal.doctor.facts import Answer, Facts, Outcome
+from immich_ml_metal.gateway import remedies
 from immich_ml_metal.gateway.companions import NO_KEY
 from immich_ml_metal.logs import FILE_BYTES, FILES_KEPT
 from immich_ml_metal.service import mac_privacy
@@ -54,8 +55,8 @@ def check_engines(facts: Facts) -> Answer:
     """Every task really answers on the engine it is meant for."""
     failed = [f"{t.task} on {t.engine}: {t.error}" for t in facts.tests if t.error]
     if failed:
-        fix = "immich-ml-metal doctor --share, and attach the bundle to an issue"
-        return Outcome.FAIL, "; ".join(failed), fix
+        errors = "; ".join(failed)
+        return Outcome.FAIL, errors, remedies.remedy_of(errors) or remedies.REPORT
     told = [
         f"{t.task} on {t.engine} {t.skipped or f'{t.seconds * 1000:.0f} ms'}" for t in facts.tests
     ]
@@ -68,8 +69,7 @@ def check_verdicts(facts: Facts) -> Answer:
     """What was measured of the engines on this machine, and what speaks against one."""
     warnings = list(dict.fromkeys(one.warning for one in facts.choices if one.warning))
     if warnings:
-        fix = "immich-ml-metal qualify --again measures every engine anew"
-        return Outcome.WARN, "; ".join(warnings), fix
+        return Outcome.WARN, "; ".join(warnings), remedies.ENGINE
     told = ", ".join(one.told for one in facts.choices)
     if any(one.is_pending for one in facts.choices):
         return Outcome.OK, f"{told}; the service checks what is not known by itself", ""

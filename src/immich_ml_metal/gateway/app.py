@@ -95,7 +95,9 @@ class Gateway:
         self.qualifier = self._make_qualifier(check_command)
         own = see_own_side(self.dispatcher, self.troubles, self.prober, lambda: self.port)
         self.companions = companions or make_companions(settings, self.metrics, own)
-        self._page = Page(settings, self.history, self._describe_engines, port=lambda: self.port)
+        self._page = Page(
+            settings, self.history, lambda: self.watch.last_health or {}, port=lambda: self.port
+        )
         self._pages = self._make_pages()
         self._feed_gauges()
 
@@ -293,11 +295,6 @@ class Gateway:
             self.refused.note(answer.status, reason_of(answer))
         await reply(send, answer.status, answer.headers, answer.body)
         return _Told(answer.status, is_lost)
-
-    def _describe_engines(self) -> Mapping[str, Any]:
-        """Slot → engine and verdict, as the worker told last."""
-        engines = (self.watch.last_health or {}).get("engines", {})
-        return {slot: {"engine": engine} for slot, engine in engines.items()}
 
     async def _refuse(self, exc: ServiceError, receive: Receive, send: Send) -> _Told:
         """Answer with a failure of the gateway's own."""

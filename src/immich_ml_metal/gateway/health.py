@@ -14,6 +14,7 @@ from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.qualifier import Qualifier
+from immich_ml_metal.gateway.remedies import remedy_of
 from immich_ml_metal.gateway.supervisor import WorkerState
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.system.footprint import memory_bytes
@@ -52,7 +53,10 @@ def report(parts: Parts) -> dict[str, Any]:
         "worker_starts": supervisor.starts,
         "failures": {
             "by_cause": Counter(failure.cause for failure in crashes.failures),
-            "recent": [asdict(failure) for failure in crashes.failures],
+            "recent": [
+                {**asdict(failure), "advice": remedy_of(failure.cause)}
+                for failure in crashes.failures
+            ],
         },
         "qualification": parts.qualifier.describe(),
         "quarantined": len(parts.holding.quarantine),

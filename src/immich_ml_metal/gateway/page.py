@@ -39,20 +39,20 @@ _MOVED = [(b"location", b"/ui/"), (b"vary", b"accept"), (b"cache-control", b"no-
 class Page:
     """The ASGI app below `/ui`.
 
-    `describe_engines` gives slot → {engine, verdict}, as far as it is known.
+    `worker_told` gives the `/health` of the worker that was asked last, empty before the first.
     """
 
     def __init__(
         self,
         settings: Settings,
         history: History,
-        describe_engines: Callable[[], Mapping[str, Any]],
+        worker_told: Callable[[], Mapping[str, Any]],
         *,
         port: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._history = history
-        self._describe_engines = describe_engines
+        self._worker_told = worker_told
         self._port = port
         self._files = _read_files()
         self._has_loaded = False
@@ -89,7 +89,7 @@ class Page:
         return {
             **self._history.describe(),
             "addresses": urls_of(usual.host, self._port()),
-            "engines": dict(self._describe_engines()),
+            "engines": engines_of(self._worker_told()),
             "models": {
                 "usual": {
                     "clip": usual.clip_model,
@@ -104,6 +104,20 @@ class Page:
                 "answered": answered > 0,
             },
         }
+
+
+def engines_of(told: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Slot → engine with its number format, and the verdict by which it was chosen. Any: JSON."""
+    plan = told.get("engine_plan", {})
+    engines = {slot: {"engine": str(engine)} for slot, engine in told.get("engines", {}).items()}
+    for slot, one in plan.get("tasks", {}).items():
+        verdict = (
+            "to be checked"
+            if f"{slot}/{one['model']}" in plan.get("pending", ())
+            else one["reason"]
+        )
+        engines[slot] = {"engine": f"{one['engine']} {one['number_format']}", "verdict": verdict}
+    return engines
 
 
 def send_to_page(headers: Mapping[bytes, bytes]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from immich_ml_metal.gateway.asked import Asked
 from immich_ml_metal.gateway.client import WorkerAnswer
+from immich_ml_metal.gateway.remedies import remedy_of
 
 ERROR_HEADER = b"x-ml-error"  # the worker names the class of its failure in it
 # Failures that the same request would get again until a person has done something.
@@ -157,7 +158,10 @@ class Troubles:
     def describe(self) -> list[dict[str, Any]]:
         """For `/health`. Any: plain values."""
         shown = ("task", "model", "reason", "since", "in_row", "held")
-        return [{name: getattr(trouble, name) for name in shown} for trouble in self]
+        return [
+            {**{name: getattr(one, name) for name in shown}, "advice": remedy_of(one.reason)}
+            for one in self
+        ]
 
     def slow_jobs(self) -> frozenset[tuple[str, str]]:
         """Tasks with their models whose requests may take only a share of the worker's places."""

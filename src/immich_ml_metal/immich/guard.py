@@ -67,6 +67,9 @@ class Guard:
         return {
             "state": "off" if self.why_off else "on",
             "why_off": self.why_off,
+            "queues": {
+                QUEUES[task]: asdict(one) for task, one in self._queues.items() if task in QUEUES
+            },
             "paused": {QUEUES[task]: asdict(one) for task, one in records.paused.items()},
             "missing_runs": self._missing.describe(),
             "unplanned_end": records.unplanned_end,

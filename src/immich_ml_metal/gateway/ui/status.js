@@ -52,9 +52,18 @@ function describeDownload(download) {
 }
 
 function showProblems(health) {
-  const notices = health.notices ?? [];
+  const worker = health.worker.health ?? {};
+  const notices = [
+    ...health.troubles.map((one) => [text.trouble(one.task, one.model, one.reason, one.held), one.advice]),
+    ...(worker.index ?? []).filter((one) => one.state === "changed").map((one) => [one.text]),
+    ...(worker.engine_plan?.warnings ?? []).map((one) => [one]),
+  ];
   byId("problems").hidden = notices.length === 0;
-  show(byId("problems"), h("h3", {}, text.problemsTitle), h("ul", {}, notices.map((one) => h("li", {}, one))));
+  show(byId("problems"), h("h3", {}, text.problemsTitle), h("ul", {}, notices.map(withAdvice)));
+}
+
+function withAdvice([words, advice]) {
+  return h("li", {}, words, advice ? h("div", { class: "quiet" }, advice) : null);
 }
 
 function showFirst(health, page) {
@@ -128,17 +137,22 @@ function taskRow(kind, health, page) {
   const names = [...new Set(SLOTS[kind].map((slot) => engines[slot]?.engine).filter(Boolean))];
   const verdicts = [...new Set(SLOTS[kind].map((slot) => engines[slot]?.verdict).filter(Boolean))];
   const totals = page.totals[kind];
-  const queue = health.immich?.queues?.[QUEUES[kind]];
-  const waiting = queue?.waiting;
+  const queue = health.guard?.queues?.[QUEUES[kind]];
+  const waiting = queue && queue.waiting + queue.active;
   return h("tr", { "data-kind": kind },
     h("th", { scope: "row" }, text.kinds[kind]),
     h("td", {}, names.join(", ") || text.none),
     h("td", {}, verdicts.join("; ") || text.none),
     h("td", { class: "number", "data-cell": "done" }, count(totals.answered)),
     h("td", { class: "number", "data-cell": "failed" }, count(totals.failed)),
-    h("td", { class: "number" }, waiting == null ? (kind in QUEUES ? text.unknownQueue : text.none) : count(waiting)),
+    h("td", { class: "number", "data-cell": "waiting" }, inImmich(kind, queue, waiting)),
     h("td", { class: "number" }, timeLeft(waiting, page.history.kinds[kind].answered, page.history.step_s)),
   );
+}
+
+function inImmich(kind, queue, waiting) {
+  if (waiting == null) return kind in QUEUES ? text.unknownQueue : text.none;
+  return queue.is_paused ? text.pausedWith(waiting) : count(waiting);
 }
 
 // From our own rate of the last five minutes.
@@ -182,7 +196,7 @@ function showService(health, page) {
     ...row(text.rows.held, bytes(queue.held_memory_bytes + queue.held_spool_bytes)),
   ];
   show(byId("worker"), h("h3", {}, text.workerTitle), h("dl", {}, rows));
-  const hint = health.immich == null ? `${text.queueHint} ` : "";
+  const hint = health.guard?.queues == null ? `${text.queueHint} ` : "";
   set(byId("foot"), `${hint}immich-ml-metal ${health.versions.service}`);
 }
 
@@ -204,9 +218,8 @@ function showFailures(health) {
     causes.set(cause, { times: known.times + 1, last: at, advice });
   }
   const list = causes.size
-    ? h("ul", {}, [...causes].map(([cause, one]) => h("li", {},
-        `${cause} (${text.times(one.times)}, ${when(one.last)})`,
-        one.advice ? h("div", { class: "quiet" }, one.advice) : null)))
+    ? h("ul", {}, [...causes].map(([cause, one]) =>
+        withAdvice([`${cause} (${text.times(one.times)}, ${when(one.last)})`, one.advice])))
     : h("p", { class: "quiet" }, text.noFailures);
   show(byId("failures"), h("h3", {}, text.failuresTitle), list);
 }

@@ -61,6 +61,9 @@ export const text = {
   unknownQueue: "?",
   leftAtRate: (seconds) => `about ${duration(seconds)}`,
   nothingLeft: "none",
+  pausedWith: (n) => `${count(n)}, paused`,
+  trouble: (task, model, why, held) =>
+    `${task} with ${model}: ${why}${held ? ` (${count(held)} requests wait for it)` : ""}`,
   queueHint: "Waiting jobs and the time left need Immich's address and a key: ML_IMMICH_URL and ML_IMMICH_API_KEY.",
 
   modelsTitle: "Models in memory",
