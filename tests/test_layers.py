@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # from above moves it down, or is handed it by the one who calls.
 RANKS = (
     *("errors", "urgency", "threads", "system", "state", "types", "drawing", "catalog"),
-    *("setting_kinds", "settings", "settings_sources", "logs", "metrics"),
+    *("setting_kinds", "settings", "settings_environment", "settings_sources", "logs", "metrics"),
     *("onnx_files", "onnx_graph", "onnx_mlx", "tasks", "models", "index_guard", "backends"),
     "qualification",
     "worker",
@@ -278,4 +278,4 @@ finally:
     loaded = json.loads(done.stderr)
     assert not {name.split(".")[0] for name in loaded} & (HEAVY | {"httpx", "pydantic", "psutil"})
     ours = {name for name in loaded if name.startswith("immich_ml_metal.cli.")}
-    assert ours == {"immich_ml_metal.cli.output"}
+    assert ours == {"immich_ml_metal.cli.output", "immich_ml_metal.cli.ending"}

@@ -49,7 +49,7 @@ def test_the_command_line_wins_then_our_names_the_official_ones_and_the_file(
 ) -> None:
     file = tmp_path / "c.toml"
     file.write_text(toml)
-    settings, sources = resolve(given_, environ=environ, file=file)
+    settings, sources, _ = resolve(given_, environ=environ, file=file)
     assert settings.port == port
     assert sources["port"] == (str(file) if origin == "TOML" else origin)
 
@@ -74,7 +74,7 @@ def test_every_setting_can_be_given_under_each_of_its_names(name: str) -> None:
     assert own.startswith("ML_")
     assert field.description
     for variable in (own, *official):
-        _, sources = resolve(environ={variable: example(name)})
+        _, sources, _ = resolve(environ={variable: example(name)})
         assert sources[name] == variable
 
 
@@ -122,13 +122,106 @@ def example(name: str) -> str:
         ({"ML_HUB_ENDPOINT": "mirror"}, "ML_HUB_ENDPOINT = 'mirror'"),
         ({"ML_OFFLINE": "perhaps"}, "ML_OFFLINE = 'perhaps'"),
         ({"ML_PROT": "1"}, "unknown setting ML_PROT; did you mean ML_PORT"),
-        ({"ML_XYZZY_QQ": "1"}, "unknown setting ML_XYZZY_QQ$"),
+        ({"ML_MODEL_DIR": "/m"}, "unknown setting ML_MODEL_DIR; did you mean ML_MODELS_DIR"),
         ({"ML_CONFIG_FILE": "/nowhere.toml"}, "cannot read the settings file /nowhere.toml"),
     ],
 )
 def test_a_wrong_name_or_value_is_told_with_both(environ: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_settings(environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "name", "value", "warning"),
+    [
+        ({"MACHINE_LEARNING_WORKER_TIMEOUT": "0"}, "request_timeout_s", 86400, "no limit"),
+        ({"MACHINE_LEARNING_WORKER_TIMEOUT": "-1"}, "request_timeout_s", 86400, "no limit"),
+        ({"MACHINE_LEARNING_WORKER_TIMEOUT": "60"}, "request_timeout_s", 60, ""),
+        ({"MACHINE_LEARNING_MODEL_TTL": "-1"}, "model_ttl_s", 0, "models are kept"),
+        ({"MACHINE_LEARNING_REQUEST_THREADS": "-2"}, "request_threads", 0, "one per core"),
+        ({"MACHINE_LEARNING_MODEL_INTRA_OP_THREADS": "-1"}, "intra_op_threads", 0, "per core"),
+        ({"IMMICH_LOG_LEVEL": "fatal"}, "log_level", "info", "means info"),
+        ({"IMMICH_LOG_LEVEL": "Verbose"}, "log_level", "debug", ""),
+        ({"HF_HUB_OFFLINE": "2"}, "offline", False, "means off"),
+        ({"HF_HUB_OFFLINE": "y"}, "offline", False, "means off"),
+        ({"HF_HUB_OFFLINE": "on"}, "offline", True, ""),
+        ({"HF_HUB_OFFLINE": "0"}, "offline", False, ""),
+    ],
+)
+def test_a_value_that_the_official_service_takes_is_read_as_there_and_said(
+    environ: dict[str, str], name: str, value: object, warning: str
+) -> None:
+    settings, _, warnings = resolve(environ=environ)
+    assert getattr(settings, name) == value
+    assert bool(warnings) is bool(warning)
+    assert warning in "".join(warnings)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [('"300"', 300), ("'300'", 300), (" 300 ", 300), ("\" '300' \"", 300)]
+)
+def test_quotes_and_blanks_around_a_value_are_stripped(text: str, value: float) -> None:
+    assert load_settings(environ={"MACHINE_LEARNING_MODEL_TTL": text}).model_ttl_s == value
+    assert load_settings(environ={"ML_MODEL_TTL": text}).model_ttl_s == value
+
+
+def test_old_names_of_the_address_are_honoured_with_a_warning() -> None:
+    old = {"MACHINE_LEARNING_HOST": "127.0.0.1", "MACHINE_LEARNING_PORT": "3117"}
+    settings, _, warnings = resolve(environ=old)
+    assert (settings.host, settings.port) == ("127.0.0.1", 3117)
+    assert [w for w in warnings if "IMMICH_HOST" in w]
+    assert [w for w in warnings if "IMMICH_PORT" in w]
+    assert load_settings(environ={**old, "IMMICH_PORT": "3118"}).port == 3118
+
+
+def test_settings_of_another_project_are_ignored_with_one_warning() -> None:
+    others = {"ML_CLIP_CONCURRENCY": "2", "ML_LOG_REQUESTS": "true", "ML_DEBUG_MODE": "false"}
+    (warning,) = resolve(environ=others).warnings
+    assert all(name in warning for name in others)
+    assert "ignored" in warning
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"A=1\n# Z\xfcrich\n", "is not UTF-8"),
+        ("\ufeffML_PORT=70000\n".encode(), "ML_PORT = '70000'"),
+        (None, "does not exist"),
+    ],
+)
+def test_an_env_file_that_cannot_be_read_is_named(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "some.env"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load_settings(environ={}, env_file=file)
+
+
+def test_an_env_file_that_is_a_folder_or_closed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
+        load_settings(environ={}, env_file=tmp_path)
+
+
+def test_a_password_in_an_address_is_not_repeated_in_an_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ={"ML_IMMICH_URL": "ftp://me:hunter2@nas:2283"})
+    assert "hunter2" not in str(caught.value)
+    assert "nas" in str(caught.value)
+
+
+def test_the_file_that_config_init_writes_is_found_by_all(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".config" / "immich-ml-metal" / "config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text("port = 4711")
+    assert load_settings(environ={}).port == 4711
+    other = tmp_path / "other.toml"
+    other.write_text("port = 4712")
+    assert load_settings(environ={"ML_CONFIG_FILE": str(other)}).port == 4712
 
 
 def test_every_wrong_value_is_told_at_once() -> None:

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 import orjson
 
+from immich_ml_metal.errors import ConfigError
+from immich_ml_metal.setting_kinds import hide_passwords
 from immich_ml_metal.settings import Settings
 
 REQUEST_ID_HEADER = "X-Request-Id"  # from the gateway to the worker, and back to the caller
@@ -32,10 +34,9 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _SPECIFIER = re.compile(r"%(?:%|[-#0 +]*\d*(?:\.\d+)?[a-zA-Z])")
 _FACT = re.compile(r"(?:^|[\s,(])([A-Za-z_]\w*)=$")
 _SAFE_ID = re.compile(r"[\w.:-]{1,64}")
-# What a secret looks like when it slips into a message: hub tokens, API keys, passwords in URLs.
+# What a secret looks like when it slips into a message: hub tokens, API keys.
 _SECRETS = (
     re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
     re.compile(r"(?i)(?<=x-api-key[:=])\s*\S+|(?<=bearer )\S+"),
 )
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s'\"]+=[^\s'\"]*")
@@ -72,14 +73,13 @@ def configure_logging(
 ) -> None:
     """Send every logger's lines where the settings say; called once per process, by the CLI.
 
-    With a log file, lines go to the stream as well only when that is a terminal: what a service
-    manager keeps of the stream is then only what could not be logged (a native abort's last words).
+    With a log file, the stream gets lines only when it is a terminal: what a service manager keeps
+    of it is then only what could not be logged.
 
-    Args:
-        settings: level, format, file.
-        process: `gateway` or `worker`; names the lines, and the worker's own file.
-        stream: standard error when None.
-        file_bytes: size at which a log file is rotated.
+    `process` (`gateway` or `worker`) names the lines, and the worker's own file.
+
+    Raises:
+        ConfigError: the log file cannot be written.
     """
     chosen = sys.stderr if stream is None else stream
     handlers = _make_handlers(settings, process, chosen, file_bytes)
@@ -91,6 +91,16 @@ def configure_logging(
     root.setLevel(settings.log_level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def check_log_file(settings: Settings) -> None:
+    """Try whether the log can be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if settings.log_file is not None:
+        _file_handler(settings, "gateway", [], FILE_BYTES).close()
 
 
 def _make_handlers(
@@ -105,7 +115,6 @@ def _make_handlers(
         handlers.append(logging.StreamHandler(stream))
         handlers[0].setFormatter(_formatter(settings, process, known, colour=colour))
     if settings.log_file is not None:
-        cap_file(stderr_of(settings.log_file))
         handlers.append(_file_handler(settings, process, known, file_bytes))
     return handlers
 
@@ -144,13 +153,15 @@ def _file_handler(
 ) -> logging.Handler:
     assert settings.log_file is not None
     path = file_of(settings.log_file, process)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.handlers.RotatingFileHandler(
-        path,
-        maxBytes=limit_bytes,
-        backupCount=FILES_KEPT,
-        encoding="utf-8",
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cap_file(stderr_of(settings.log_file))
+        handler = logging.handlers.RotatingFileHandler(
+            path, maxBytes=limit_bytes, backupCount=FILES_KEPT, encoding="utf-8"
+        )
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise ConfigError(f"cannot write the log file {path}: {reason} (ML_LOG_FILE)") from exc
     handler.setFormatter(_formatter(settings, process, known, colour=False))
     return handler
 
@@ -182,7 +193,7 @@ def redact(text: str, known: list[str]) -> str:
         text = text.replace(secret, "***") if secret else text
     for pattern in _SECRETS:
         text = pattern.sub("***", text)
-    return _QUERY.sub("?***", text)
+    return _QUERY.sub("?***", hide_passwords(text))
 
 
 class JsonFormatter(logging.Formatter):

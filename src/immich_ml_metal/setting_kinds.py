@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]?)i?b?\s*$", re.IGNORECASE)
+_PASSWORD = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")  # of an address, with its user
 _LOG_LEVELS = {
     "critical": "error",
     "warn": "warning",
@@ -38,6 +39,11 @@ def _flag(value: Any) -> Any:
     return (
         value.strip().lower() not in ("", "0", "false", "no") if isinstance(value, str) else value
     )
+
+
+def hide_passwords(text: str) -> str:
+    """The same text without the user and password that an address in it may carry."""
+    return _PASSWORD.sub("***", text)
 
 
 Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=1)]

@@ -42,9 +42,17 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    host: str = setting("0.0.0.0", "ML_HOST", "IMMICH_HOST", help="Address to listen on.")
+    host: str = setting(
+        "0.0.0.0", "ML_HOST", "IMMICH_HOST", "MACHINE_LEARNING_HOST", help="Address to listen on."
+    )
     port: int = setting(
-        3003, "ML_PORT", "IMMICH_PORT", ge=0, le=65535, help="TCP port to listen on; 0 picks one."
+        3003,
+        "ML_PORT",
+        "IMMICH_PORT",
+        "MACHINE_LEARNING_PORT",
+        ge=0,
+        le=65535,
+        help="TCP port to listen on; 0 picks one.",
     )
     log_level: LogLevel = setting(
         "info", "ML_LOG_LEVEL", "IMMICH_LOG_LEVEL", help="error, warning, info or debug."

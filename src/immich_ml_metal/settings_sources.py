@@ -1,32 +1,39 @@
 """Where settings come from; the only reader of the environment.
 
-Order: command line, `ML_*`, the official names, the TOML file, the default.
+Order: command line, `ML_*`, the official names, the TOML file, the default. The TOML file: the one
+named by `--config`, else by `ML_CONFIG_FILE`, else the one that `config init` writes.
 """
 
-import difflib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from immich_ml_metal.errors import ConfigError
+from immich_ml_metal.setting_kinds import hide_passwords
 from immich_ml_metal.settings import SECRET, Settings, env_names
-
-# The official service dropped these in v3.0; each loads both halves.
-_OLD_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "MACHINE_LEARNING_PRELOAD__CLIP": "MACHINE_LEARNING_PRELOAD__CLIP__TEXTUAL and __VISUAL",
-        "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION": (
-            "MACHINE_LEARNING_PRELOAD__FACIAL_RECOGNITION__DETECTION and __RECOGNITION"
-        ),
-    }
+from immich_ml_metal.settings_environment import (
+    CONFIG_VARIABLE,
+    closest,
+    doubtful_names,
+    gather,
+    official_value,
 )
+
+DEFAULT_FILE = Path("~/.config/immich-ml-metal/config.toml")
+
+
+class Resolved(NamedTuple):
+    """The settings, where each came from, and what in the environment is not as it seems."""
+
+    settings: Settings
+    origin: dict[str, str]
+    warnings: list[str]
 
 
 def load_settings(
@@ -41,13 +48,13 @@ def load_settings(
     Args:
         overrides: command-line values by setting name; None values count as not given.
         environ: the environment; the process's own when None.
-        file: a TOML file with settings by name; `ML_CONFIG_FILE` names one too.
+        file: a TOML file with settings by name; looked for when None.
         env_file: an Immich `.env` file; the real environment wins over it.
 
     Raises:
         ConfigError: a name is unknown or a value is malformed; the message names it.
     """
-    return resolve(overrides, environ=environ, file=file, env_file=env_file)[0]
+    return resolve(overrides, environ=environ, file=file, env_file=env_file).settings
 
 
 def resolve(
@@ -56,52 +63,54 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     file: Path | None = None,
     env_file: Path | None = None,
-) -> tuple[Settings, dict[str, str]]:
+) -> Resolved:
     """Like `load_settings`, and also say where each value came from, by setting name."""
-    env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
-    if file is None and "ML_CONFIG_FILE" in env:
-        file = Path(env["ML_CONFIG_FILE"])
-    _refuse_unknown(env)
+    env = gather(os.environ if environ is None else environ, env_file)
+    file = file or settings_file(env)
     toml = _read_toml(file)
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    warnings: list[str] = []
     for name, field in Settings.model_fields.items():
         for value, source in _candidates(name, field, given, env, toml, file):
             values[name], origin[name] = value, source
+            if source in env_names(field)[1:]:
+                values[name], note = official_value(source, value)
+                warnings += [note] if note else []
             break
     try:
         settings = Settings(**values)
     except ValidationError as exc:
         raise ConfigError(_explain(exc, origin)) from exc
-    return settings, {name: origin.get(name, "default") for name in Settings.model_fields}
+    warnings += doubtful_names(env, origin.values())
+    every = {name: origin.get(name, "default") for name in Settings.model_fields}
+    return Resolved(settings, every, warnings)
 
 
-def doubtful_names(
-    origin: Mapping[str, str],
-    *,
-    environ: Mapping[str, str] | None = None,
-    env_file: Path | None = None,
-) -> list[str]:
-    """A sentence for each official name that is set and is old, or has no meaning here.
+@contextmanager
+def named_file(path: Path) -> Iterator[None]:
+    """Let `path` be the settings file of this process, and of those it starts, in the body."""
+    former = os.environ.get(CONFIG_VARIABLE)
+    os.environ[CONFIG_VARIABLE] = str(path.expanduser().absolute())
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[CONFIG_VARIABLE]
+        else:
+            os.environ[CONFIG_VARIABLE] = former
 
-    Args:
-        origin: where each setting came from, as `resolve` says.
-        environ: as for `resolve`.
-        env_file: as for `resolve`.
-    """
-    old = [
-        f"{name} is an old name, which Immich's own service no longer reads; "
-        f"set {_OLD_NAMES[name]} instead"
-        for name in sorted(_OLD_NAMES.keys() & set(origin.values()))
-    ]
-    env = {**_read_env_file(env_file), **(os.environ if environ is None else environ)}
-    known = {name for field in Settings.model_fields.values() for name in env_names(field)}
-    return old + [
-        f"{name} is set, but it has no meaning here and is ignored"
-        for name in sorted(env)
-        if name.upper().startswith("MACHINE_LEARNING_") and name.upper() not in known
-    ]
+
+def settings_file(env: Mapping[str, str] | None = None) -> Path | None:
+    """The settings file in force without `--config`, if there is one."""
+    if named := (os.environ if env is None else env).get(CONFIG_VARIABLE):
+        return Path(named).expanduser()
+    try:
+        default = DEFAULT_FILE.expanduser()
+        return default if default.exists() else None
+    except (OSError, RuntimeError):  # no home folder, or one that may not be read
+        return None
 
 
 def _candidates(
@@ -114,20 +123,11 @@ def _candidates(
 ) -> Iterator[tuple[Any, str]]:
     if name in given:
         yield given[name], "command line"
-    upper = {key.upper(): value for key, value in env.items()}
     for variable in env_names(field):
-        if upper.get(variable, ""):
-            yield upper[variable], variable
+        if env.get(variable, ""):
+            yield env[variable], variable
     if name in toml:
         yield toml[name], str(file)
-
-
-def _read_env_file(path: Path | None) -> dict[str, str]:
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise ConfigError(f"env file {path} does not exist")
-    return {key: value for key, value in dotenv_values(path).items() if value is not None}
 
 
 def _read_toml(path: Path | None) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
         values = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigError(f"cannot read the settings file {path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"{path} is not TOML: {exc}") from exc
     for name in values:
         if name not in Settings.model_fields:
@@ -147,17 +147,9 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
     return values
 
 
-def _refuse_unknown(env: Mapping[str, str]) -> None:
-    known = {names[0] for field in Settings.model_fields.values() if (names := env_names(field))}
-    known.add("ML_CONFIG_FILE")
-    for name in env:
-        if name.upper().startswith("ML_") and name.upper() not in known:
-            raise ConfigError(f"unknown setting {name}{_hint(name.upper(), known)}")
-
-
 def _hint(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = closest(name, known)
+    return f"; did you mean {close}?" if close else ""
 
 
 def _explain(exc: ValidationError, origin: Mapping[str, str]) -> str:
@@ -165,6 +157,6 @@ def _explain(exc: ValidationError, origin: Mapping[str, str]) -> str:
     for error in exc.errors():
         name = str(error["loc"][0])
         reason = error["msg"][:1].lower() + error["msg"][1:]
-        value = "***" if name in SECRET else repr(error["input"])
+        value = "***" if name in SECRET else hide_passwords(repr(error["input"]))
         lines.append(f"{origin.get(name, name)} = {value}: {reason} (setting {name})")
     return "; ".join(lines)

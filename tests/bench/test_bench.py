@@ -42,6 +42,7 @@ from immich_ml_metal.cli.bench import print_report
 from immich_ml_metal.client.calls import BadAnswer, configured_names, immich_calls
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.threads import core_count
 from immich_ml_metal.worker.compose import build_app
 
 
@@ -269,9 +270,12 @@ def test_a_local_service_is_found_by_its_port_and_a_distant_one_is_not_looked_fo
 def test_what_other_programs_take_is_seen_and_what_we_take_is_not() -> None:
     spin = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
     with subprocess.Popen([sys.executable, "-c", spin]) as child:
-        as_other, as_own = OtherWork([]), OtherWork([Processes(child.pid)])
-        as_other._known = (Processes(None),)
-        as_other._others_s = as_other._measure()
-        time.sleep(1.0)
-        assert as_other.share() > as_own.share() + 0.1
+        spinning = Processes(child.pid)
+        as_other, as_own = OtherWork([]), OtherWork([spinning])
+        began_s, cpu_s = time.perf_counter(), spinning.cpu_s() or 0.0
+        time.sleep(1.5)
+        used_s = (spinning.cpu_s() or 0.0) - cpu_s
+        share = used_s / (time.perf_counter() - began_s) / core_count()
+        assert share > 0
+        assert as_other.share() - as_own.share() == pytest.approx(share, rel=0.3, abs=0.03)
         child.kill()

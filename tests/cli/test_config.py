@@ -11,7 +11,7 @@ from immich_ml_metal.cli import app
 from immich_ml_metal.cli.config import render_toml
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.settings import GROUPS, Settings, env_names, grouped
-from immich_ml_metal.settings_sources import doubtful_names, load_settings, resolve
+from immich_ml_metal.settings_sources import Resolved, load_settings, resolve
 
 run = CliRunner(env={"ML_CONFIG_FILE": None, "COLUMNS": "160"}).invoke
 
@@ -29,7 +29,7 @@ def test_the_written_file_names_every_setting_its_help_and_its_variables(tmp_pat
 
 
 def test_every_default_in_the_file_is_valid_when_uncommented(tmp_path: Path) -> None:
-    lines = render_toml(*resolve(environ={})).splitlines()
+    lines = render_toml(resolve(environ={})).splitlines()
     values = [
         line.removeprefix("# ")
         for line in lines
@@ -64,7 +64,9 @@ def test_show_says_where_each_value_came_from(tmp_path: Path) -> None:
     env, path = tmp_path / ".env", tmp_path / "c.toml"
     env.write_text("IMMICH_PORT=4004\nML_IMMICH_API_KEY=tell-nobody\n")
     path.write_text("model_ttl_s = 7\n")
-    out = run(app, ["config", "show", "--json", "--file", str(path), "--env-file", str(env)]).stdout
+    out = run(
+        app, ["config", "show", "--json", "--config", str(path), "--env-file", str(env)]
+    ).stdout
     rows = json.loads(out)
     assert rows["port"] == {"value": 4004, "from": "IMMICH_PORT"}
     assert rows["model_ttl_s"] == {"value": 7.0, "from": str(path)}
@@ -138,15 +140,15 @@ def test_check_mentions_an_old_name_and_the_new_ones(
 def test_check_stops_at_a_wrong_value(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text("port = 70000\n")
-    result = run(app, ["config", "check", "--file", str(path)])
+    result = run(app, ["config", "check", "--config", str(path)])
     assert isinstance(result.exception, ConfigError)
     assert "port" in str(result.exception)
 
 
 def test_names_that_are_read_are_not_called_ignored() -> None:
     environ = {"MACHINE_LEARNING_MODEL_TTL": "1", "machine_learning_ann": "true", "HOME": "/"}
-    assert doubtful_names({}, environ=environ) == [
-        "machine_learning_ann is set, but it has no meaning here and is ignored"
+    assert resolve(environ=environ).warnings == [
+        "MACHINE_LEARNING_ANN is set, but it has no meaning here and is ignored"
     ]
 
 
@@ -160,4 +162,4 @@ def test_a_secret_is_not_repeated_in_an_error() -> None:
 def test_any_text_survives_the_file(text: str) -> None:
     settings = Settings(clip_model=text)
     origin = dict.fromkeys(Settings.model_fields, "default") | {"clip_model": "test"}
-    assert tomllib.loads(render_toml(settings, origin)) == {"clip_model": text}
+    assert tomllib.loads(render_toml(Resolved(settings, origin, []))) == {"clip_model": text}

@@ -24,6 +24,7 @@ CASES = """
 none                    :
 unknown                 : sevre
 version                 : version
+version-option          : --version
 serve-port              : serve --port 70000
 serve-no-file           : serve --config /nowhere.toml
 demo                    : demo PICTURE --models-dir MODELS --output OUT/demo.png
@@ -32,8 +33,8 @@ demo-no-picture         : demo /nowhere.png
 doctor                  : doctor --no-test
 doctor-json             : doctor --no-test --json
 config-check            : config check
-config-check-bad        : config check --file BAD
-config-show-bad         : config show --file /nowhere.toml
+config-check-bad        : config check --config BAD
+config-show-bad         : config show --config /nowhere.toml
 config-init             : config init OUT/config.toml
 config-init-there       : config init BAD
 models-list             : models list --models-dir MODELS --task ocr --language de

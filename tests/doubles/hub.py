@@ -4,6 +4,7 @@ Speaks the parts of the hub's protocol that `huggingface_hub` and the store use:
 with sizes and digests, and files with ranges. Faults are queued per file, one per request.
 """
 
+import gzip
 import hashlib
 import json
 import threading
@@ -37,6 +38,8 @@ class Fault:
         misplace: answer 206 with a range that was not asked for.
         redirect: answer 302 to this address plus the request's path.
         chunk_s: pause between chunks of 4 KiB.
+        gzip: answer compressed, whatever was asked for, as some proxies do.
+        says_gzip: say that it is compressed, and it is not.
     """
 
     status: int = 0
@@ -50,6 +53,8 @@ class Fault:
     misplace: bool = False
     redirect: str = ""
     chunk_s: float = 0.0
+    gzip: bool = False
+    says_gzip: bool = False
 
 
 @dataclass
@@ -176,6 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Type"] = "application/json"
         if fault.flip:
             content = content[:-1] + bytes([content[-1] ^ 1])
+        if fault.gzip or fault.says_gzip:
+            headers["Content-Encoding"] = "gzip"
+        if fault.gzip:
+            content = gzip.compress(content)
         if fault.short_by:
             content = content[: -fault.short_by]
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1])

@@ -6,7 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from doubles.gateway import MAIN, free_port, gateway_process, is_alive, right_answer, settings
+import pytest
+from doubles.gateway import (
+    MAIN,
+    free_port,
+    gateway_process,
+    is_alive,
+    right_answer,
+    running_gateway,
+    settings,
+)
 from doubles.timing import until
 
 from immich_ml_metal.system.footprint import memory_bytes
@@ -102,3 +111,20 @@ def test_the_gateway_imports_no_model_library_and_no_web_framework() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     heavy = {"starlette", "numpy", "onnx", "onnxruntime", "PIL", "cv2", "mlx", "httpx"}
     assert not heavy & set(found.stdout.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize(
+    ("set_here", "expected"),
+    [(None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.arena_max=1", "glibc.malloc.arena_max=1")],
+)
+async def test_a_worker_asks_for_huge_pages_unless_the_operator_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_here: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if set_here:
+        monkeypatch.setenv("GLIBC_TUNABLES", set_here)
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+        environment = Path(f"/proc/{service.worker_pid}/environ").read_bytes().split(b"\0")
+        assert f"GLIBC_TUNABLES={expected}".encode() in environment

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 from doubles.hub import onnx_bytes
-from filelock import FileLock
 
 from immich_ml_metal.catalog import find_by_name
 from immich_ml_metal.errors import DownloadFailed
+from immich_ml_metal.models.file_lock import hold
 from immich_ml_metal.models.prune import Waste, find_waste, folder_of, remove
 from immich_ml_metal.models.shelf import Shelf
 from immich_ml_metal.types import Part
@@ -65,8 +65,7 @@ def test_nothing_but_what_was_listed_is_deleted(shelf: Shelf) -> None:
 def test_what_is_being_downloaded_is_not_deleted(shelf: Shelf) -> None:
     key = find_by_name("buffalo_l").key(Part.RECOGNITION)
     lock = shelf.lock_path(key, key.part)
-    lock.parent.mkdir(parents=True)
-    with FileLock(lock), pytest.raises(DownloadFailed, match="being downloaded"):
+    with hold(lock), pytest.raises(DownloadFailed, match="being downloaded"):
         remove(shelf, find_waste(shelf)[0])
 
 

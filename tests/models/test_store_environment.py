@@ -14,6 +14,7 @@ from immich_ml_metal.models.paddle import find_in_wheel
 from immich_ml_metal.models.shelf import FileState
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.types import Part, Task
 
 SRC = Path(__file__).parents[2] / "src"
@@ -78,6 +79,46 @@ def test_offline_variables_keep_the_network_untouched(
     assert said.startswith("ModelUnavailable")
     assert "models pull buffalo_s" in said
     assert not hub.seen
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:7890"),
+        ("HTTPS_PROXY", "ftp://127.0.0.1:3128"),
+        ("http_proxy", '"http://127.0.0.1:3128"'),
+        ("HTTP_PROXY", "http://127.0.0.1:port"),
+        ("SSL_CERT_FILE", "/nonexistent.pem"),
+        ("HF_TOKEN", "hf_\u00e4"),
+        ("HF_HUB_ETAG_TIMEOUT", "10.5"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "1e3"),
+    ],
+)
+def test_a_wrong_network_variable_is_a_failed_download_that_names_it(
+    hub: FakeHub, tmp_path: Path, name: str, value: str
+) -> None:
+    said = fetch(tmp_path, HF_ENDPOINT=hub.url, **{name: value})
+    assert said.startswith("DownloadFailed")
+    assert name in said
+    assert "\n" not in said
+
+
+def test_variables_that_are_right_are_not_blamed(tmp_path: Path) -> None:
+    certificates = tmp_path / "ca.pem"
+    certificates.write_text("-----BEGIN CERTIFICATE-----\n")
+    right = {
+        "HTTPS_PROXY": "http://me:secret@proxy:3128",
+        "http_proxy": "127.0.0.1:3128",
+        "NO_PROXY": "localhost",
+        "SSL_CERT_FILE": str(certificates),
+        "SSL_CERT_DIR": str(tmp_path),
+        "HF_TOKEN": "hf_abc",
+        "HF_HUB_ETAG_TIMEOUT": "10",
+    }
+    assert network_troubles(right) == []
+    wrong = network_troubles({"HTTPS_PROXY": "gopher://me:secret@proxy"})
+    assert "secret" not in "".join(wrong)
+    assert network_troubles({"SSL_CERT_FILE": str(tmp_path / "empty")}) != []
 
 
 # -- the rapidocr wheel ----------------------------------------------------------------------------

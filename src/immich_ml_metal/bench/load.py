@@ -128,7 +128,9 @@ async def _drive(
 ) -> Load:
     latencies_s: list[float] = []
     limits = httpx.Limits(max_connections=sum(clients for _, clients in streams))
-    async with httpx.AsyncClient(limits=limits, timeout=ANSWER_TIMEOUT_S) as client:
+    async with httpx.AsyncClient(
+        limits=limits, timeout=ANSWER_TIMEOUT_S, trust_env=False
+    ) as client:
         started_s = time.perf_counter()
         await asyncio.gather(
             *(

@@ -6,18 +6,21 @@ function of that name. It is imported when it runs, in `load_command` and nowher
 """
 
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from immich_ml_metal import __version__
+from immich_ml_metal.cli.ending import close_streams, debugging, explain, open_streams
 from immich_ml_metal.cli.output import Exit, print_error
-from immich_ml_metal.errors import ConfigError, ServiceError
+from immich_ml_metal.errors import ConfigError
 
 # Each command and the first sentence of its own help, in the order of `--help`.
 COMMANDS = MappingProxyType(
@@ -47,7 +50,56 @@ def load_command(name: str) -> TyperCommand | TyperGroup:
     else:
         holder.command(name)(getattr(module, name))
     command: TyperCommand | TyperGroup = get_command(holder).commands[name]  # type: ignore[attr-defined]
+    for leaf in _leaves(command):
+        leaf.params.append(_config_option())
     return command
+
+
+def _leaves(command: Any) -> Iterator[Any]:
+    """The commands that do something. Any: Typer's own copies of click's classes."""
+    for inner in getattr(command, "commands", {}).values():
+        yield from _leaves(inner)
+    if not hasattr(command, "commands"):
+        yield command
+
+
+def _config_option() -> Any:
+    """`--config`, the same on every command."""
+    holder = typer.Typer(add_completion=False)
+
+    @holder.command()
+    def lend(config: ConfigOption = None) -> None:
+        """Never run: its option is taken."""
+
+    return get_command(holder).params[0]
+
+
+def _use_config(context: typer.Context, path: Path | None) -> None:
+    """For the command, and what it starts, the file is as if `ML_CONFIG_FILE` named it."""
+    from immich_ml_metal.settings_sources import named_file
+
+    if path is not None:
+        context.with_resource(named_file(path))
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=_use_config,
+        expose_value=False,
+        help="Settings file (TOML); else ML_CONFIG_FILE's, or the one `config init` wrote.",
+    ),
+]
+
+
+def _shown_type(option: TyperOption, ctx: Any) -> str | None:
+    """The kind of value an option takes; a switch takes none, and Typer 0.29 says `<bool>`."""
+    return None if option.is_flag else _typers_own(option, ctx)
+
+
+_typers_own = TyperOption.display_type_rich
+TyperOption.display_type_rich = _shown_type  # type: ignore[method-assign, assignment]
 
 
 class _Delayed(TyperCommand):
@@ -80,8 +132,20 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+]
+
+
 @app.callback()
-def root() -> None:
+def root(show_version: VersionOption = False) -> None:
     """Drop-in machine-learning service for Immich: native on Apple Silicon."""
 
 
@@ -92,13 +156,18 @@ def version() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a deliberate failure ends with its reason, not with a traceback.
+    """Run the command line; whatever happens, it ends with a line and an exit code.
 
     Args:
         arguments: those of the process when None.
     """
+    open_streams()
     try:
         app(arguments, prog_name="immich-ml-metal")
-    except ServiceError as exc:
-        print_error(exc)
-        sys.exit(Exit.USAGE if isinstance(exc, ConfigError) else Exit.FINDING)
+    except SystemExit as end:
+        sys.exit(close_streams(end.code))
+    except Exception as exc:  # noqa: BLE001 - the last line of the process
+        print_error(explain(exc))
+        if debugging():
+            traceback.print_exc()
+        sys.exit(close_streams(Exit.USAGE if isinstance(exc, ConfigError) else Exit.FINDING))

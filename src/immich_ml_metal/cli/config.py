@@ -7,28 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from immich_ml_metal.cli.output import JsonOption, print_json
+from immich_ml_metal.logs import check_log_file
+from immich_ml_metal.setting_kinds import hide_passwords
 from immich_ml_metal.settings import SECRET, Settings, env_names, grouped
-from immich_ml_metal.settings_sources import doubtful_names, resolve
+from immich_ml_metal.settings_sources import DEFAULT_FILE, Resolved, resolve
+from immich_ml_metal.system.listen import check_address
+from immich_ml_metal.system.network_settings import network_troubles
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
 
-DEFAULT_FILE = Path("~/.config/immich-ml-metal/config.toml")
 _UNITS = {"_s": "seconds", "_bytes": "bytes", "_px": "pixels", "_pixels": "pixels"}
 
 _ALWAYS_SHOWN = ("Service", "Answers")
 
-FileOption = Annotated[
-    Path | None, typer.Option("--file", help="Settings file (TOML); ML_CONFIG_FILE names one too.")
-]
 EnvFileOption = Annotated[
     Path | None, typer.Option("--env-file", help="An Immich .env file to read as well.")
 ]
-
-
-def default_file() -> Path | None:
-    """The file that `config init` writes, if it is there."""
-    path = DEFAULT_FILE.expanduser()
-    return path if path.is_file() else None
 
 
 @app.command("init")
@@ -41,19 +35,16 @@ def init(
     path = path.expanduser()
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists; --force replaces it")
-    text = render_toml(*resolve(env_file=env_file))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)  # it may hold the Immich key
-    path.write_text(text, encoding="utf-8")
+    write_private(path, render_toml(resolve(env_file=env_file)))
     typer.echo(f"Wrote {path}")
-    typer.echo(f"Use it: immich-ml-metal serve --config {path}, or ML_CONFIG_FILE={path}")
     if path == DEFAULT_FILE.expanduser():
-        typer.echo("`service` and `doctor` find it there by themselves.")
+        typer.echo("Every command finds it there by itself.")
+    else:
+        typer.echo(f"Use it with --config {path} at any command, or ML_CONFIG_FILE={path}")
 
 
 @app.command("show")
 def show(
-    file: FileOption = None,
     env_file: EnvFileOption = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every setting.")] = False,
     as_json: JsonOption = False,
@@ -62,7 +53,7 @@ def show(
 
     As JSON, every setting.
     """
-    settings, origin = resolve(file=file, env_file=env_file)
+    settings, origin, _ = resolve(env_file=env_file)
     if as_json:
         rows = {
             name: {"value": plain_value(settings, name), "from": origin[name]} for name in origin
@@ -73,16 +64,30 @@ def show(
 
 
 @app.command("check")
-def check(file: FileOption = None, env_file: EnvFileOption = None) -> None:
-    """Validate the settings; exit 2 and name the setting when one is wrong."""
-    _, origin = resolve(file=file, env_file=env_file)
-    for warning in doubtful_names(origin, env_file=env_file):
+def check(env_file: EnvFileOption = None) -> None:
+    """Try the settings as `serve` would at its start; exit 2 and name what is wrong."""
+    from immich_ml_metal.worker.compose import check_start
+
+    settings, _, warnings = resolve(env_file=env_file)
+    for warning in [*warnings, *network_troubles()]:
         typer.echo(warning)
+    check_log_file(settings)
+    check_start(settings)
+    check_address(settings.host, settings.port)
     typer.echo("The settings are valid.")
 
 
-def render_toml(settings: Settings, origin: dict[str, str]) -> str:
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read: it may hold the Immich key."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    path.write_text(text, encoding="utf-8")
+
+
+def render_toml(resolved: Resolved) -> str:
     """A settings file with every setting explained; those that are not defaults are in force."""
+    settings, origin, _ = resolved
     blocks = ["# Settings of immich-ml-metal. A line that starts with '#' is the default."]
     for name, field in Settings.model_fields.items():
         head = f"# {field.description}"
@@ -114,7 +119,8 @@ def plain_value(settings: Settings, name: str) -> Any:
     value = getattr(settings, name)
     if name in SECRET:
         return "***" if value is not None else None
-    return value if isinstance(value, bool | int | float | tuple | None) else str(value)
+    plain = isinstance(value, bool | int | float | tuple | None)
+    return value if plain else hide_passwords(str(value))
 
 
 def _print_table(settings: Settings, origin: dict[str, str], *, everything: bool) -> None:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from immich_ml_metal.cli.config import default_file
 from immich_ml_metal.cli.output import Exit, JsonOption, print_json
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
 from immich_ml_metal.doctor.collect import collect_facts
@@ -28,7 +27,6 @@ _MARKS = MappingProxyType(
         "skip": "[dim]-   [/]",
     }
 )
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML).")]
 EnvFileOption = Annotated[Path | None, typer.Option(help="An Immich .env file.")]
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Read every model file and compare its digest.")
@@ -40,7 +38,6 @@ ShareOption = Annotated[
 
 
 def doctor(
-    file: ConfigOption = None,
     env_file: EnvFileOption = None,
     verify: VerifyOption = False,
     test: TestOption = True,
@@ -51,10 +48,9 @@ def doctor(
 
     Exit code: 0 nothing is broken, 1 something is.
     """
-    file = file or default_file()
-    facts = collect_facts(run_program, file=file, env_file=env_file, digests=verify)
+    facts = collect_facts(run_program, env_file=env_file, digests=verify)
     if test and not facts.config_error:
-        named = {"--config": file, "--env-file": env_file}
+        named = {"--env-file": env_file}
         options = {option: str(path) for option, path in named.items() if path is not None}
         facts = replace(facts, tests=run_self_test(facts, options))
     findings = examine(CHECKS, facts)

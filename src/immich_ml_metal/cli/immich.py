@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal.cli.output import Exit, JsonOption, print_json
+from immich_ml_metal.setting_kinds import hide_passwords
 
 if TYPE_CHECKING:
     from immich_ml_metal.immich.advice import Advice
@@ -71,7 +72,8 @@ def _show_status(
         print_json(report(server, overview, failed, advice))
         return
     urls = ", ".join(server.urls)
-    title = f"Immich {server.version} at {settings.immich_url}, its URLs: {urls}"
+    address = hide_passwords(str(settings.immich_url))
+    title = f"Immich {server.version} at {address}, its URLs: {urls}"
     Console(highlight=False).print(show(overview, failed, advice, title))
 
 
@@ -157,11 +159,10 @@ def release(
 @contextmanager
 def _connected() -> "Iterator[tuple[ImmichApi, Settings]]":
     """Immich and the settings that lead to it; one that cannot be asked ends the command."""
-    from immich_ml_metal.cli.config import default_file
     from immich_ml_metal.immich.api import ImmichError, connect
     from immich_ml_metal.settings_sources import load_settings
 
-    settings = load_settings(file=default_file())
+    settings = load_settings()
     try:
         with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
             yield api, settings

@@ -10,7 +10,7 @@ import typer
 from immich_ml_metal.catalog import Family, all_models, clean_name, find_by_name
 from immich_ml_metal.cli import models_show as show
 from immich_ml_metal.cli.models_pull import pull_models, verify_models
-from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_json
+from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_error, print_json
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.index_guard.recipe import JOBS
@@ -93,6 +93,7 @@ def pull(
     if as_json:
         show.print_pulled([store.status(key) for key in keys], failures)
     if failures:
+        print_error(next(iter(failures.values())))
         raise typer.Exit(Exit.UNREACHABLE)
 
 

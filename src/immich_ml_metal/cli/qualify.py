@@ -19,7 +19,7 @@ from immich_ml_metal.qualification.plan import remembered_choices
 from immich_ml_metal.qualification.record import name_of
 from immich_ml_metal.qualification.report import cells, write_report
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.settings_sources import resolve
+from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.types import ModelKey
 
 Names = Annotated[
@@ -47,7 +47,7 @@ def qualify(
 
     Takes minutes and the whole machine. Exit code: 0, or 1 when nothing could be measured.
     """
-    settings, _ = resolve({"models_dir": models_dir})
+    settings = load_settings({"models_dir": models_dir})
     choices = remembered_choices(settings, ModelStore(settings))
     comparison = Comparison(choices, measure, engines=engine or (), again=again)
     keys = _keys(settings, names or ())

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from immich_ml_metal.logs import configure_logging
-from immich_ml_metal.settings_sources import doubtful_names, resolve
+from immich_ml_metal.settings_sources import resolve
+from immich_ml_metal.system.network_settings import network_troubles
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,6 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="TCP port; 0 picks one.")]
 Folder = Annotated[Path | None, typer.Option(help="Model folder, as Immich's.")]
 LogLevel = Annotated[str | None, typer.Option(help="error, warning, info or debug.")]
-Config = Annotated[Path | None, typer.Option(help="Settings file (TOML).")]
 EnvFile = Annotated[Path | None, typer.Option(help="An Immich .env file.")]
 Gateway = Annotated[
     bool,
@@ -34,7 +34,6 @@ def serve(
     port: Port = None,
     models_dir: Folder = None,
     log_level: LogLevel = None,
-    config: Config = None,
     env_file: EnvFile = None,
     gateway: Gateway = True,
     index_guard: IndexGuardOption = None,
@@ -42,9 +41,9 @@ def serve(
     """Answer Immich's requests on port 3003."""
     given = {"host": host, "port": port, "models_dir": models_dir, "log_level": log_level}
     given["index_guard"] = index_guard
-    settings, origin = resolve(given, file=config, env_file=env_file)
+    settings, _, warnings = resolve(given, env_file=env_file)
     configure_logging(settings, "gateway" if gateway else "worker")
-    for warning in doubtful_names(origin, env_file=env_file):
+    for warning in [*warnings, *network_troubles()]:
         log.warning("%s", warning)
     if gateway:  # one process must not load what only the other needs
         from immich_ml_metal.gateway import serving

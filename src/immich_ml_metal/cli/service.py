@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli.config import default_file
 from immich_ml_metal.cli.output import Exit, JsonOption, print_json
 
 if TYPE_CHECKING:
@@ -23,23 +22,18 @@ DaemonOption = Annotated[
     bool,
     typer.Option("--daemon", help="macOS: run without anybody logged in; needs sudo."),
 ]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="Settings file; the one `config init` writes if it is there."),
-]
 
 
 @app.command("install")
 def install(
     daemon: DaemonOption = False,
-    config: ConfigOption = None,
     env_file: Annotated[Path | None, typer.Option(help="An Immich .env file.")] = None,
     show: Annotated[bool, typer.Option("--print", help="Show it; change nothing.")] = False,
 ) -> None:
     """Start the service now and at every boot; run it again after an upgrade."""
-    from immich_ml_metal.settings_sources import load_settings
+    from immich_ml_metal.settings_sources import load_settings, settings_file
 
-    file = config or default_file()
+    file = settings_file()
     settings = load_settings(file=file, env_file=env_file)
     manager = _manager(daemon=daemon)
     plan = _plan(settings, file, env_file)
@@ -97,7 +91,7 @@ def stop(daemon: DaemonOption = False) -> None:
 
     _installed(daemon=daemon).stop()
     typer.echo("Stopped.")
-    if queues := paused_by_us(load_settings(file=default_file())):
+    if queues := paused_by_us(load_settings()):
         typer.echo(
             f"Immich's queues {', '.join(queues)} stay paused, so that no job is lost, until the "
             "service starts again.\nTo let them go on without it: immich-ml-metal immich release"
@@ -123,7 +117,7 @@ def status(
     from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
     from immich_ml_metal.settings_sources import load_settings
 
-    url = local_url(load_settings(file=default_file()))
+    url = local_url(load_settings())
     state = _manager(daemon=daemon).status()
     try:
         serving = ask_health(url).version
@@ -150,7 +144,7 @@ def logs(
     from immich_ml_metal.service.log_files import tail
     from immich_ml_metal.settings_sources import load_settings
 
-    plan = _plan(load_settings(file=default_file()), None, None)
+    plan = _plan(load_settings(), None, None)
     files = [plan.log_file, file_of(plan.log_file, "worker"), plan.stderr_file]
     present = [file for file in files if file.is_file()]
     if not present:
@@ -172,7 +166,7 @@ def _release() -> None:
     from immich_ml_metal.immich.release import paused_by_us, release, state_folder
     from immich_ml_metal.settings_sources import load_settings
 
-    settings = load_settings(file=default_file())
+    settings = load_settings()
     if not paused_by_us(settings):
         return
     try:

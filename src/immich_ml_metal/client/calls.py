@@ -178,7 +178,8 @@ class ImmichClient:
     def __init__(self, url: str, names: ModelNames, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.url = url.rstrip("/")
         self._calls = immich_calls(names)
-        self._client = httpx.Client(timeout=timeout_s)
+        # Machine-learning services stand in the own network: no proxy of the environment.
+        self._client = httpx.Client(timeout=timeout_s, trust_env=False)
 
     def close(self) -> None:
         """Close the connections."""

@@ -173,7 +173,7 @@ def _wait_until_up(
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/ping", timeout=2).is_success:
+            if httpx.get(f"http://127.0.0.1:{port}/ping", timeout=2, trust_env=False).is_success:
                 return
         time.sleep(0.05)
     words.seek(0)

@@ -14,7 +14,6 @@ from typing import Literal
 
 import httpx
 import psutil
-from huggingface_hub.constants import ENDPOINT
 
 from immich_ml_metal import __version__
 from immich_ml_metal.catalog import find_by_name
@@ -34,8 +33,9 @@ from immich_ml_metal.service.log_files import log_files
 from immich_ml_metal.service.mac_privacy import unreadable, used_paths
 from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.settings_sources import load_settings, settings_file
 from immich_ml_metal.system.network import lan_addresses
+from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.system.programs import RunProgram
 from immich_ml_metal.types import ModelKey, Task
 
@@ -45,11 +45,9 @@ _EVERYWHERE = ("onnxruntime", "numpy", "pillow", "opencv-python-headless", "toke
 _APPLE_SILICON = ("mlx", "pyobjc-framework-Vision", "pyobjc-framework-CoreML")
 
 
-def collect_facts(
-    run: RunProgram, *, file: Path | None, env_file: Path | None, digests: bool
-) -> Facts:
+def collect_facts(run: RunProgram, *, env_file: Path | None, digests: bool) -> Facts:
     """All facts but the self-test's; `digests` reads every model file to its end."""
-    settings, config_error = _read_settings(file, env_file)
+    settings, config_error = _read_settings(env_file)
     folder_error, free_bytes = read_models_dir(settings)
     server, immich, immich_error = ask_immich(settings)
     hub, skew_s = _ask_hub(settings, config_error)
@@ -61,6 +59,7 @@ def collect_facts(
         packages=read_packages(machine),
         config_error=config_error,
         models_dir_error=folder_error,
+        unreadable=tuple(ModelStore(settings).shelf.unreadable()),
         disk_free_bytes=free_bytes,
         names=(names := _names(settings, server)),
         models=read_models(settings, (names.clip, names.faces, names.ocr), digests=digests),
@@ -73,7 +72,7 @@ def collect_facts(
         logs_bytes=size_of_logs(log_files(settings)),
         index=tuple(IndexGuard(settings).findings()),
         choices=read_choices(settings),
-        closed=tuple(unreadable(used_paths(settings, file), Path.home())),
+        closed=tuple(unreadable(used_paths(settings, settings_file()), Path.home())),
     )
 
 
@@ -81,13 +80,18 @@ def _ask_hub(settings: Settings, config_error: str) -> tuple[str, float | None]:
     """Whether the hub is reachable; not asked where settings are refused, as they may forbid it."""
     if config_error:
         return "not asked, as the settings are refused", None
+    troubles = network_troubles()
+    if troubles and not settings.offline:
+        return "; ".join(troubles), None
+    from huggingface_hub.constants import ENDPOINT  # refuses variables that were just looked at
+
     return read_hub(settings, settings.hub_endpoint or ENDPOINT, time.time())
 
 
-def _read_settings(file: Path | None, env_file: Path | None) -> tuple[Settings, str]:
+def _read_settings(env_file: Path | None) -> tuple[Settings, str]:
     """The settings, or the defaults and why the settings are refused."""
     try:
-        return load_settings(file=file, env_file=env_file), ""
+        return load_settings(env_file=env_file), ""
     except ConfigError as exc:
         return Settings(), str(exc)
 
@@ -209,13 +213,23 @@ def _holder(port: int, run: RunProgram) -> str:
 def read_models_dir(settings: Settings) -> tuple[str, int]:
     """Why the model folder cannot be written (empty when it can), and the free bytes around it."""
     folder = settings.models_dir.expanduser()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_bytes = psutil.disk_usage(str(existing)).free
+    existing = next(path for path in (folder, *folder.parents) if _exists(path))
+    try:
+        free_bytes = psutil.disk_usage(str(existing)).free
+    except OSError as exc:
+        return (exc.strerror or str(exc)).lower(), 0
     try:
         with tempfile.TemporaryFile(dir=existing):
             return "", free_bytes
     except OSError as exc:
         return (exc.strerror or str(exc)).lower(), free_bytes
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # behind a folder that may not be entered
+        return False
 
 
 def read_models(
@@ -273,7 +287,7 @@ def read_hub(settings: Settings, endpoint: str, now_s: float) -> tuple[str, floa
         return "offline", None
     try:
         reply = httpx.head(endpoint, timeout=HUB_TIMEOUT_S, follow_redirects=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError) as exc:
         return f"{endpoint} is not reachable ({str(exc) or type(exc).__name__})", None
     problem = f"{endpoint} answers {reply.status_code}" if reply.is_server_error else ""
     return problem, clock_skew(reply.headers.get("Date", ""), now_s)

@@ -96,6 +96,7 @@ class Facts:
         config_error: why the settings are refused; empty when they are not.
         packages: needed package → installed version; None when missing.
         models_dir_error: why the model folder cannot be written; empty when it can.
+        unreadable: each folder of models that cannot be read, and why.
         names: the models that are asked for: Immich's, where it could be asked.
         hub: "" reachable, "offline" switched off, else why it is not reachable.
         addresses: of this machine, as others see it.
@@ -116,6 +117,7 @@ class Facts:
     packages: Mapping[str, str | None] = field(default_factory=dict)
     config_error: str = ""
     models_dir_error: str = ""
+    unreadable: tuple[str, ...] = ()
     disk_free_bytes: int = 0
     models: tuple[ModelFact, ...] = ()
     names: ModelNames = field(default_factory=lambda: ModelNames("", "", ""))

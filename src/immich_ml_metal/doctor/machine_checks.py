@@ -96,6 +96,9 @@ def check_models_dir(facts: Facts) -> Answer:
     if facts.models_dir_error:
         fix = f"chown or chmod {facts.settings.models_dir}, or set models_dir (ML_MODELS_DIR)"
         return Outcome.FAIL, f"{facts.settings.models_dir}: {facts.models_dir_error}", fix
+    if facts.unreadable:
+        fix = "chown -R or chmod -R it for the user that runs the service"
+        return Outcome.FAIL, f"cannot read {'; '.join(facts.unreadable)}", fix
     return Outcome.OK, str(facts.settings.models_dir), ""
 
 

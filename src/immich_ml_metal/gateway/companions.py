@@ -116,10 +116,13 @@ def make_companions(settings: Settings, metrics: Metrics, own: OwnSide) -> Compa
         return Companions(awake, None, why_unguarded=NO_KEY)
     if not settings.immich_guard:
         return Companions(awake, None, why_unguarded=SWITCHED_OFF)
-    from immich_ml_metal.immich.api import ImmichApi
+    from immich_ml_metal.immich.api import ImmichApi, ImmichError
     from immich_ml_metal.immich.guard import Guard
     from immich_ml_metal.immich.keeper import Keeper
 
     folder = StateFolder(settings.state_dir or default_folder())
-    keeper = Keeper(ImmichApi(url, key), folder)
+    try:
+        keeper = Keeper(ImmichApi(url, key), folder)
+    except ImmichError as exc:
+        return Companions(awake, None, why_unguarded=str(exc))
     return Companions(awake, Guard(keeper, own, metrics, is_trial=sys.stdin.isatty()))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from immich_ml_metal.gateway import client as worker_client
 from immich_ml_metal.gateway.client import WorkerLost
+from immich_ml_metal.system.switches import worker_environment
 
 _READY_POLL_S = 0.05
 
@@ -38,7 +39,11 @@ class WorkerProcess:
             OSError: the command cannot be run.
         """
         process = await asyncio.create_subprocess_exec(
-            *command, str(socket), stdin=PIPE, start_new_session=True
+            *command,
+            str(socket),
+            stdin=PIPE,
+            start_new_session=True,
+            env=worker_environment(),
         )
         assert process.stdin is not None
         # No drain: a pipe takes 64 KB at once, and a child that died shows by its exit status.

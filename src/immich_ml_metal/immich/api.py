@@ -13,6 +13,8 @@ import httpx
 from pydantic import SecretStr
 
 from immich_ml_metal.errors import ConfigError, ServiceError
+from immich_ml_metal.setting_kinds import hide_passwords
+from immich_ml_metal.system.network_settings import explain
 
 TIMEOUT_S = 10.0
 # Immich's names of the queues that ask a machine-learning service, by task.
@@ -75,9 +77,10 @@ class ImmichApi:
 
     def __init__(self, url: str, key: SecretStr, *, client: httpx.Client | None = None) -> None:
         """`url` is what a browser uses (http://nas:2283), with or without /api."""
-        self.url = url.rstrip("/").removesuffix("/api")
+        self._address = url.rstrip("/").removesuffix("/api")
+        self.url = hide_passwords(self._address)  # for messages
         self._key = key
-        self._client = client or httpx.Client(timeout=TIMEOUT_S)
+        self._client = client or _open_client()
 
     def __repr__(self) -> str:
         return f"<ImmichApi {self.url}>"
@@ -161,7 +164,7 @@ class ImmichApi:
         headers = {"x-api-key": self._key.get_secret_value(), "Accept": "application/json"}
         try:
             reply = self._client.request(
-                method, self.url + path, headers=headers, json=body, timeout=timeout_s
+                method, self._address + path, headers=headers, json=body, timeout=timeout_s
             )
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise ImmichError(f"cannot reach Immich at {self.url}: {type(exc).__name__}") from exc
@@ -188,11 +191,19 @@ def _refusal(status: int, method: str, path: str) -> str:
     return f"it lacks {lacking}, or is not an admin's (403)"
 
 
+def _open_client() -> httpx.Client:
+    try:
+        return httpx.Client(timeout=TIMEOUT_S)
+    except (ImportError, OSError, ValueError) as exc:  # a proxy or certificate of the environment
+        raise ImmichError(f"Immich cannot be asked: {explain(exc)}") from exc
+
+
 def connect(url: str | None, key: SecretStr | None) -> ImmichApi:
     """A client from the settings.
 
     Raises:
         ConfigError: the address or the key is missing.
+        ImmichError: a network variable is wrong.
     """
     if url is None:
         raise ConfigError("immich_url is not set (ML_IMMICH_URL=http://nas:2283)")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from filelock import FileLock
 
 from immich_ml_metal.catalog import Family, ModelSpec
 from immich_ml_metal.errors import DownloadFailed
+from immich_ml_metal.models.file_lock import hold, patiently
 from immich_ml_metal.models.manifest import describe_file, load_manifest, save_manifest
 from immich_ml_metal.models.paddle import list_pinned
 from immich_ml_metal.models.progress import Tracker, format_bytes
@@ -26,8 +26,9 @@ from immich_ml_metal.models.remote import (
     require_space,
 )
 from immich_ml_metal.models.shelf import GRAPH, FileState, Shelf, check_part
-from immich_ml_metal.models.transfer import Transfer, Transient, partial_path, pause
+from immich_ml_metal.models.transfer import Transfer, Transient, network, partial_path, pause
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.types import ModelKey
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,13 @@ class Download:
         """
         if self.spec.family is Family.PADDLE and self.settings.model_revision == "main":
             return list_pinned(self.spec, self.key.part, self.settings.modelscope_endpoint)
-        from immich_ml_metal.models.hub import (
-            Hub,  # it takes a second: only where something is fetched
-        )
+        with network(f"no list of files for {self.key}"):
+            return self._patiently(self._open_hub())
+
+    def _open_hub(self) -> Callable[[], Listing]:
+        if troubles := network_troubles():  # the hub's library prints and fails at its import
+            raise DownloadFailed("; ".join(troubles))
+        from immich_ml_metal.models.hub import Hub  # it takes a second: only where it is asked
 
         hub = Hub(
             self.settings.model_organization,
@@ -92,7 +97,7 @@ class Download:
             self.settings.hub_endpoint,
             self.settings.download_timeout_s,
         )
-        return self._patiently(lambda: hub.list_files(self.spec, self.key.part))
+        return lambda: hub.list_files(self.spec, self.key.part)
 
     def _patiently(self, ask: Callable[[], Listing]) -> Listing:
         failures = 0
@@ -135,8 +140,10 @@ class Download:
 
     def _fetch_all(self, wanted: tuple[RemoteFile, ...], staging: Path) -> None:
         timeout = httpx2.Timeout(self.settings.download_timeout_s)
+        with network("cannot open a connection"):
+            made = httpx2.Client(timeout=timeout, follow_redirects=True)
         with (
-            httpx2.Client(timeout=timeout, follow_redirects=True) as client,
+            made as client,
             ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="download") as threads,
         ):
             transfer = Transfer(client, self.retry, self.tracker)
@@ -167,7 +174,7 @@ class Download:
             )
             for file in wanted
         }
-        with FileLock(self.shelf.lock_path(self.key, "manifest")):
+        with hold(self.shelf.lock_path(self.key, "manifest"), wait=patiently):
             save_manifest(root, load_manifest(root).with_files(records))
         for file in sorted(wanted, key=lambda file: file.path.endswith(GRAPH)):
             (root / file.path).parent.mkdir(parents=True, exist_ok=True)

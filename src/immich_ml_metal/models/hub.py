@@ -85,7 +85,7 @@ class Hub:
         except HfHubHTTPError as exc:
             raise_for_status(exc.response.status_code, exc.response.headers, where)
             raise Transient(str(exc)) from exc
-        except httpx2.TransportError as exc:
+        except httpx2.RequestError as exc:
             raise Transient(describe_transport(exc)) from exc
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
             raise Transient(

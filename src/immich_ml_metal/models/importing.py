@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from filelock import FileLock, Timeout
-
 from immich_ml_metal.catalog import find_by_name, get_model
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
+from immich_ml_metal.models.file_lock import Held, hold, patiently
 from immich_ml_metal.models.manifest import (
     NAME,
     FileRecord,
@@ -117,12 +116,11 @@ def import_model(shelf: Shelf, found: Found) -> Imported:
     here = Shelf(shelf.models_dir, found.revision)
     lock = here.lock_path(key, key.part)
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
+        with hold(lock):
             if here.status(spec, key.part).is_usable:
                 return Imported(found, "present")
             return _bring(here, found)
-    except Timeout as exc:
+    except Held as exc:
         raise DownloadFailed(f"{key} is being downloaded by another process") from exc
     except OSError as exc:
         raise DownloadFailed(explain_os_error(exc, here.root(key))) from exc
@@ -229,7 +227,7 @@ def _install(here: Shelf, key: ModelKey, staging: Path, paths: list[str]) -> Non
         if path in paths and _holds(staging / path, record)
     }
     if records:
-        with FileLock(here.lock_path(key, "manifest")):
+        with hold(here.lock_path(key, "manifest"), wait=patiently):
             save_manifest(root, load_manifest(root).with_files(records))
     for path in sorted(paths, key=lambda path: path.endswith(GRAPH)):
         if path == NAME or (path == "config.json" and (root / path).exists()):

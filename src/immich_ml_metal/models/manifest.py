@@ -59,7 +59,7 @@ def load_manifest(root: Path) -> Manifest:
     try:
         data = json.loads((root / NAME).read_text(encoding="utf-8"))
         return Manifest({path: FileRecord(**row) for path, row in data["files"].items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Manifest()  # its files then count as unverified, which is what we know
 
 

@@ -96,9 +96,15 @@ class Tracker:
             return max(0, self._done - self._inherited)
 
     def wait(self) -> None:
-        """Say that another download of the same files is being waited for."""
-        self._set(Phase.WAITING)
-        logger.info("waiting for another download of %s", self.key)
+        """Say, once, that another download of the same files is being waited for.
+
+        Raises:
+            DownloadFailed: it was stopped meanwhile.
+        """
+        self.raise_if_stopped()
+        if self._phase is not Phase.WAITING:
+            self._set(Phase.WAITING)
+            logger.info("waiting for another download of %s", self.key)
 
     def begin(self, total_bytes: int, present_bytes: int) -> None:
         """Start counting: `present_bytes` of `total_bytes` are on disk from an earlier attempt."""

@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from immich_ml_metal.catalog import ModelSpec, all_models
 from immich_ml_metal.errors import DownloadFailed
+from immich_ml_metal.models.file_lock import Held, hold
 from immich_ml_metal.models.remote import explain_os_error
 from immich_ml_metal.models.shelf import STAGING, Shelf
 
@@ -51,12 +50,12 @@ def remove(shelf: Shelf, waste: Waste) -> None:
     try:
         with ExitStack() as locks:
             for path in (shelf.models_dir / ".locks").glob(f"{'--'.join(relative[:2])}--*.lock"):
-                locks.enter_context(FileLock(path, timeout=0))
+                locks.enter_context(hold(path))
             if waste.path.is_dir() and not waste.path.is_symlink():
                 shutil.rmtree(waste.path)
             else:
                 waste.path.unlink(missing_ok=True)
-    except Timeout as exc:
+    except Held as exc:
         raise DownloadFailed(f"{waste.path} is being downloaded to; try again later") from exc
     except OSError as exc:
         raise DownloadFailed(explain_os_error(exc, waste.path)) from exc

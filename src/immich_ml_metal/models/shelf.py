@@ -5,8 +5,10 @@ The layout is Immich's own, so that an existing cache folder can be mounted or c
 """
 
 import json
+import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,8 +24,9 @@ GRAPH = "model.onnx"
 
 
 # Builds for other hardware beside the ONNX files, the repository's own paperwork, and every name
-# that begins with a dot: so no path from a hub can climb out of the model's folder.
-_NOT_OURS = re.compile(r"(\.armnn|\.rknn)$|(^|/)(rknpu|fp16)/|(^|/)\.|^README\.md$")
+# that begins with a dot: so no path from a hub can climb out of the model's folder. Nor one with a
+# control character: no file system takes a NUL.
+_NOT_OURS = re.compile(r"(\.armnn|\.rknn)$|(^|/)(rknpu|fp16)/|(^|/)\.|^README\.md$|[\x00-\x1f\x7f]")
 
 
 class FileState(StrEnum):
@@ -32,6 +35,7 @@ class FileState(StrEnum):
     VERIFIED = "verified"  # as downloaded: size and, when asked for, digest match the record
     UNVERIFIED = "unverified"  # placed by hand and readable; used as it is
     DAMAGED = "damaged"  # torn, or not what was downloaded
+    UNREADABLE = "unreadable"  # it, or its folder, belongs to another user
     MISSING = "missing"
 
 
@@ -59,7 +63,7 @@ class PartStatus:
         found = set(self.files.values())
         if found == {FileState.VERIFIED}:
             return FileState.VERIFIED
-        for state in (FileState.DAMAGED, FileState.MISSING):
+        for state in (FileState.UNREADABLE, FileState.DAMAGED, FileState.MISSING):
             if state in found:
                 return state
         return FileState.UNVERIFIED
@@ -98,6 +102,27 @@ class Shelf:
         size = sum(_size(self.root(key) / path) for path in states)
         return PartStatus(key, states, size)
 
+    def unreadable(self) -> list[str]:
+        """A sentence for each folder of models that cannot be read; the others serve all the same.
+
+        Looks at the folders of tasks and of models, not into them.
+        """
+        return [f"{path}: {why}" for path, why in _unreadable(self.models_dir)]
+
+    def unreadable_of(self, key: ModelKey) -> str:
+        """The first place of one half that cannot be read, and why; empty when there is none."""
+        files = self.files(key)
+        for path in (self.models_dir, files.root.parent, files.root, files.folder, files.graph):
+            try:
+                path.stat()
+                if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+                    return f"{path}: permission denied"
+            except (FileNotFoundError, NotADirectoryError):
+                return ""
+            except OSError as exc:
+                return f"{path}: {(exc.strerror or str(exc)).lower()}"
+        return ""
+
     def lock_path(self, key: ModelKey, what: str) -> Path:
         """The lock file for one half (`what` is the part), or for the manifest."""
         name = f"{key.task}--{key.name}--{self.revision}--{what}.lock"
@@ -117,7 +142,7 @@ def check_part(
     """
     records = load_manifest(root).files
     paths = {*_required(spec, part), *(p for p in records if p.startswith(f"{part}/"))}
-    paths |= {p for p in records if "/" not in p and (root / p).exists()}  # both halves' files
+    paths |= {p for p in records if "/" not in p and _size(root / p)}  # both halves' files
     sides = _side_files(root / part / GRAPH)
     paths |= {f"{part}/{name}" for name in sides}
     return {
@@ -151,16 +176,42 @@ def _side_files(graph: Path) -> dict[str, int]:
     """External-data files by name, with the least size each must have."""
     try:
         return {side.location: side.min_bytes for side in external_files(graph)}
-    except (OSError, NotOnnx):
+    except (OSError, NotOnnx, RecursionError):
         return {}  # absent or torn: `_state` says so of the graph itself
+
+
+def _unreadable(folder: Path, depth: int = 2) -> Iterator[tuple[Path, str]]:
+    try:
+        inside = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as exc:
+        yield folder, (exc.strerror or str(exc)).lower()
+        return
+    for path in inside if depth else ():
+        if not path.name.startswith("."):
+            yield from _unreadable(path, depth - 1)
 
 
 def _state(
     path: Path, record: FileRecord | None, min_bytes: int | None, digests: bool
 ) -> FileState:
-    if not path.is_file():
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return FileState.MISSING
+        return _state_of_file(path, found.st_size, record, min_bytes, digests)
+    except (FileNotFoundError, NotADirectoryError):
         return FileState.MISSING
-    size = _size(path)
+    except OSError:  # its folder, or itself, belongs to somebody else; or the disk is failing
+        return FileState.UNREADABLE
+
+
+def _state_of_file(
+    path: Path, size: int, record: FileRecord | None, min_bytes: int | None, digests: bool
+) -> FileState:
+    if not os.access(path, os.R_OK):
+        return FileState.UNREADABLE
     if record is not None and size == record.size_bytes:
         intact = not digests or sha256_of(path) == record.sha256
         return FileState.VERIFIED if intact else FileState.DAMAGED
@@ -170,7 +221,10 @@ def _state(
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def _is_sound(path: Path) -> bool:
@@ -180,6 +234,6 @@ def _is_sound(path: Path) -> bool:
             external_files(path)
         elif path.suffix == ".json":
             json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (ValueError, RecursionError):  # torn, or nested deeper than anything honest
         return False
     return True

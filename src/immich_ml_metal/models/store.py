@@ -7,14 +7,13 @@ when it is whole and its digest has been checked.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from immich_ml_metal.catalog import ModelSpec, find_model
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
+from immich_ml_metal.models.file_lock import hold, patiently
 from immich_ml_metal.models.manifest import FileRecord, describe_file, load_manifest, save_manifest
 from immich_ml_metal.models.paddle import find_in_wheel
 from immich_ml_metal.models.progress import DownloadProgress, Downloads, Listener, Tracker
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from immich_ml_metal.models.download import Download
 
 logger = logging.getLogger(__name__)
-
-_LOCK_POLL_S = 0.5
 
 # Told of every download at its end: whether it brought everything, and the bytes received.
 OnDownload = Callable[[bool, int], None]
@@ -76,6 +73,8 @@ class ModelStore:
         """
         files = self.locate(key)
         if files is None:
+            if what := self.shelf.unreadable_of(key):
+                raise ModelUnavailable(f"model {key} cannot be read: {what}; chown or chmod it")
             self._fetch(key, listener)
             files = self.shelf.files(key)
         return files
@@ -186,8 +185,7 @@ class ModelStore:
         root = self.shelf.root(key)
         lock = self.shelf.lock_path(key, "manifest")
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
+            with hold(lock, wait=patiently):
                 known = load_manifest(root).touched(dict.fromkeys(intact, time.time()))
                 save_manifest(root, known.with_files(records))
         except OSError as exc:  # a read-only folder can be checked all the same
@@ -197,15 +195,12 @@ class ModelStore:
     def _alone(self, key: ModelKey, tracker: Tracker) -> Iterator[None]:
         """Hold the half's lock; the system frees it if this process dies."""
         path = self.shelf.lock_path(key, key.part)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _acquire(FileLock(path), tracker)
-        except OSError as exc:
-            raise DownloadFailed(explain_os_error(exc, path)) from exc
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold(path, wait=tracker.wait))
+            except OSError as exc:
+                raise DownloadFailed(explain_os_error(exc, path)) from exc
             yield
-        finally:
-            lock.release()
 
     def _how_to_place(self, spec: ModelSpec, key: ModelKey, state: FileState) -> str:
         """What a person can do about a model that is not here."""
@@ -216,20 +211,6 @@ class ModelStore:
             f"`immich-ml-metal models pull {spec.name}` on a connected machine and copy "
             f"{self.shelf.root(key)}, so that {self.shelf.files(key).graph} exists"
         )
-
-
-def _acquire(lock: FileLock, tracker: Tracker) -> FileLock:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        tracker.wait()
-    while not lock.is_locked:
-        tracker.raise_if_stopped()
-        try:
-            lock.acquire(timeout=_LOCK_POLL_S, poll_interval=_LOCK_POLL_S / 10)
-        except Timeout:
-            continue
-    return lock
 
 
 def _older_detector(key: ModelKey) -> ModelKey | None:

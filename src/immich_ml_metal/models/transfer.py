@@ -5,7 +5,8 @@ here; it supplies the addresses, the sizes, the digests and the credentials. Goe
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +15,7 @@ import httpx2
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
 from immich_ml_metal.models.progress import Tracker
 from immich_ml_metal.models.remote import FULL, RemoteFile, Retry, explain_os_error
+from immich_ml_metal.system.network_settings import explain, proxy_for
 
 PARTIAL = ".partial"
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -88,7 +90,7 @@ class Transfer:
                 have = self._accept(file, answer, partial, have)
                 with partial.open("ab") as out:
                     self._copy(file, answer, out, have)
-        except httpx2.TransportError as exc:
+        except httpx2.RequestError as exc:
             raise Transient(describe_transport(exc)) from exc
 
     def _accept(self, file: RemoteFile, answer: httpx2.Response, partial: Path, have: int) -> int:
@@ -102,7 +104,12 @@ class Transfer:
         if have and not answer.headers.get("content-range", "").startswith(f"bytes {have}-"):
             raise Corrupt("the server resumed at another place than asked")
         length = answer.headers.get("content-length")
-        if length is not None and file.size_bytes not in (None, have + int(length)):
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            # A proxy that compresses although we asked it not to: its offsets and lengths are not
+            # the file's, so only a whole answer is of use.
+            if have:
+                raise Corrupt("a proxy compresses what is resumed; starting again")
+        elif length is not None and file.size_bytes not in (None, have + int(length)):
             raise Corrupt(f"wrong length: {have + int(length)} bytes, expected {file.size_bytes}")
         return have
 
@@ -123,6 +130,33 @@ class Transfer:
     def _check(file: RemoteFile, partial: Path) -> None:
         if not file.matches(partial):
             raise Corrupt("wrong digest: the file was damaged on the way")
+
+
+# What the HTTP and hub libraries raise over a variable, a certificate or an answer out of order.
+_FOREIGN = (
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    httpx2.RequestError,
+    httpx2.InvalidURL,
+)
+
+
+@contextmanager
+def network(what: str) -> Iterator[None]:
+    """Turn what libraries raise before or beside the network into a failed download.
+
+    Raises:
+        DownloadFailed: with the variable to blame, where one is.
+    """
+    try:
+        yield
+    except _FOREIGN as exc:
+        raise DownloadFailed(f"{what}: {explain(exc)}") from exc
 
 
 def pause(exc: Transient, failures: int, retry: Retry, tracker: Tracker) -> None:
@@ -152,7 +186,15 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
         raise Transient(f"the server answered {status}", _retry_after_s(headers))
     if status == 416:
         raise Corrupt("the server has fewer bytes than an earlier try received")
+    if status == 407:
+        raise Transient(
+            "the proxy wants a user and a password (407): set HTTPS_PROXY or HTTP_PROXY to "
+            "http://USER:PASSWORD@HOST:PORT"
+        )
     if status in (401, 403):
+        proxy = proxy_for(url)
+        if status == 403 and proxy:
+            raise Transient(f"{url} answered 403: the proxy of {proxy} or the hub denies it")
         raise ModelUnavailable(
             f"{url} answered {status}: access denied; set HF_TOKEN if it is private or gated"
         )
@@ -166,7 +208,11 @@ def describe_transport(exc: Exception) -> str:
     if isinstance(exc, httpx2.TimeoutException):
         return "no data for too long"
     if isinstance(exc, httpx2.ProxyError):
-        return f"the proxy failed ({exc})"
+        return f"the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY failed ({exc})"
+    if isinstance(exc, httpx2.TooManyRedirects):
+        return "the server redirects in a loop"
+    if isinstance(exc, httpx2.DecodingError):
+        return f"what arrives is not encoded as its Content-Encoding says ({exc})"
     return f"the line was cut ({exc})" if str(exc) else "the line was cut"
 
 

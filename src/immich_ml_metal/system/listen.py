@@ -30,6 +30,22 @@ def listen(host: str, port: int) -> list[socket.socket]:
         raise ConfigError(f"cannot listen on {host} port {port}: {_reason(exc)}") from exc
 
 
+def check_address(host: str, port: int) -> None:
+    """Try whether `listen` would succeed. A port that is taken may be so by ourselves, running.
+
+    Raises:
+        ConfigError: as `listen`, but for a port that is taken.
+    """
+    try:
+        sockets = listen(host, port)
+    except ConfigError as exc:
+        if getattr(exc.__cause__, "errno", None) != errno.EADDRINUSE:
+            raise
+    else:
+        for one in sockets:
+            one.close()
+
+
 def _reason(exc: OSError) -> str:
     if exc.errno == errno.EADDRINUSE:  # Python's own words name the address a second time
         return "another program listens there; ML_PORT chooses another port"

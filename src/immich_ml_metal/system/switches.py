@@ -5,6 +5,7 @@ switch that the operator has set, either way, stays as it is.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -21,6 +22,16 @@ _QUIET = {
 # float32 as float32 without being asked.
 _EXACT = {"MLX_ENABLE_TF32": "0"}
 SWITCHES: Mapping[str, str] = MappingProxyType(_QUIET | _EXACT)
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a worker: ours, with huge pages for its heap where glibc gives them.
+
+    A text detector asks for 270,000 small pages a dozen runs, a quarter of its time. glibc reads
+    this when a process starts.
+    """
+    huge_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if sys.platform == "linux" else {}
+    return huge_pages | os.environ
 
 
 def set_switches() -> None:

@@ -19,12 +19,14 @@ from immich_ml_metal.qualification.plan import (
     EnginePlan,
     Machine,
     ServedFiles,
+    remembered_choices,
     this_machine,
 )
 from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
 from immich_ml_metal.worker.guarded_store import GuardedStore
+from immich_ml_metal.worker.preload import preload_keys
 from immich_ml_metal.worker.server import create_app
 
 log = logging.getLogger(__name__)
@@ -45,18 +47,30 @@ def build_app(
     store = ModelStore(settings, on_download=metrics.count_download)
     choices, guard = _choices(settings, machine or this_machine(), store)
     plan = EnginePlan(choices, Surroundings(settings, store.ensure, metrics.count_fallback))
-    _report(plan)
+    _report(plan, store)
     guarded = GuardedStore(store, guard, settings, start)
     return create_app(
         settings,
         plan,
         guarded,
         metrics=metrics,
-        describe_engines=_describer(plan),
+        describe_engines=_describer(plan, store),
         describe_index=guarded.describe,
         spare=plan.spare,
         requalify=Checker(choices, Tools(probe)).is_right_again,
     )
+
+
+def check_start(settings: Settings) -> None:
+    """Refuse what the worker of such a start would refuse; start and write nothing.
+
+    Raises:
+        ConfigError: as `build_app`.
+    """
+    store = ModelStore(settings)
+    choices = remembered_choices(settings, store)
+    EnginePlan(choices, Surroundings(settings, store.ensure, lambda *_: None))
+    preload_keys(settings)
 
 
 def _choices(settings: Settings, machine: Machine, store: ModelStore) -> tuple[Choices, IndexGuard]:
@@ -77,8 +91,11 @@ def _choices(settings: Settings, machine: Machine, store: ModelStore) -> tuple[C
     return choices, files.guard
 
 
-def _describer(plan: EnginePlan) -> Callable[[], dict[str, Any]]:
+def _describer(plan: EnginePlan, store: ModelStore) -> Callable[[], dict[str, Any]]:
     """What `/health` says of the engines: the plan, and what they know of themselves."""
+    troubles = store.shelf.unreadable()
+    if trouble := plan.choices.record.trouble:
+        troubles = [f"verdicts are not remembered: {trouble}", *troubles]
 
     def describe() -> dict[str, Any]:
         details = {
@@ -87,18 +104,19 @@ def _describer(plan: EnginePlan) -> Callable[[], dict[str, Any]]:
             if (tell := getattr(engine, "describe", None)) is not None
         }
         told = plan.as_dict()
-        if trouble := plan.choices.record.trouble:
-            told["warnings"] = [*told["warnings"], f"verdicts are not remembered: {trouble}"]
+        told["warnings"] = [*told["warnings"], *troubles]
         return {**told, **details}
 
     return describe
 
 
-def _report(plan: EnginePlan) -> None:
+def _report(plan: EnginePlan, store: ModelStore) -> None:
     for line in plan.as_table().splitlines():
         log.info("%s", line)
     for warning in plan.warnings:
         log.warning("%s", warning)
+    for trouble in store.shelf.unreadable():
+        log.warning("a folder of models cannot be read, the others are served: %s", trouble)
     _report_models(plan.choices)
 
 

@@ -209,12 +209,12 @@ class Pool:
         """Load; when the engine rejects damaged files, fetch those again and load once more."""
         urgency = urgency_of(key.task, key.part)  # of the threads that the engine starts as well
         try:
-            model = await engine.device.call(lambda: engine.load(key, files), urgency)
+            model = await engine.device.call(lambda: _load_with(engine, key, files), urgency)
         except LoadFailed:
             if files is None or not await self._files_threads.run(lambda: self._store.repair(key)):
                 raise
             log.warning("damaged files were fetched again model=%s", key)
-            model = await engine.device.call(lambda: engine.load(key, files), urgency)
+            model = await engine.device.call(lambda: _load_with(engine, key, files), urgency)
         await self._make_room((key, engine.name), model.size_bytes)
         return model
 
@@ -273,3 +273,17 @@ class Pool:
         for device in self._devices | {engine.device for engine in self._engines.engines()}:
             await self._threads.run(device.close)
         await self._threads.run(self._files_threads.close)
+
+
+def _load_with(engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyModel:
+    """Load on the engine's thread; whatever a broken file makes a library do is its failure.
+
+    Raises:
+        LoadFailed: with the model's name.
+    """
+    try:
+        return engine.load(key, files)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as exc:
+        where = f" in {files.folder}" if files is not None else ""
+        reason = "nested too deeply" if isinstance(exc, RecursionError) else exc
+        raise LoadFailed(f"{key}{where}: {type(exc).__name__}: {reason}") from exc

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from starlette.applications import Starlette
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 _RENDERED_AT_ONCE = 16  # faces and lines: a millisecond
 _HOUSEKEEPING_S = 10.0
 ERROR_HEADER = "X-ML-Error"
+EXIT_NO_MEMORY = 70
+# Their words say everything; a traceback would only repeat with every held request.
+_TOLD_IN_WORDS = (errors.ModelError, errors.TimedOut, errors.Overloaded)
 TIMING_HEADER = "Server-Timing"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
@@ -202,6 +206,8 @@ class WorkerRoutes:
                 response = await _unless_gone(request, answer)
             except ClientDisconnect:
                 return Response(status_code=errors.CLIENT_GONE)
+            except MemoryError:
+                _end_without_memory()
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
                 return _render_error(exc)
         response.headers[TIMING_HEADER] = _render_timing(stages)
@@ -269,6 +275,12 @@ async def _wait_for_hang_up(request: Request) -> None:
         pass
 
 
+def _end_without_memory() -> NoReturn:
+    """What Python could not get here it will not get for the next request: be replaced."""
+    log.critical("memory is exhausted: this worker ends and another one is started")
+    os._exit(EXIT_NO_MEMORY)
+
+
 def _render_timing(stages: Mapping[str, float]) -> str:
     """The stages of one request as `Server-Timing` (W3C): what ran side by side is added up."""
     return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in stages.items())
@@ -288,6 +300,8 @@ def _render_error(exc: Exception) -> JSONResponse:
     status = errors.status_of(exc)
     if isinstance(exc, errors.Busy):  # nothing failed: the gateway asks again
         log.info("put off reason=%s", exc)
+    elif isinstance(exc, _TOLD_IN_WORDS):  # it comes again until somebody mends it
+        log.error("request failed status=%d reason=%s", status, exc)
     elif status >= 500:
         log.error("request failed status=%d", status, exc_info=exc)
     reason = str(exc)

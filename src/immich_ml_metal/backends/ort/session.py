@@ -27,8 +27,9 @@ def session_options(threads: int) -> ort.SessionOptions:
     """How every session is set up.
 
     No arena: it keeps the peak for ever. No spinning: a thread that spins takes its core from
-    whatever the service does beside it. Denormals count as zero, as in the official service: a
-    processor takes many times as long for them.
+    whatever the service does beside it. Denormals count as zero, as in the official service (a
+    processor takes many times as long for them): on the runtime's own threads, and on the thread
+    that opens the process's first session.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
