@@ -97,6 +97,7 @@ class ImmichDouble:
         self.started: list[tuple[str, dict[str, Any]]] = []
         self.commands: list[tuple[str, str]] = []
         self.hangs_s = 0.0
+        self.fails: dict[str, int] = {}  # `resume ocr`, or `GET`, → the status it is answered
         routes = [
             Route("/api/server/version", self.version),
             Route("/api/system-config", self.system_config),
@@ -205,6 +206,8 @@ class ImmichDouble:
         if refusal := await self.refusal(request, "job.create"):
             return refusal
         name, body = request.path_params["name"], await request.json()
+        if status := self.fails.get(f"{body['command']} {name}"):
+            return JSONResponse({"message": "Internal server error"}, status)
         queue = self.queues[name]
         self.commands.append((body["command"], name))
         if body["command"] == "start":
@@ -222,6 +225,8 @@ class ImmichDouble:
         asked_s = time.monotonic()
         while time.monotonic() - asked_s < self.hangs_s:
             await asyncio.sleep(_IDLE_S)
+        if status := self.fails.get(request.method):
+            return JSONResponse({"message": "Internal server error"}, status)
         if request.headers.get("x-api-key") != KEY:
             return JSONResponse({"message": "Invalid API key"}, 401)
         if permission not in self.permissions:

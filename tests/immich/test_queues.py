@@ -100,6 +100,21 @@ async def test_ctrl_c_leaves_no_queue_paused(house: House) -> None:
     assert house.immich.paused == set()
 
 
+async def test_jobs_that_a_stop_finds_held_are_asked_for_once_they_can_be_answered(
+    house: House,
+) -> None:
+    (house.folder / "broken-ocr").write_text("ModelUnavailable")
+    async with house.service() as gateway:
+        await guard_is(gateway, "on")
+        house.immich.upload(5)
+        await until(lambda: house.immich.paused == {"ocr"}, "the pause of a broken task")
+        assert await stop(gateway) < 10
+    assert house.immich.queues["ocr"].lost == 1  # the one that was held
+    (house.folder / "broken-ocr").unlink()
+    async with house.service():
+        await house.repaired()
+
+
 # -- ends that nobody planned ----------------------------------------------------------------------
 
 
@@ -137,6 +152,19 @@ async def test_a_kill_while_the_queues_are_paused_leaves_none_paused(house: Hous
     async with house.service():
         await house.repaired()
         assert house.immich.paused == set()
+
+
+async def test_a_second_sigterm_is_an_end_that_nobody_planned(house: House) -> None:
+    async with house.service() as gateway:
+        await guard_is(gateway, "on")
+        long = asyncio.create_task(gateway.client.post("/predict", content=b"[sleep 5]"))
+        await asyncio.sleep(0.5)
+        gateway.process.send_signal(signal.SIGTERM)
+        await until(lambda: house.immich.paused == QUEUES, "three paused queues")
+        await stop(gateway)
+        await asyncio.gather(long, return_exceptions=True)
+    assert house.records()["running_since"] is not None
+    assert house.records()["paused"].keys() == {"clip", "facial-recognition", "ocr"}
 
 
 @pytest.mark.timeout(300)

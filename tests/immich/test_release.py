@@ -129,3 +129,14 @@ def test_an_uninstall_that_cannot_reach_immich_says_what_is_left_to_do(
     assert result.exit_code == 1
     assert "immich-ml-metal immich release" in result.output
     assert Records.load(folder).paused == {"clip": PAUSE}
+
+
+@pytest.mark.usefixtures("systemctl")
+def test_an_uninstall_that_cannot_read_what_we_paused_says_how_to_go_on(
+    loopback: Loopback, immich: ImmichDouble, folder: StateFolder
+) -> None:
+    (folder.path / f"{DOCUMENT}.json").write_text("{")
+    result = run(loopback(immich.app), folder, "service", "uninstall")
+    assert result.exit_code == 1
+    assert "is damaged" in result.output
+    assert "immich-ml-metal immich release" in result.output

@@ -94,6 +94,14 @@ def test_nothing_is_asked_while_a_run_has_not_drained() -> None:
     assert not is_due(repair, T0_S + 1000)
 
 
+def test_a_clock_that_is_put_back_delays_no_run() -> None:
+    repair, year_s = Repair(), 31_536_000
+    lose(repair, 1, T0_S)
+    assert is_due(repair, T0_S - year_s)
+    run(repair, T0_S, failing=1)
+    assert is_due(repair, T0_S - year_s)
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 5000)), max_size=40))
 def test_a_task_whose_runs_keep_failing_never_rests_longer_than_a_day(
     steps: list[tuple[int, float]],

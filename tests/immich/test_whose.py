@@ -7,7 +7,10 @@ import pytest
 from immich_ml_metal.immich.api import ServerSettings
 from immich_ml_metal.immich.whose import find_dependence
 
-HOSTS = {"mac.local", "mac", "192.168.1.5", "localhost", "127.0.0.1", "::1", "host.docker.internal"}
+HOSTS = {
+    *("mac.local", "mac", "192.168.1.5", "2001:db8::5"),
+    *("localhost", "127.0.0.1", "::1", "host.docker.internal"),
+}
 ON_NAS, ON_THIS = "http://192.168.1.9:2283", "http://localhost:2283"
 
 
@@ -17,7 +20,15 @@ def why(*urls: str, immich: str = ON_NAS, enabled: bool = True) -> str:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://mac.local:3003", "http://192.168.1.5:3003/", "http://MAC:3003"]
+    "url",
+    [
+        "http://mac.local:3003",
+        "http://192.168.1.5:3003/",
+        "HTTP://MAC:3003",
+        "http://mac.local.:3003",
+        "http://[2001:DB8::5]:3003",
+        "http://[2001:db8:0:0::5]:3003/",
+    ],
 )
 def test_one_url_that_leads_here_is_ours(url: str) -> None:
     assert why(url) == ""
@@ -34,6 +45,8 @@ def test_names_that_mean_this_machine_only_here_count_only_where_immich_is_here(
     [
         (("http://mac.local:3003", "http://192.168.1.7:3003"), "another URL beside ours"),
         (("http://mac.local:3004",), "do not name this machine on port 3003"),
+        (("https://mac.local:3003",), "do not name this machine"),
+        (("mac.local:3003",), "do not name this machine"),
         (("http://mac.local",), "do not name this machine"),
         (("http://mac.local:port",), "do not name this machine"),
         (("http://192.168.1.7:3003",), "do not name this machine"),
@@ -46,6 +59,11 @@ def test_everything_else_is_left_alone_and_said(urls: tuple[str, ...], said: str
 
 def test_machine_learning_that_is_switched_off_is_left_alone() -> None:
     assert "switched off" in why("http://mac.local:3003", enabled=False)
+
+
+def test_a_url_without_a_port_means_port_80() -> None:
+    server = ServerSettings(True, ("http://mac.local",), {}, {})
+    assert find_dependence(server, ON_NAS, 80, HOSTS).why_not_alone == ""
 
 
 def test_a_name_counts_by_the_address_it_stands_for() -> None:

@@ -163,17 +163,18 @@ def _release() -> None:
 
     from immich_ml_metal.errors import ServiceError
     from immich_ml_metal.immich.api import connect
-    from immich_ml_metal.immich.release import paused_by_us, release, state_folder
+    from immich_ml_metal.immich.records import Records
+    from immich_ml_metal.immich.release import release, state_folder
     from immich_ml_metal.settings_sources import load_settings
 
-    settings = load_settings()
-    if not paused_by_us(settings):
-        return
     try:
+        settings = load_settings()
+        if not Records.load(state_folder(settings)).paused:
+            return
         with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
             done = release(api, state_folder(settings), everything=False)
     except ServiceError as exc:
-        typer.echo(f"immich-ml-metal: Immich's queues are still paused: {exc}", err=True)
+        typer.echo(f"immich-ml-metal: Immich's queues may still be paused: {exc}", err=True)
         typer.echo("Resume them later: immich-ml-metal immich release, or in Immich under Jobs.")
         raise typer.Exit(Exit.FINDING) from exc
     if done.resumed:

@@ -161,13 +161,16 @@ class Gateway:
         for task in tasks:
             task.add_done_callback(self._task_ended)
         self.dispatcher.expect()
+        is_planned = False
         try:
             yield
+            is_planned = True
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.companions.close()
+            if is_planned:  # not at a second SIGTERM: what was in flight is lost
+                await self.companions.close()
 
     def can_serve(self) -> bool:
         """Whether a request that arrives now can be expected to be answered."""

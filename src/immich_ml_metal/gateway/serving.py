@@ -82,10 +82,10 @@ class GatewayServer(uvicorn.Server):
             self.force_exit = self.should_exit = True
 
     async def _answer_the_rest(self, *, is_planned: bool) -> None:
-        is_paused = await self._gateway.companions.before_end(is_planned=is_planned)
-        self._gateway.troubles.end()
         limit_s = self._gateway.settings.drain_limit_s
         try:
+            is_paused = await self._gateway.companions.before_end(is_planned=is_planned)
+            self._gateway.troubles.end()
             async with asyncio.timeout(max(limit_s - _END_RESERVE_S, limit_s / 2)):
                 if is_paused:  # a job that Immich took just before still finds us
                     await self._quiet_at_immich()

@@ -23,11 +23,16 @@ QUEUES: Mapping[str, str] = MappingProxyType(
 )
 DUPLICATES = "duplicateDetection"  # Immich's own work on what smart search found
 PERMISSIONS = ("systemConfig.read", "job.read", "job.create")
+_SHAPE = (KeyError, TypeError, ValueError, AttributeError)  # of JSON that is not as we know it
 _BUSY = "already running"  # in the 400 to a start of a queue that works
 
 
 class ImmichError(ServiceError):
     """The Immich server cannot be reached, or does not let us."""
+
+
+class KeyRefused(ImmichError):
+    """It knows no such key, or the key lacks a permission."""
 
 
 class QueueBusy(ImmichError):
@@ -96,10 +101,10 @@ class ImmichApi:
             ImmichError: it cannot be reached, refuses the key, or answers something unknown.
         """
         config = self._ask("GET", "/api/system-config", timeout_s=timeout_s)
-        version = self._version(timeout_s)
+        version = self._ask("GET", "/api/server/version", timeout_s=timeout_s)
         try:
-            return parse_settings(config, version)
-        except (KeyError, TypeError, ValueError) as exc:
+            return parse_settings(config, _version(version))
+        except _SHAPE as exc:
             raise ImmichError(f"{self.url} has settings of an unknown shape: {exc!r}") from exc
 
     def queues(self, timeout_s: float = TIMEOUT_S) -> dict[str, QueueCounts]:
@@ -111,10 +116,9 @@ class ImmichApi:
         answer = self._ask("GET", "/api/jobs", timeout_s=timeout_s)
         names = {**QUEUES, DUPLICATES: DUPLICATES}
         try:
-            return {
-                task: _parse_queue(answer[name]) for task, name in names.items() if name in answer
-            }
-        except (KeyError, TypeError, ValueError) as exc:
+            found = {task: answer.get(name) for task, name in names.items()}
+            return {task: _parse_queue(queue) for task, queue in found.items() if queue is not None}
+        except _SHAPE as exc:
             raise ImmichError(f"{self.url} has queues of an unknown shape: {exc!r}") from exc
 
     def start_missing(self, task: str) -> None:
@@ -148,11 +152,6 @@ class ImmichApi:
         body = {"command": command, "force": False}
         self._ask("PUT", f"/api/jobs/{QUEUES.get(task, task)}", body, timeout_s=timeout_s)
 
-    def _version(self, timeout_s: float) -> str:
-        answer = self._ask("GET", "/api/server/version", timeout_s=timeout_s)
-        parts = [answer.get(part) for part in ("major", "minor", "patch")]
-        return ".".join(str(part) for part in parts) if all(p is not None for p in parts) else ""
-
     def _ask(
         self,
         method: str,
@@ -168,8 +167,10 @@ class ImmichApi:
             )
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise ImmichError(f"cannot reach Immich at {self.url}: {type(exc).__name__}") from exc
+        except UnicodeEncodeError:  # its words hold the key, so they are not passed on
+            raise KeyRefused("the API key for Immich has letters that no key has") from None
         if refusal := _refusal(reply.status_code, method, path):
-            raise ImmichError(f"Immich at {self.url} refuses the API key for {path}: {refusal}")
+            raise KeyRefused(f"Immich at {self.url} refuses the API key for {path}: {refusal}")
         if reply.status_code == httpx.codes.BAD_REQUEST and _BUSY in reply.text:
             raise QueueBusy(f"{path.rpartition('/')[2]} is busy: Immich starts nothing in it now")
         if not reply.is_success:
@@ -189,6 +190,11 @@ def _refusal(status: int, method: str, path: str) -> str:
     lacking = "systemConfig.read" if "system-config" in path else "job.read"
     lacking = "job.create" if method == "PUT" else lacking
     return f"it lacks {lacking}, or is not an admin's (403)"
+
+
+def _version(answer: Mapping[str, Any]) -> str:
+    parts = [answer.get(part) for part in ("major", "minor", "patch")]
+    return ".".join(str(part) for part in parts) if all(p is not None for p in parts) else ""
 
 
 def _open_client() -> httpx.Client:

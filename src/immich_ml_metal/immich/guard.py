@@ -13,7 +13,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from immich_ml_metal.immich.api import QUEUES, ImmichError, QueueCounts, ServerSettings
+from immich_ml_metal.immich.api import (
+    QUEUES,
+    ImmichError,
+    KeyRefused,
+    QueueCounts,
+    ServerSettings,
+)
 from immich_ml_metal.immich.aside import aside
 from immich_ml_metal.immich.keeper import Keeper
 from immich_ml_metal.immich.missing import MissingRuns
@@ -57,9 +63,9 @@ class Guard:
         self._asked_settings_s = self._looked_s = float("-inf")
         self._respected: set[str] = set()
         self._said = ""
-        self._is_stopping = False
         self._has_tried_key = False
         self._refusal = ""  # of the key
+        self._unwritten = ""  # why there are no records
 
     def describe(self) -> dict[str, Any]:
         """Its part of `/health`. Any: plain values."""
@@ -93,9 +99,10 @@ class Guard:
                 await self._begin()
             if self._is_time():
                 await self._look()
-                self._said = ""
+                self._said = self._unwritten = ""
         except StateUnusable as exc:
-            self._set_off(f"{exc}: no queue is paused")
+            self._unwritten = f"{exc}: no queue is paused"
+            self._set_off(self._unwritten)
         except ImmichError as exc:
             self._say_once(str(exc))
         except Exception as exc:  # noqa: BLE001 - said below, with its traceback
@@ -123,18 +130,20 @@ class Guard:
         await self._ask_settings()
         self._queues = await self.keeper.look(self._times.call_s)
         self._looked_s = time.monotonic()
-        if self._is_stopping or self._server is None:
+        if self._server is None:
             return
-        before = self.keeper.records.document()
-        await self._try_key()
-        self._note_resumed()
-        await self._resume_mended(self._server)
-        await self._pause_troubled(self._server)
-        if self._depends.is_named:
-            await self._missing.ask(self._server, self._queues)
-        self._show_paused()
-        if self.keeper.records.document() != before:
+        try:
+            await self._try_key()
+            self._note_resumed()
+            refused = await self._resume_mended(self._server)
+            refused += await self._pause_troubled(self._server)
+            if self._depends.is_named:
+                await self._missing.ask(self._server, self._queues)
+        finally:
+            self._show_paused()
             await self.keeper.save()
+        for error in refused:
+            raise error
 
     async def _try_key(self) -> None:
         """Learn before it matters whether the key may command: resume a queue that runs anyway.
@@ -145,12 +154,11 @@ class Guard:
         running = [t for t in QUEUES if t in self._queues and not self._queues[t].is_paused]
         if self._has_tried_key or not running or self.why_off not in ("", self._refusal):
             return
-        try:
-            await aside(partial(self.keeper.immich.resume, running[0], self._times.call_s))
-        except ImmichError as exc:
-            self._refusal = str(exc)
-            self._set_off(self._refusal)
-            raise
+        for error in (await self.keeper.try_resume(running[:1], self._times.call_s)).values():
+            if isinstance(error, KeyRefused):
+                self._refusal = str(error)
+                self._set_off(self._refusal)
+            raise error
         self._has_tried_key, self._refusal = True, ""
         self._set_off("")
 
@@ -167,7 +175,8 @@ class Guard:
         find = partial(find_dependence, server, self.keeper.immich.url, self._own.port())
         self._depends = await aside(lambda: find(names_of_this_machine()))
         trial = _TERMINAL if self._is_trial else ""
-        self._set_off(self._depends.why_not_alone or trial or self._refusal)
+        why_off = self._depends.why_not_alone or trial or self._refusal or self._unwritten
+        self._set_off(why_off)
 
     def _set_off(self, why: str) -> None:
         if why != self.why_off:
@@ -188,19 +197,19 @@ class Guard:
             else:
                 self._respected.add(task)
 
-    async def _resume_mended(self, server: ServerSettings) -> None:
+    async def _resume_mended(self, server: ServerSettings) -> list[ImmichError]:
         mended = [
             task
             for task, pause in self.keeper.records.paused.items()
             if task in self._queues and self._may_go_on(task, pause.reason, server)
         ]
-        if not mended:
-            return
-        failed = await self.keeper.resume(mended, self._times.call_s)
-        for task in set(mended) - failed.keys():
+        return await self._resume(mended, self._times.call_s) if mended else []
+
+    async def _resume(self, tasks: list[str], call_s: float) -> list[ImmichError]:
+        failed = await self.keeper.resume(tasks, call_s)
+        for task in set(tasks) - failed.keys():
             log.warning("resumed queue=%s", QUEUES[task])
-        for error in failed.values():
-            raise error
+        return list(failed.values())
 
     def _may_go_on(self, task: str, reason: str, server: ServerSettings) -> bool:
         if self._depends.why_not_alone or task not in server.models:
@@ -209,29 +218,31 @@ class Guard:
             return self._own.is_ready()
         return self._missing.is_answered(task, server.models[task])
 
-    async def _pause_troubled(self, server: ServerSettings) -> None:
+    async def _pause_troubled(self, server: ServerSettings) -> list[ImmichError]:
         troubles = {
             task: reason
             for task, (model, reason) in self._own.troubles().items()
             if model in ("", server.models.get(task))
         }
         self._respected &= troubles.keys()
+        refused: list[ImmichError] = []
         if self.why_off:
-            return
+            return refused
         left_alone = self._respected | self.keeper.records.paused.keys()
         for task, reason in troubles.items():
             queue = self._queues.get(task)
             if queue is None or queue.is_paused or task in left_alone:
                 continue
-            failed = await self.keeper.pause([task], reason, self._times.call_s)
-            for error in failed.values():
-                raise error
+            if failed := await self.keeper.pause([task], reason, self._times.call_s):
+                refused += failed.values()
+                continue
             log.error(
                 "paused queue=%s until it can be served again; by hand: %s reason=%s",
                 QUEUES[task],
                 HOW_TO_RELEASE,
                 reason,
             )
+        return refused
 
     def _show_paused(self) -> None:
         for task, queue in QUEUES.items():
@@ -249,18 +260,26 @@ class Guard:
 
         Returns within `Times.stop_s`, whatever Immich does.
         """
-        self._is_stopping = True
         if not self.keeper.is_open:
             return False
+        self._unwritten = ""  # try: if they cannot be written still, the run marker tells it
         try:
             async with asyncio.timeout(self._times.stop_s):
+                await self.keeper.arrived()
                 if is_planned and not self._is_trial:
                     return await self._pause_all()
-                await self._release_all()
-        except (TimeoutError, ImmichError, StateUnusable) as exc:
+                paused = list(self.keeper.records.paused)
+                for error in await self._resume(paused, self._times.stop_s / 2):
+                    log.error("could not resume a queue reason=%s", error)
+        except Exception as exc:  # no fault here may keep the service from ending
             why = str(exc) or f"no answer within {self._times.stop_s:g} s"
-            log.error("could not pause or release Immich's queues reason=%s", why)  # noqa: TRY400
-            if is_planned and not self.why_off:
+            is_known = isinstance(exc, TimeoutError | ImmichError | StateUnusable)
+            log.exception(
+                "could not pause or release Immich's queues reason=%s",
+                why,
+                exc_info=None if is_known else exc,
+            )
+            if is_planned and self.why_off in ("", _NOT_LOOKED):
                 self._missing.want_all("a stop at which the queues could not be paused")
         return False
 
@@ -287,13 +306,14 @@ class Guard:
         if self.why_off:
             return False
         queues = self._queues
-        ours = self.keeper.records.paused
-        tasks = [t for t in QUEUES if t in queues and not queues[t].is_paused and t not in ours]
+        tasks = [task for task in QUEUES if task in queues and not queues[task].is_paused]
         failed = await self.keeper.pause(tasks, STOPPED, call_s)
         for task, error in failed.items():
             log.error("could not pause queue=%s reason=%s", QUEUES[task], error)
             self._missing.want(task, "a stop at which its queue could not be paused")
-        names = ", ".join(QUEUES[task] for task in ours if task not in failed)
+        names = ", ".join(
+            QUEUES[task] for task in sorted(self.keeper.records.paused.keys() - failed.keys())
+        )
         if names:
             log.warning(
                 "Immich's queues stay paused until the next start; by hand: %s queues=%s",
@@ -301,14 +321,6 @@ class Guard:
                 names,
             )
         return bool(names)
-
-    async def _release_all(self) -> None:
-        queues = list(self.keeper.records.paused)
-        failed = await self.keeper.resume(queues, self._times.stop_s / 2)
-        for task in set(queues) - failed.keys():
-            log.warning("resumed queue=%s", QUEUES[task])
-        for error in failed.values():
-            raise error
 
     async def active_jobs(self) -> int:
         """Jobs that Immich is in the middle of, 0 when it cannot be asked."""

@@ -1,12 +1,15 @@
 """Pauses and resumes Immich's queues so that none stays paused for ever, however we end.
 
 A pause is written down before Immich is asked for it, and forgotten only after Immich has resumed.
+Whoever is cancelled leaves his command on its way: it is waited for, else Immich could hear it
+after, and against, the next one.
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import IO, TypeVar
+from typing import IO, Any
 
 from immich_ml_metal.immich.api import ImmichApi, ImmichError, QueueCounts, ServerSettings
 from immich_ml_metal.immich.aside import aside
@@ -20,8 +23,6 @@ from immich_ml_metal.immich.records import (
 )
 from immich_ml_metal.state import StateFolder
 
-T = TypeVar("T")
-
 
 class Keeper:
     """Immich's queues and our records of them. Event loop only; blocking work is done beside it."""
@@ -31,8 +32,11 @@ class Keeper:
         self.immich = immich
         self._folder = folder
         self._lock: IO[bytes] | None = None
-        self._saving = asyncio.Lock()
-        self._unsure: set[str] = set()
+        self._saving = threading.Lock()
+        self._last_asked = self._last_save = 0
+        self._saved: dict[str, Any] = {}
+        self._unsure: set[str] = set()  # pauses that Immich may have heard of, or not
+        self._on_their_way: set[asyncio.Future[Any]] = set()
 
     @property
     def is_open(self) -> bool:
@@ -52,16 +56,25 @@ class Keeper:
             lock.close()
             raise
         self._lock = lock
+        if self.records.running_since is not None:  # the end may have come before Immich was asked
+            self._unsure |= self.records.paused.keys()
 
     async def save(self) -> None:
-        """Write the records as they are now.
+        """Write the records as they are now, where that is not what was written last.
 
         Raises:
             StateUnusable: the folder cannot be written.
         """
-        async with self._saving:
-            document = self.records.document()
-            await aside(partial(self._folder.write, DOCUMENT, VERSION, document))
+        document = self.records.document()
+        if document != self._saved or self._last_save != self._last_asked:
+            self._last_asked += 1
+            await aside(partial(self._write, document, self._last_asked))
+
+    def _write(self, document: dict[str, Any], number: int) -> None:
+        with self._saving:  # a save whose caller was cancelled must not come after a later one
+            if number > self._last_save:
+                self._folder.write(DOCUMENT, VERSION, document)
+                self._last_save, self._saved = number, document
 
     def close(self) -> None:
         """Let another process own the records."""
@@ -93,15 +106,14 @@ class Keeper:
         Raises:
             StateUnusable: it cannot be written down, so nothing was paused.
         """
-        since = now_utc()
-        self.records.paused |= {task: Pause(reason, since) for task in tasks}
+        since, before = now_utc(), self.records.paused
+        self.records.paused = before | {task: Pause(reason, since) for task in tasks}
         try:
             await self.save()
         except BaseException:
-            for task in tasks:
-                self.records.paused.pop(task, None)
+            self.records.paused = before
             raise
-        failed = await self._each(tasks, lambda task: self.immich.pause(task, timeout_s))
+        failed = await self._each(tasks, partial(self.immich.pause, timeout_s=timeout_s))
         self._unsure |= failed.keys()  # it may have been heard all the same
         return failed
 
@@ -111,11 +123,20 @@ class Keeper:
         Raises:
             StateUnusable: they go on, but are still written down; the next look forgets them.
         """
-        failed = await self._each(tasks, lambda task: self.immich.resume(task, timeout_s))
+        failed = await self.try_resume(tasks, timeout_s)
         for task in set(tasks) - failed.keys():
             self.records.paused.pop(task, None)
         await self.save()
         return failed
+
+    async def try_resume(self, tasks: Collection[str], timeout_s: float) -> dict[str, ImmichError]:
+        """Ask Immich to resume, and leave the records as they are; as `resume`."""
+        return await self._each(tasks, partial(self.immich.resume, timeout_s=timeout_s))
+
+    async def arrived(self) -> None:
+        """Return once every command of a cancelled caller has been answered."""
+        while self._on_their_way:
+            await asyncio.wait(self._on_their_way)
 
     def forget_running(self, queues: dict[str, QueueCounts]) -> dict[str, Pause]:
         """Forget the pauses that are over; those of them that somebody else has ended.
@@ -133,11 +154,15 @@ class Keeper:
         self._unsure &= self.records.paused.keys()
         return ended
 
-    @staticmethod
-    async def _each(tasks: Collection[str], call: Callable[[str], None]) -> dict[str, ImmichError]:
-        answers = await asyncio.gather(
+    async def _each(
+        self, tasks: Collection[str], call: Callable[[str], None]
+    ) -> dict[str, ImmichError]:
+        calls = asyncio.gather(
             *(aside(partial(call, task)) for task in tasks), return_exceptions=True
         )
+        self._on_their_way.add(calls)
+        calls.add_done_callback(self._on_their_way.discard)
+        answers = await asyncio.shield(calls)
         failed = {}
         for task, answer in zip(tasks, answers, strict=True):
             if isinstance(answer, ImmichError):

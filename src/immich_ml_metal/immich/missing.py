@@ -17,7 +17,7 @@ from immich_ml_metal.immich.api import (
 )
 from immich_ml_metal.immich.aside import aside
 from immich_ml_metal.immich.keeper import Keeper
-from immich_ml_metal.immich.repairs import Repair
+from immich_ml_metal.immich.repairs import Repair, is_within
 from immich_ml_metal.immich.times import Times
 from immich_ml_metal.metrics import Metrics
 
@@ -112,9 +112,9 @@ class MissingRuns:
 
     def _note_drained(self, task: str, repair: Repair, queue: QueueCounts) -> None:
         now_s = time.time()
-        if not repair.is_running or now_s - repair.asked_s < self._times.drained_s:
+        if not repair.is_running or not queue.is_idle:
             return
-        if not queue.is_idle:
+        if is_within(repair.asked_s, self._times.drained_s, now_s):
             return
         repair.drained(now_s, self._times.first_rest_s)
         log.info(

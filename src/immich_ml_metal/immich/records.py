@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import IO, Any
 
+from immich_ml_metal.immich.api import QUEUES
 from immich_ml_metal.immich.repairs import Repair
 from immich_ml_metal.state import StateFolder, StateUnusable
 
@@ -42,6 +43,10 @@ class Records:
     unplanned_end: str | None = None
     repairs: dict[str, Repair] = field(default_factory=dict)
     duplicates: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := (self.paused.keys() | self.repairs.keys()) - QUEUES.keys():
+            raise TypeError(f"there is no task {min(unknown)!r}")
 
     @classmethod
     def load(cls, folder: StateFolder) -> "Records":

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 LONGEST_REST_S = 86_400.0
 
 
+def is_within(then_s: float, length_s: float, now_s: float) -> bool:
+    """Whether less than `length_s` have gone by; a time to come tells that the clock was put."""
+    return 0 <= now_s - then_s < length_s
+
+
 @dataclass(slots=True)
 class Repair:
     """One task's need of a missing run.
@@ -35,6 +40,11 @@ class Repair:
     rest_s: float = 0.0
     rests_until_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        numbers = (self.lost, self.last_lost_s, self.asked_s, self.failed_in_run)
+        if not all(isinstance(one, int | float) for one in (*numbers, self.rest_s)):
+            raise TypeError(f"no number among {numbers}")
+
     @property
     def is_wanted(self) -> bool:
         """Whether a run is to be asked for, sooner or later."""
@@ -47,9 +57,10 @@ class Repair:
 
     def is_due(self, now_s: float, settled_s: float) -> bool:
         """Whether a run should start now, `settled_s` after the last failure."""
-        if self.is_running or not self.is_wanted or now_s - self.last_lost_s < settled_s:
+        if self.is_running or not self.is_wanted or is_within(self.last_lost_s, settled_s, now_s):
             return False
-        return bool(self.reason) or self.lost > self.failed_in_run or now_s >= self.rests_until_s
+        rested = not is_within(self.rests_until_s - self.rest_s, self.rest_s, now_s)
+        return bool(self.reason) or self.lost > self.failed_in_run or rested
 
     def asked(self, now_s: float) -> None:
         """Immich has taken the run."""

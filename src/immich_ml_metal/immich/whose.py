@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 from immich_ml_metal.immich.api import ServerSettings
 from immich_ml_metal.system.network import CONTAINER_HOSTS
 
-_PORTS = {"http": 80, "https": 443}
 # Names that mean this machine only for who is on it.
 _HERE_ONLY = frozenset({"localhost", "127.0.0.1", "::1", *CONTAINER_HOSTS})
 
@@ -51,11 +50,11 @@ def is_ours(url: str, immich_url: str, port: int, hosts: Collection[str]) -> boo
     """Whether a URL in Immich's settings leads to this service."""
     try:
         parts = urlsplit(url)
-        asked = parts.port or _PORTS.get(parts.scheme, 0)
+        asked = parts.port or 80
     except ValueError:
         return False
-    host = (parts.hostname or "").lower()
-    if asked != port:
+    host = (parts.hostname or "").removesuffix(".")
+    if asked != port or parts.scheme != "http":  # with https something else answers there
         return False
     known = {name.lower() for name in hosts}
     if host in _HERE_ONLY:
@@ -65,7 +64,7 @@ def is_ours(url: str, immich_url: str, port: int, hosts: Collection[str]) -> boo
 
 def _is_here(host: str, known: Collection[str]) -> bool:
     """Whether a host is this machine, by its name or by an address that its name stands for."""
-    return host.lower() in known or bool(_addresses(host) & set(known))
+    return host in known or bool(_addresses(host) & set(known))
 
 
 def _addresses(host: str) -> set[str]:
