@@ -79,4 +79,7 @@ lock: $(DEV)  ## Resolve the dependencies again and write the locks
 reference: $(DEV)  ## Write docs/reference.md from the code
 	$(BIN)/python scripts/make_reference.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple release-check lock reference
+pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
+	$(BIN)/python scripts/make_pictures.py
+
+.PHONY: help setup serve demo bench test check fmt soak apple release-check lock reference pictures

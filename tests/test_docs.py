@@ -152,7 +152,9 @@ def without_code(text: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text_of(page))):
+    text = without_code(text_of(page))
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *pictures]:
         if target.startswith(("http://", "https://")):
             continue
         place, _, anchor = target.partition("#")

@@ -59,6 +59,7 @@ def test_each_half_of_a_model_has_its_class(task: str, part: str, expected: Urge
         (form(b'{"clip":{"visual":{"modelName":"m"}}}'), 300, PICTURES),
         (form(b'{"ocr":{"detection":{}}}'), 900_000, TEXT),
         (form(b'{"facial-recognition":{"detection":{}}}'), 900_000, PICTURES),
+        (b"entries=%7B%22clip%22%3A%7B%22textual%22%3A%7B%7D%7D%7D&text=visual", 80, SEARCH),
         (b"", 0, PICTURES),
     ],
 )

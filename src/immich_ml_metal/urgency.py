@@ -8,6 +8,7 @@ the system's scheduler preempts by their priority. Its shares are proportional: 
 
 import ctypes
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from types import MappingProxyType
 
 SEARCH_BYTES = 128 * 1024  # of a whole request: a longer one is no search
 OVERTAKINGS = 4  # in a row, then comes who has waited longest
+# Immich sends `entries` as they are, in a multipart form; curl and others may escape the quotes.
+_ENTRY = re.compile(rb'(?:"|%22)(textual|visual|ocr)(?:"|%22)')
 
 
 class Urgency(IntEnum):
@@ -45,9 +48,10 @@ def urgency_of(task: str, part: str) -> Urgency:
 
 def urgency_of_request(head: bytes, size_bytes: int) -> Urgency:
     """The class of a `/predict` body, by how it begins: Immich sends `entries` first."""
-    if b'"textual"' in head and b'"visual"' not in head and size_bytes <= SEARCH_BYTES:
+    words = set(_ENTRY.findall(head))
+    if b"textual" in words and b"visual" not in words and size_bytes <= SEARCH_BYTES:
         return Urgency.SEARCH
-    return Urgency.TEXT if b'"ocr"' in head else Urgency.PICTURES
+    return Urgency.TEXT if b"ocr" in words else Urgency.PICTURES
 
 
 def settle_thread(urgency: Urgency) -> None:

@@ -202,6 +202,7 @@ async def test_every_request_brings_another_picture_that_looks_the_same(
     assert answers[0].json() == answers[1].json()
     [text] = forms(models, "clip text", "dog")
     assert text.body() == text.body()
+    assert text.content_type.startswith("multipart/form-data"), "as Immich sends a search"
 
 
 async def test_an_import_takes_each_photo_through_every_task(models: Path, service: str) -> None:

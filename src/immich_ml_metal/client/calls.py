@@ -103,7 +103,7 @@ class Call:
         """Arguments of `httpx.post` for this call about a picture (bytes) or a text."""
         fields = {"entries": json.dumps(self.entries())}
         if isinstance(payload, str):
-            return {"data": fields | {"text": payload}}
+            return {"data": fields, "files": {"text": (None, payload)}}  # multipart, as Immich's
         return {"data": fields, "files": {"image": ("blob", payload, "application/octet-stream")}}
 
     def missing(self, store: ModelStore) -> list[ModelKey]:
