@@ -37,7 +37,7 @@ def test_the_answers_are_told_and_the_faces_drawn(
     assert "'a plate of spaghetti'" in words
     assert "1 found" in words
     assert "score 1.00 at [128.0, 128.0, 192.0, 192.0] px" in words
-    assert f"Boxes drawn in {output}" in words
+    assert f"boxes drawn in {output}" in words
     with Image.open(output) as drawn:
         assert drawn.getpixel((128, 160)) == (255, 196, 0)
         assert drawn.getpixel((20, 400)) == (0, 0, 0)

@@ -324,6 +324,33 @@ def machine_facts() -> Facts:
     )
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_AbCdEfGhIjKl",
+        "hunter2",
+        "192.168.7.31",
+        "10.0.0.93",
+        "fd12:3456:789a::42",
+        "/Users/anna/Pictures",
+        "/volume1/photo",
+        "anna@example.org",
+        "proxy.corp.example",
+        "diskstation.local",
+    ],
+)
+def test_planted_secrets_are_not_shared_and_a_version_is(secret: str) -> None:
+    text = (
+        "token hf_AbCdEfGhIjKl proxy socks5://me:hunter2@proxy.corp.example:1080 at 192.168.7.31, "
+        "10.0.0.93 and fd12:3456:789a::42; /Users/anna/Pictures, /volume1/photo/a.jpg; "
+        "anna@example.org diskstation.local opencv-python-headless 5.0.0.93"
+    )
+    shared = anonymise(text, known_private(Settings()), frozenset({"5.0.0.93"}))
+    assert secret in text
+    assert secret not in shared
+    assert shared.endswith("opencv-python-headless 5.0.0.93")
+
+
 def test_what_helps_is_kept() -> None:
     text = "12:03:44 error engine clip on mlx: http://127.0.0.1:3003 took 1.5 s at 0.0.0.0:3003"
     assert anonymise(text, known_private(Settings())) == text

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
-from immich_ml_metal.client.calls import FaceAnswer
+from immich_ml_metal.client.calls import FaceAnswer, passed_over
 from immich_ml_metal.parity.compare import (
     Comparison,
     cosine,
@@ -228,3 +228,20 @@ def test_an_answer_that_only_one_side_gives_is_a_difference(task: str, level: Di
 
 def test_nothing_compared_is_not_called_safe() -> None:
     assert judge([summarise("faces", [])]).words == "nothing could be compared"
+
+
+def test_nothing_is_called_safe_that_was_not_compared() -> None:
+    same = [Comparison("clip text", "dog", 1.0, 1, 1)]
+    summaries = [summarise("clip text", same), summarise("clip image", [])]
+    verdict = judge(summaries)
+    assert verdict.level is Difference.UNKNOWN
+    assert "safe to switch" not in verdict.words
+    assert "clip image" in verdict.words
+    assert judge(summaries[:1]).level is Difference.SAFE
+
+
+def test_files_that_are_no_pictures_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_text("not a picture")
+    (tmp_path / "b.jpg").write_text("x")
+    assert passed_over([tmp_path]) == [tmp_path / "a.heic"]
+    assert passed_over([tmp_path / "a.heic"]) == []

@@ -28,9 +28,10 @@ from immich_ml_metal.bench.raw import RawRate, raw_rates
 from immich_ml_metal.client.calls import CLIP_TEXT, configured_names, find_photos, immich_calls
 from immich_ml_metal.client.own_service import running_service
 from immich_ml_metal.drawing import draw_preview
-from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.errors import InvalidImage, ModelUnavailable, RequestError
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.tasks.images import ImageLimits, decode
 from immich_ml_metal.threads import core_count
 
 Say = Callable[[str], None]
@@ -131,8 +132,7 @@ def measure_all(settings: Settings, plan: Plan) -> BenchReport:
     Raises:
         ModelUnavailable: no configured model is here.
     """
-    pictures = [file.read_bytes() for file in find_photos(plan.photos)]
-    pictures = pictures or [draw_preview(seed) for seed in range(DRAWN_PICTURES)]
+    pictures = read_pictures(plan.photos, plan.say)
     forms = _forms_by_task(settings, pictures, plan.say)
     options = {"--models-dir": str(settings.models_dir), "--log-level": "warning"}
     started_s = time.perf_counter()
@@ -247,6 +247,27 @@ def ratios(ours: Row, theirs: Row) -> Figure:
     """Our answers per second to theirs, round by round: a slow minute slows both."""
     pairs = zip(ours.loads, theirs.loads, strict=True)
     return summarise([mine.per_s / other.per_s for mine, other in pairs])
+
+
+def read_pictures(photos: Sequence[Path], say: Say) -> list[bytes]:
+    """The pictures that can be decoded, a bad one named; drawn ones when none are asked for.
+
+    Raises:
+        InvalidImage: none of those that were asked for can be.
+    """
+    if not photos:
+        return [draw_preview(seed) for seed in range(DRAWN_PICTURES)]
+    good = []
+    for file in find_photos(photos):
+        try:
+            data = file.read_bytes()
+            decode(data, ImageLimits())
+            good.append(data)
+        except (RequestError, OSError) as exc:
+            say(f"{file} is not measured: {exc}")
+    if not good:
+        raise InvalidImage("none of these pictures can be measured")
+    return good
 
 
 def _forms_by_task(settings: Settings, pictures: Sequence[bytes], say: Say) -> Forms:

@@ -9,7 +9,7 @@ import typer
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from immich_ml_metal.cli.output import FolderOption, own_command
+from immich_ml_metal.cli.output import Exit, FolderOption, own_command, print_error
 from immich_ml_metal.client.calls import (
     CLIP_IMAGE,
     CLIP_TEXT,
@@ -54,13 +54,17 @@ def demo(
     options = {"--models-dir": str(settings.models_dir), "--log-level": "warning"}
     options["--no-gateway"] = ""  # here a download that fails is to be told, not waited out
     with running_service(options) as own:
-        show_demo(settings, own.url, image, output, Console(), pull=pull)
+        is_shown = show_demo(settings, own.url, image, output, Console(), pull=pull)
+    if not is_shown:
+        print_error("nothing could be shown: no model is here; --pull fetches what is missing")
+        raise typer.Exit(Exit.FINDING)
 
 
 def show_demo(
     settings: Settings, url: str, image: bytes, output: Path, console: Console, *, pull: bool
-) -> None:
-    """Ask the service at `url` everything it has models for; print the answers, draw the boxes."""
+) -> bool:
+    """Ask the service at `url` what it has models for, print, draw; whether there was anything."""
+    boxes: list[int] = []
     calls, store = immich_calls(configured_names(settings)), ModelStore(settings)
     canvas = decode(image, ImageLimits()).image.copy()
     console.print(f"Asking {url} about a picture of {canvas.width}x{canvas.height} pixels\n")
@@ -77,11 +81,13 @@ def show_demo(
                 console.print(f"  not shown: {missing[0]} is not in {settings.models_dir}")
                 console.print(f"  get it with: {own_command()} models pull {missing[0]}")
             else:
-                show()
+                boxes.append(show())
             console.print()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(output)
-    console.print(f"Boxes drawn in [bold]{output}[/]")
+    if sum(boxes):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        canvas.save(output)
+        console.print(f"{sum(boxes)} boxes drawn in [bold]{output}[/]")
+    return bool(boxes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +103,16 @@ class _Asked:
         self.client.ask(name, payload)  # loads the model
         return self.client.ask(name, payload)
 
-    def show_search(self) -> None:
+    def show_search(self) -> int:
         asked = self._ask(CLIP_IMAGE, self.image)
         picture = asked.answer
         self.console.print(f"  picture → {picture.size} numbers in {_ms(asked)}")
         for query in QUERIES:
             asked = self._ask(CLIP_TEXT, query)
             self.console.print(f"  {float(picture @ asked.answer):6.3f}  {query!r} ({_ms(asked)})")
+        return 0
 
-    def show_faces(self) -> None:
+    def show_faces(self) -> int:
         asked = self._ask(FACES, self.image)
         faces: FaceAnswer = asked.answer
         self.console.print(f"  {len(faces.boxes)} found in {_ms(asked)}")
@@ -114,8 +121,9 @@ class _Asked:
             draw.rectangle(box, outline=_FACE_COLOUR, width=self._line_width())
             sides = ", ".join(f"{side:.1f}" for side in box)
             self.console.print(f"  score {score:.2f} at [{sides}] px", markup=False)
+        return len(faces.boxes)
 
-    def show_text(self) -> None:
+    def show_text(self) -> int:
         asked = self._ask(TEXT, self.image)
         text: TextAnswer = asked.answer
         self.console.print(f"  {len(text.lines)} lines read in {_ms(asked)}")
@@ -124,6 +132,7 @@ class _Asked:
             points = [tuple(point) for point in (corners * self.canvas.size).tolist()]
             draw.polygon(points, outline=_TEXT_COLOUR, width=self._line_width())
             self.console.print(f"  {score:.2f}  {line}", markup=False)
+        return len(text.lines)
 
     def _line_width(self) -> int:
         return max(2, min(self.canvas.size) // 300)

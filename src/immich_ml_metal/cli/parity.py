@@ -27,6 +27,7 @@ from immich_ml_metal.client.calls import (
     Unreachable,
     configured_names,
     find_photos,
+    passed_over,
 )
 from immich_ml_metal.client.own_service import local_url
 from immich_ml_metal.index_guard.guard import IndexGuard
@@ -76,7 +77,7 @@ def parity(
     settings = load_settings(models)
     names = configured_names(settings)
     first, second = ImmichClient(ours or local_url(settings), names), ImmichClient(against, names)
-    _tell_of_the_index(settings)
+    _tell_first(settings, photos)
     with closing(first), closing(second):
         report = _examine(files, text or TEXTS, tasks, (first, second))
     if html is not None:
@@ -86,8 +87,12 @@ def parity(
     raise typer.Exit(_EXITS[report.verdict.level])
 
 
-def _tell_of_the_index(settings: Settings) -> None:
-    """A change that waits for the user's word decides what the comparison means."""
+def _tell_first(settings: Settings, photos: Sequence[Path]) -> None:
+    """What the comparison leaves out: files passed over, a change that waits for a word."""
+    if skipped := passed_over(photos):
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        first = ", ".join(map(str, skipped[:5]))
+        typer.echo(f"not compared, no pictures that Immich sends: {first}{more}", err=True)
     for finding in IndexGuard(settings).findings():
         if finding.state == "changed":
             typer.echo(f"index: {finding.text}", err=True)

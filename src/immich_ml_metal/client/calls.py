@@ -252,3 +252,11 @@ def find_photos(paths: Iterable[Path]) -> list[Path]:
             if file == path or (file.is_file() and file.suffix.lower() in PICTURE_SUFFIXES):
                 found[file] = None
     return list(found)
+
+
+def passed_over(paths: Iterable[Path]) -> list[Path]:
+    """The files of the given folders that `find_photos` does not take."""
+    paths = list(paths)
+    taken = set(find_photos(paths))
+    inside = (file for path in paths if path.is_dir() for file in sorted(path.rglob("*")))
+    return [file for file in inside if file.is_file() and file not in taken]

@@ -24,7 +24,7 @@ LOG_LINES = 500
 _README = """Made by `immich-ml-metal doctor --share`.
 Names, addresses, folders and keys were replaced.
 """
-_URL = re.compile(r"(?i)\b(https?://)(\[[0-9a-f:.]+\]|[^\s/:\"']+)(:\d+)?(/[^\s\"']*)?")
+_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(\[[0-9a-f:.]+\]|[^\s/:\"']+)(:\d+)?(/[^\s\"']*)?")
 _IPV4 = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b")
 _COLONS = re.compile(r"(?i)(?<![\w.:])[0-9a-f]*:[0-9a-f:.]*:[0-9a-f.]*(?![\w:])")
 _LOCAL_NAME = re.compile(
@@ -32,7 +32,7 @@ _LOCAL_NAME = re.compile(
 )
 _MAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.]+\b")
 _PATH = re.compile(
-    r"(/(?:Users|home|Volumes|mnt|media|private|root|srv|opt/photos)(?:/[^\s\"',:;)]+)+)"
+    r"(/(?:Users|home|Volumes|mnt|media|private|root|srv|data|storage|nas|tank|volume\d+|opt/photos)(?:/[^\s\"',:;)]+)+)"
 )
 _PUBLIC = frozenset({"127.0.0.1", "0.0.0.0", "::1", "::", "localhost", "host.docker.internal"})
 
@@ -43,6 +43,7 @@ def write_bundle(
     """Write the zip file; look into it before you attach it, it is plain text."""
     settings = facts.settings
     known = known_private(settings)
+    versions = frozenset(version for version in facts.packages.values() if version)
     told = {name: fact for name, fact in asdict(facts).items() if name != "settings"}
     members = {
         "doctor.json": _json([asdict(finding) for finding in findings]),
@@ -57,7 +58,7 @@ def write_bundle(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
         for name, text in members.items():
-            bundle.writestr(name, anonymise(text, known))
+            bundle.writestr(name, anonymise(text, known, versions))
     path.write_bytes(buffer.getvalue())
 
 
@@ -79,14 +80,21 @@ def known_private(settings: Settings) -> dict[str, str]:
     return {word: stand_in for word, stand_in in words.items() if len(word) > 1}
 
 
-def anonymise(text: str, known: Mapping[str, str]) -> str:
-    """Replace everything private in `text`; longer known words first."""
+def anonymise(text: str, known: Mapping[str, str], keep: frozenset[str] = frozenset()) -> str:
+    """Replace everything private in `text`; longer known words first.
+
+    Args:
+        text: what is to be shared.
+        known: private words, and what stands for each.
+        keep: versions of four numbers (opencv 5.0.0.93), which look like addresses.
+    """
+    keep = keep | _PUBLIC
     for word in sorted(known, key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", known[word], text)
     text = redact(text, [])
     text = _URL.sub(_hide_host, text)
     text = _MAIL.sub("MAIL", text)
-    text = _IPV4.sub(lambda found: found[0] if found[0] in _PUBLIC else "IP", text)
+    text = _IPV4.sub(lambda found: found[0] if found[0] in keep else "IP", text)
     text = _COLONS.sub(_hide_ipv6, text)
     text = _LOCAL_NAME.sub(lambda found: found[0] if found[0] in _PUBLIC else "HOST", text)
     return _PATH.sub("PATH", text)

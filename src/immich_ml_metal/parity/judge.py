@@ -19,6 +19,7 @@ FACE_SAFE_MEDIAN = 0.995
 FACE_SAFE_MATCHED = 0.97
 FACE_MIX_MEDIAN = 0.9
 TEXT_SAFE = 0.9
+LEAST_FACES = 3  # fewer say nothing of the next thousand
 
 
 class Difference(IntEnum):
@@ -103,6 +104,10 @@ def judge(summaries: Iterable[TaskSummary]) -> Verdict:
     )
     if worst is Difference.UNSAFE:
         return Verdict(Difference.UNSAFE, "do not mix", reasons)
+    unknown = [s.task for s in summaries if s.level is Difference.UNKNOWN]
+    if worst is Difference.SAFE and unknown:
+        words = f"not known to be safe: {', '.join(unknown)} not compared"
+        return Verdict(Difference.UNKNOWN, words, reasons)
     if worst is Difference.SAFE:
         return Verdict(Difference.SAFE, "safe to switch", reasons)
     kinds = {"faces": "people", "text": "text"}
@@ -161,6 +166,9 @@ def _judge_faces(
         reasons.append(f"{both} of {total} faces found by both (needs {FACE_SAFE_MATCHED:.0%})")
     if median is not None and median < FACE_SAFE_MEDIAN:
         reasons.append(f"median face cosine {median:.4f} (needs {FACE_SAFE_MEDIAN})")
+    if not reasons and total < LEAST_FACES:
+        few = f"only {total} faces in these pictures (needs {LEAST_FACES})"
+        return Difference.UNKNOWN, few
     return (Difference.DIFFERS if reasons else Difference.SAFE), "; ".join(reasons)
 
 
