@@ -344,6 +344,21 @@ def test_models_accept_lets_the_next_start_serve_what_is_set(shelf: Path) -> Non
     assert "v2" in Start(shelf, model_revision="v2").load(VISUAL)[0].graph.parts
 
 
+def test_a_clock_that_is_set_back_does_not_undo_what_was_accepted(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    Start(shelf).load(VISUAL)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    start = Start(shelf, model_revision="v2")
+    assert start.finding().served == "as before"
+    start.guard.history.accept(NAME)
+    [files] = start.load(VISUAL)
+    assert files.graph == shelf / "clip" / CLIP / "v2" / "visual" / "model.onnx"
+    assert Start(shelf, model_revision="v2").finding().state == "same"
+    assert Start(shelf).finding().served == "as before"  # the next change waits for a word again
+
+
 def test_a_text_model_has_nothing_to_accept(shelf: Path) -> None:
     assert "makes no vectors" in command(shelf, "models", "accept", "PP-OCRv6_tiny")
 

@@ -275,9 +275,11 @@ def read_choices(settings: Settings) -> tuple[EngineChoice, ...]:
 
 def _choice(choices: Choices, key: ModelKey) -> EngineChoice:
     choice = choices.answering(key)
-    judged = choices.entry(key).judged.get(choice.candidate)
-    cosine = judged.verdict.figures.cosine if judged is not None else None
-    told = f"{key} on {choice.candidate}" + (f", cosine {cosine:.7f}" if cosine is not None else "")
+    told = f"{key} on {choice.candidate}"
+    if (judged := choices.entry(key).judged.get(choice.candidate)) is not None:
+        figures = judged.verdict.figures
+        told += f", cosine {figures.cosine:.7f}" if figures.cosine is not None else ""
+        told += f", {figures.alone_ms:.0f} ms" if figures.alone_ms is not None else ""
     return EngineChoice(told, choice.is_pending, choice.warning)
 
 

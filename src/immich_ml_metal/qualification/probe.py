@@ -27,10 +27,19 @@ from immich_ml_metal.qualification.compare import (
 from immich_ml_metal.qualification.order import CHECK, Order
 from immich_ml_metal.qualification.plan import ServedFiles
 from immich_ml_metal.qualification.samples import WORDS, draw_samples
-from immich_ml_metal.qualification.verdict import Figures, Outcome, Verdict, judge
+from immich_ml_metal.qualification.verdict import NOTHING_FOUND, Figures, Outcome, Verdict, judge
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.footprint import memory_bytes
-from immich_ml_metal.types import Faces, ModelFiles, ModelKey, Part, Reading, Task, TextRegions
+from immich_ml_metal.types import (
+    Faces,
+    ModelFiles,
+    ModelKey,
+    Part,
+    Reading,
+    Slot,
+    Task,
+    TextRegions,
+)
 
 ITEMS = {CHECK: 3, "comparison": 6}
 TIMED_S = 2.0  # how long each speed is measured
@@ -181,7 +190,18 @@ def _compare(
         (ours.finish(raw, ours.items[row]), reference.postprocess(other, ours.items[row]))
         for raw, other, row in pairs
     ]
-    return judge(slot, _answer_figures(figures, answers), note)
+    return _judge_answers(slot, _answer_figures(figures, answers), answers, note)
+
+
+def _judge_answers(
+    slot: Slot, figures: Figures, answers: list[tuple[Any, Any]], note: str
+) -> Verdict:
+    verdict = judge(slot, figures, note)
+    has_found = any(isinstance(b, Reading) or len(b.scores) for _, b in answers)
+    if has_found or not verdict.is_usable:
+        return verdict
+    note = "nothing is found in the samples: raw outputs were compared"
+    return judge(slot, verdict.figures, note, NOTHING_FOUND)
 
 
 def _answer_figures(figures: Figures, answers: list[tuple[Any, Any]]) -> Figures:
