@@ -16,7 +16,7 @@ if __name__ == "__main__":
     settings = Settings.model_validate_json(sys.argv[2])
     configure_logging(settings, "gateway")
     if len(sys.argv) > 3:
-        from immich_ml_metal.immich import times
+        from immich_ml_metal.immich import own
 
-        times.TIMES = times.Times(**json.loads(sys.argv[3]))
+        own.TIMES = own.Times(**json.loads(sys.argv[3]))
     serving.run(settings, command=fake)

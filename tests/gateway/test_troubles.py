@@ -9,8 +9,7 @@ from immich_ml_metal import errors
 from immich_ml_metal.gateway import troubles as module
 from immich_ml_metal.gateway.asked import Asked, read_asked
 from immich_ml_metal.gateway.client import WorkerAnswer
-from immich_ml_metal.gateway.refused import Refused
-from immich_ml_metal.gateway.troubles import ERROR_HEADER, FEW, LASTING, Troubles
+from immich_ml_metal.gateway.troubles import ERROR_HEADER, FEW, LASTING, Refused, Troubles
 from immich_ml_metal.worker.server import ERROR_HEADER as SENT_HEADER
 
 CLIP = Asked(("clip",), "ViT-B-32__openai")

@@ -20,9 +20,8 @@ from starlette.routing import Route
 from immich_ml_metal.immich.api import ImmichApi, ImmichError
 from immich_ml_metal.immich.guard import Guard
 from immich_ml_metal.immich.keeper import Keeper
-from immich_ml_metal.immich.own import OwnSide
+from immich_ml_metal.immich.own import OwnSide, Times
 from immich_ml_metal.immich.records import DOCUMENT, STOPPED, VERSION, Pause, Records
-from immich_ml_metal.immich.times import Times
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.state import StateFolder, StateUnusable
 
@@ -222,6 +221,18 @@ async def test_machine_learning_that_is_switched_off_lets_our_pauses_go(place: P
         await until(lambda: place.immich.paused == {"ocr"}, "the pause of a broken task")
         place.immich.config["machineLearning"]["enabled"] = False
         await until(lambda: not place.immich.paused, "resumed queues")
+
+
+async def test_a_run_that_immich_refuses_keeps_no_other_from_being_asked_for(
+    place: Place,
+) -> None:
+    place.remember(running_since=SINCE)
+    place.immich.fails["start smartSearch"] = 500
+    async with place.guard() as (guard, _):
+        await until(lambda: len(place.immich.started) == 2, "two runs")
+        assert "500" in guard.describe()["missing_runs"]["smartSearch"]["waits_for"]
+        place.immich.fails = {}
+        await until(lambda: len(place.immich.started) == 3, "three runs")
 
 
 def answering(status: int, content: str, **headers: str) -> Starlette:

@@ -20,8 +20,7 @@ from immich_ml_metal.cli import app
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.immich.advice import OurSide, advise
 from immich_ml_metal.immich.api import ImmichApi, connect, parse_settings
-from immich_ml_metal.immich.gain import measure_gains
-from immich_ml_metal.immich.search_delay import measure_search_delay
+from immich_ml_metal.immich.our_side import measure_gains, measure_search_delay
 from immich_ml_metal.types import Task
 
 Loopback = Callable[[Any], str]

@@ -22,22 +22,20 @@ from immich_ml_metal.errors import (
 from immich_ml_metal.gateway.admission import ClientGone, Reception, make_reception
 from immich_ml_metal.gateway.asked import TASKS, Upload
 from immich_ml_metal.gateway.client import WorkerAnswer
-from immich_ml_metal.gateway.companions import Companions, make_companions
+from immich_ml_metal.gateway.companions import Companions, make_companions, see_own_side
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.health import Parts, report
 from immich_ml_metal.gateway.history import History
 from immich_ml_metal.gateway.holding import Holding
 from immich_ml_metal.gateway.http import Message, Receive, Send, reply, reply_json, reply_unread
-from immich_ml_metal.gateway.own_side import see_own_side
 from immich_ml_metal.gateway.page import Page, is_foreign, redirect, send_to_page
 from immich_ml_metal.gateway.probe import Prober
 from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.qualifier import Qualifier
-from immich_ml_metal.gateway.refused import Refused
 from immich_ml_metal.gateway.supervisor import Order, WorkerState
 from immich_ml_metal.gateway.terminal import Teller
-from immich_ml_metal.gateway.troubles import Troubles, is_failure, reason_of
+from immich_ml_metal.gateway.troubles import Refused, Troubles, is_failure, reason_of
 from immich_ml_metal.gateway.watch import Watch
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_id, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, merge

@@ -7,9 +7,15 @@ import asyncio
 import contextlib
 import logging
 import sys
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from immich_ml_metal.gateway.asked import Asked
+from immich_ml_metal.gateway.asked import TASKS, Asked
+from immich_ml_metal.gateway.dispatcher import Dispatcher
+from immich_ml_metal.gateway.probe import Prober
+from immich_ml_metal.gateway.supervisor import WorkerState
+from immich_ml_metal.gateway.troubles import Troubles
 from immich_ml_metal.immich.own import OwnSide
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.settings import Settings
@@ -22,6 +28,8 @@ if TYPE_CHECKING:  # it brings httpx, which the gateway does without otherwise
 logger = logging.getLogger(__name__)
 
 _TICK_S = 5.0
+# An idle worker has been there, and comes when it is needed.
+_THERE = frozenset({WorkerState.READY, WorkerState.IDLE})
 NO_KEY = (
     "no immich_url and immich_api_key: Immich's queues go on while we are stopped, and their jobs "
     "are lost; with both set they are paused and lost jobs are asked for again"
@@ -106,6 +114,27 @@ class Companions:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._guarding
             self._guarding = None
+
+
+def see_own_side(
+    dispatcher: Dispatcher, troubles: Troubles, prober: Prober, port: Callable[[], int]
+) -> OwnSide:
+    """What the guard sees of the gateway; `port` is known only once it listens."""
+    supervisor, crashes = dispatcher.supervisor, dispatcher.crashes
+
+    def lasting() -> dict[str, tuple[str, str]]:
+        if not crashes.is_looping(time.monotonic()):
+            return troubles.lasting()
+        why = f"the worker only crashes: {crashes.failures[-1].cause}"
+        return dict.fromkeys(TASKS, ("", why))
+
+    return OwnSide(
+        port=port,
+        is_ready=lambda: supervisor.starts > 0 and supervisor.state in _THERE,
+        troubles=lasting,
+        probe=prober.probe,
+        expect=troubles.expect,
+    )
 
 
 def make_companions(settings: Settings, metrics: Metrics, own: OwnSide) -> Companions:

@@ -7,16 +7,19 @@ state.
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from immich_ml_metal.gateway.asked import Asked
 from immich_ml_metal.gateway.client import WorkerAnswer
 from immich_ml_metal.gateway.remedies import remedy_of
+
+log = logging.getLogger(__name__)
 
 ERROR_HEADER = b"x-ml-error"  # the worker names the class of its failure in it
 # Failures that the same request would get again until a person has done something.
@@ -25,6 +28,7 @@ FEW = 3  # answered at once, for whoever tries something by hand
 FORGOTTEN_S = 600.0  # without another failure: nobody asks for it any more
 PASSING_S = 60.0  # what passes by itself (a download) is a trouble after this long
 _GOOD, _FAILED = 200, 500
+_QUIET_S = 60.0  # between two lines about refusals of one status
 
 
 @dataclass(slots=True)
@@ -189,3 +193,50 @@ def reason_of(answer: WorkerAnswer) -> str:
 
 def _error(answer: WorkerAnswer) -> bytes:
     return dict(answer.headers).get(ERROR_HEADER, b"")
+
+
+@dataclass(slots=True)
+class _Refusals:
+    """Of one status: `told` of `count` are in the log already."""
+
+    count: int = 0
+    last_reason: str = ""
+    last_when: str = ""
+    told: int = 0
+    told_s: float = float("-inf")
+
+
+class Refused:
+    """What was answered 4xx, and why: Immich never asks again for these photos either.
+
+    One log line per status and minute, with a count: a broken import must not flood the log. Event
+    loop only.
+    """
+
+    def __init__(self) -> None:
+        self._by_status: dict[int, _Refusals] = {}
+
+    def note(self, status: int, reason: str) -> None:
+        """A request was answered with a 4xx `status`."""
+        known = self._by_status.setdefault(status, _Refusals())
+        known.count += 1
+        known.last_reason = reason
+        known.last_when = datetime.now(UTC).isoformat(timespec="seconds")
+        now_s = time.monotonic()
+        if now_s - known.told_s < _QUIET_S:
+            return
+        log.warning(
+            "refused, and Immich does not ask again status=%d count=%d reason=%s",
+            status,
+            known.count - known.told,
+            reason,
+        )
+        known.told, known.told_s = known.count, now_s
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """By status, for `/health`. Any: plain values."""
+        hidden = {"told", "told_s"}
+        return {
+            str(status): {k: v for k, v in asdict(one).items() if k not in hidden}
+            for status, one in sorted(self._by_status.items())
+        }

@@ -20,12 +20,10 @@ from immich_ml_metal.immich.api import (
     QueueCounts,
     ServerSettings,
 )
-from immich_ml_metal.immich.aside import aside
-from immich_ml_metal.immich.keeper import Keeper
+from immich_ml_metal.immich.keeper import Keeper, aside
 from immich_ml_metal.immich.missing import MissingRuns
-from immich_ml_metal.immich.own import OwnSide
+from immich_ml_metal.immich.own import TIMES, OwnSide, Times
 from immich_ml_metal.immich.records import STOPPED, now_utc
-from immich_ml_metal.immich.times import TIMES, Times
 from immich_ml_metal.immich.whose import Dependence, find_dependence
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.state import StateUnusable

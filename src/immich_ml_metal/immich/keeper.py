@@ -6,13 +6,13 @@ after, and against, the next one.
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from immich_ml_metal.immich.api import ImmichApi, ImmichError, QueueCounts, ServerSettings
-from immich_ml_metal.immich.aside import aside
 from immich_ml_metal.immich.records import (
     DOCUMENT,
     VERSION,
@@ -22,6 +22,8 @@ from immich_ml_metal.immich.records import (
     now_utc,
 )
 from immich_ml_metal.state import StateFolder
+
+T = TypeVar("T")
 
 
 class Keeper:
@@ -170,3 +172,34 @@ class Keeper:
             elif answer is not None:
                 raise answer
         return failed
+
+
+async def aside(call: Callable[[], T]) -> T:
+    """What a blocking `call` returns or raises, on a thread that keeps nobody from ending.
+
+    The loop's own pool would not do: its threads are joined at exit, and a name server that does
+    not answer holds one for longer than a stop may take. A caller that is cancelled leaves the call
+    running to its end.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, failure: BaseException | None) -> None:
+        if done.done():
+            return
+        if failure is not None:
+            done.set_exception(failure)
+        else:
+            done.set_result(value)  # type: ignore[arg-type]  # None only where T is None
+
+    def work() -> None:
+        value, failure = None, None
+        try:
+            value = call()
+        except Exception as exc:  # noqa: BLE001 - raised again where it is awaited
+            failure = exc
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=work, daemon=True, name="immich").start()
+    return await done

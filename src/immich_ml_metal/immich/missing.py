@@ -15,10 +15,9 @@ from immich_ml_metal.immich.api import (
     QueueCounts,
     ServerSettings,
 )
-from immich_ml_metal.immich.aside import aside
-from immich_ml_metal.immich.keeper import Keeper
+from immich_ml_metal.immich.keeper import Keeper, aside
+from immich_ml_metal.immich.own import Times
 from immich_ml_metal.immich.repairs import Repair, is_within
-from immich_ml_metal.immich.times import Times
 from immich_ml_metal.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -95,11 +94,7 @@ class MissingRuns:
         return False
 
     async def ask(self, server: ServerSettings, queues: dict[str, QueueCounts]) -> None:
-        """Note which runs are over, and start those that are due.
-
-        Raises:
-            ImmichError: it cannot be asked.
-        """
+        """Note which runs are over, and start those that are due."""
         for task, repair in list(self._keeper.records.repairs.items()):
             if task not in queues or task not in server.models:
                 repair.reason, repair.lost, repair.is_running = "", 0, False
@@ -136,6 +131,9 @@ class MissingRuns:
                 await aside(partial(self._keeper.immich.start_missing, task))
             except QueueBusy:
                 self._wait(task, "it works")
+                return
+            except ImmichError as exc:  # this one's: the others are asked for all the same
+                self._wait(task, str(exc))
                 return
             repair.asked(time.time())
             self._waits.pop(task, None)
