@@ -26,11 +26,7 @@ async def measure(order: Order, command: Sequence[str] = COMMAND) -> Verdict:
     """Run one probe to its end, or to the end of its patience."""
     try:
         process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=PIPE,
-            start_new_session=True,
+            *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
         )
     except OSError as exc:
         return Verdict(Outcome.UNAVAILABLE, f"no process to be had: {exc.strerror}")
@@ -60,7 +56,7 @@ async def _let_go(process: Process, readers: Sequence[asyncio.Future[None]]) -> 
     await asyncio.wait(readers, timeout=_REST_S)
     for reader in readers:
         reader.cancel()
-    process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - nothing public does
+    process._transport.close()  # type: ignore[attr-defined]
 
 
 async def _end_of(process: Process) -> None:
