@@ -35,7 +35,7 @@ MODELS = ["--clip-model", CLIP, "--face-model", FACES, "--ocr-model", OCR]
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     (folder / "faces.png").write_bytes(draw_faces((200, 200), (420, 240)))
-    (folder / "one.png").write_bytes(draw_faces((300, 220)))
+    (folder / "one.png").write_bytes(draw_faces((304, 224), (96, 96)))
     (folder / "text.png").write_bytes(draw_text("abc", "cab"))
     coarse = np.random.default_rng(3).integers(0, 256, (5, 9, 3), np.uint8)
     Image.fromarray(coarse).resize((360, 200)).save(folder / "colours.png")

@@ -119,7 +119,7 @@ def models_on_disk(folder: Path) -> dict[str, list[str]]:
     for task in TASKS:
         try:
             models = sorted(path for path in (folder / task).iterdir() if path.is_dir())
-            found[task] = [path.name for path in models if any(path.glob("*/model.onnx"))]
+            found[task] = [path.name for path in models if list(path.glob("*/model.onnx"))]
         except OSError:  # not there, or not ours to read: `models list` says which
             found[task] = []
     return found
