@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 from immich_ml_metal import __version__
 from immich_ml_metal.cli import app
+from immich_ml_metal.cli.ending import exit_code
+from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.launchd import Launchd
 from immich_ml_metal.service.log_files import log_folder, new_text, tail
@@ -33,6 +35,8 @@ from immich_ml_metal.service.plan import (
 )
 from immich_ml_metal.service.systemd import Systemd
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.system.listen import CannotListen
 from immich_ml_metal.system.power import KeepAwake
 from immich_ml_metal.system.programs import Completed, run_program
 
@@ -259,7 +263,7 @@ def test_the_unit_restarts_after_a_crash_and_quotes_its_words(
 ) -> None:
     text = Systemd(FakeRunner(), tmp_path).render(plan)
     assert f'ExecStart="{plan.command[0]}" serve' in text
-    assert "Restart=on-failure\nRestartSec=10" in text
+    assert "Restart=on-failure\nRestartPreventExitStatus=2\nRestartSec=10" in text
     assert f"Environment=ML_LOG_FILE={plan.log_file}" in text
     assert f"TimeoutStopSec={plan.stop_timeout_s}" in text
 
@@ -361,6 +365,40 @@ def test_the_settings_file_of_config_init_is_picked_up(home: Path) -> None:
     CliRunner(env={"HOME": str(home)}).invoke(app, ["config", "init"])
     assert file.is_file()
     assert f"serve --config {file}" in run(home, "install", "--print").stdout
+
+
+@linux
+def test_what_is_in_force_is_shown_and_written_for_its_owner_alone(home: Path) -> None:
+    caller = {"ML_PROFILE": "exact", "IMMICH_PORT": "4711", "ML_IMMICH_API_KEY": "tell-nobody"}
+    file = home / ".config/immich-ml-metal/config.toml"
+    shown = run(home, "install", "--print", **caller).stdout
+    assert 'profile = "exact"' in shown
+    assert "tell-nobody" not in shown
+    assert not file.exists()
+    result = run(home, "install", **caller)
+    assert result.exit_code == 0, result.output
+    assert "tell-nobody" not in result.output
+    assert file.stat().st_mode & 0o077 == 0
+    kept = load_settings(environ={}, file=file)
+    assert (kept.profile, kept.port) == ("exact", 4711)
+    assert kept.immich_api_key is not None
+    unit = home / ".config/systemd/user/immich-ml-metal.service"
+    assert f"serve --config {file}" in unit.read_text()
+
+
+@linux
+def test_a_failed_install_leaves_nothing(home: Path) -> None:
+    (home / "tools" / "systemctl").write_text("#!/bin/sh\nexit 1\n")
+    result = run(home, "install", ML_PROFILE="exact")
+    assert isinstance(result.exception, ServiceFailed)
+    assert not (home / ".config/systemd/user/immich-ml-metal.service").exists()
+    assert not (home / ".config/immich-ml-metal/config.toml").exists()
+
+
+@linux
+def test_a_wrong_setting_ends_the_service_for_good_and_a_taken_address_does_not() -> None:
+    assert exit_code(ConfigError("x")) == 2
+    assert exit_code(CannotListen("x")) == 1
 
 
 @linux

@@ -18,9 +18,8 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli.ending import close_streams, debugging, explain, open_streams
-from immich_ml_metal.cli.output import Exit, print_error
-from immich_ml_metal.errors import ConfigError
+from immich_ml_metal.cli.ending import close_streams, debugging, exit_code, explain, open_streams
+from immich_ml_metal.cli.output import print_error
 
 # Each command and the first sentence of its own help, in the order of `--help`.
 COMMANDS = MappingProxyType(
@@ -170,4 +169,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_error(explain(exc))
         if debugging():
             traceback.print_exc()
-        sys.exit(close_streams(Exit.USAGE if isinstance(exc, ConfigError) else Exit.FINDING))
+        sys.exit(close_streams(exit_code(exc)))

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.errors import ServiceError
+from immich_ml_metal.cli.output import Exit
+from immich_ml_metal.errors import ConfigError, ServiceError
+from immich_ml_metal.system.listen import CannotListen
 from immich_ml_metal.system.network_settings import network_troubles
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -64,6 +66,12 @@ def explain(exc: Exception) -> str:
         return f"{where}{reason}{_blame(exc)}"
     words = " ".join(f"{type(exc).__name__}: {exc}".splitlines())
     return f"{words}{_blame(exc)} (ML_LOG_LEVEL=debug shows where)"
+
+
+def exit_code(exc: Exception) -> Exit:
+    """What scripts and service managers are told: a wrong setting ends a service for good."""
+    is_final = isinstance(exc, ConfigError) and not isinstance(exc, CannotListen)
+    return Exit.USAGE if is_final else Exit.FINDING
 
 
 def debugging() -> bool:

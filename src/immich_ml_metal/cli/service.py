@@ -1,17 +1,24 @@
 """`service ...`: start at boot, stop, see, read the logs."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from immich_ml_metal import __version__
+from immich_ml_metal.cli.config import render_toml, write_private
 from immich_ml_metal.cli.output import Exit, JsonOption, print_json
+from immich_ml_metal.errors import ServiceError
+from immich_ml_metal.setting_kinds import hide_passwords
+from immich_ml_metal.settings import SECRET
 
 if TYPE_CHECKING:
     from immich_ml_metal.service.plan import Manager, ServicePlan
     from immich_ml_metal.settings import Settings
+    from immich_ml_metal.settings_sources import Resolved
 
 app = typer.Typer(
     help="Start at boot (launchd on macOS, systemd on Linux), stop, see, read the logs.",
@@ -31,25 +38,75 @@ def install(
     show: Annotated[bool, typer.Option("--print", help="Show it; change nothing.")] = False,
 ) -> None:
     """Start the service now and at every boot; run it again after an upgrade."""
-    from immich_ml_metal.settings_sources import load_settings, settings_file
+    from immich_ml_metal.settings_sources import resolve
 
-    file = settings_file()
-    settings = load_settings(file=file, env_file=env_file)
+    resolved = resolve(env_file=env_file)
+    settings = resolved.settings
+    file, content = _in_force(resolved)
     manager = _manager(daemon=daemon)
-    plan = _plan(settings, file, env_file)
+    plan = _plan(settings, file, None)
     text = manager.render(plan)
     if problem := manager.validate(text):
         typer.echo(f"immich-ml-metal: {problem}", err=True)
         raise typer.Exit(Exit.FINDING)
+    if content:
+        typer.echo(f"# {file}: what is set now\n{_shown(content)}")
     if show:
         typer.echo(f"# {manager.definition}\n{text}")
         return
     _warn_of_privacy(settings, file)
-    manager.install(plan)
+    with _undone_on_failure(manager, file if content else None):
+        if file is not None and content:
+            write_private(file, content)
+        manager.install(plan)
+    _tell_installed(manager, plan)
+    _explain(daemon=daemon)
+
+
+def _tell_installed(manager: "Manager", plan: "ServicePlan") -> None:
     typer.echo(f"Wrote {manager.definition}")
     typer.echo(f"It runs {' '.join(plan.command)}, now and at every boot.")
     typer.echo(f"Logs: {plan.log_file}")
-    _explain(daemon=daemon)
+
+
+def _in_force(resolved: "Resolved") -> tuple[Path | None, str]:
+    """The settings file of the service, and its new content where the environment adds to it."""
+    from immich_ml_metal.settings_sources import DEFAULT_FILE, settings_file
+
+    file = settings_file()
+    kept = ("default", str(file))
+    if all(source in kept for source in resolved.origin.values()):
+        return file, ""
+    return file or DEFAULT_FILE.expanduser(), render_toml(resolved)
+
+
+def _shown(content: str) -> str:
+    """The lines that set something, secrets and passwords blotted out."""
+    lines = [line for line in content.splitlines() if line and not line.startswith("#")]
+    secret = [f"{name} =" for name in SECRET]
+    return "\n".join(
+        f"{line.partition('=')[0]}= ***" if line.startswith(tuple(secret)) else hide_passwords(line)
+        for line in lines
+    )
+
+
+@contextmanager
+def _undone_on_failure(manager: "Manager", file: Path | None) -> Iterator[None]:
+    """Put both files back as they were when the body fails; a unit that was not there goes."""
+    touched = [manager.definition, *([file] if file else [])]
+    before = {path: path.read_bytes() if path.exists() else None for path in touched}
+    try:
+        yield
+    except (ServiceError, OSError):
+        with suppress(ServiceError, OSError):
+            if before[manager.definition] is None:
+                manager.uninstall()
+        for path, content in before.items():
+            if content is not None:
+                path.write_bytes(content)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _warn_of_privacy(settings: "Settings", file: Path | None) -> None:

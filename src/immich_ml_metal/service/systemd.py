@@ -31,7 +31,8 @@ class Systemd:
         )
         return f"""[Unit]
 Description=Machine learning for Immich (immich-ml-metal)
-After=network-online.target
+# Of a user's units none can wait for the network: an address that is not there yet ends a start
+# with 1, and the next one is tried. A wrong setting ends it with 2, for good.
 StartLimitIntervalSec=0
 
 [Service]
@@ -39,6 +40,7 @@ Type=exec
 ExecStart={command}
 {environment}
 Restart=on-failure
+RestartPreventExitStatus=2
 RestartSec={THROTTLE_S}
 TimeoutStopSec={plan.stop_timeout_s}
 # The supervisor ends its worker itself, after what is in flight.

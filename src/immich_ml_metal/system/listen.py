@@ -13,6 +13,10 @@ _BACKLOG = 1024
 KEEPALIVE_S = 75
 
 
+class CannotListen(ConfigError):
+    """The address is taken, or not there yet: it may pass, so a service is started again."""
+
+
 def listen(host: str, port: int) -> list[socket.socket]:
     """Bind `host`, and listen; 0 as `port` picks a free one, the same for every address.
 
@@ -27,7 +31,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             return [_listen_anywhere(port)]
         return _listen_on_all(host.strip("[]"), port)
     except OSError as exc:
-        raise ConfigError(f"cannot listen on {host} port {port}: {_reason(exc)}") from exc
+        raise CannotListen(f"cannot listen on {host} port {port}: {_reason(exc)}") from exc
 
 
 def check_address(host: str, port: int) -> None:
