@@ -25,7 +25,7 @@ from immich_ml_metal.tasks.clip import (
 )
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.vectors import check_finite, check_vector
-from immich_ml_metal.types import Floats
+from immich_ml_metal.types import FREE_LENGTH, Floats
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HOSTED: dict[str, Any] = {
@@ -364,6 +364,45 @@ def test_tokens_are_padded_and_cut_to_the_context(text: str, ids: list[int]) -> 
     tokens = model.preprocess(SearchQuery(text))
     assert tokens["text"].tolist() == ids
     assert tokens["text"].dtype == np.int32
+
+
+def lengths_fed(texts: list[str], *, fixed_shapes: bool) -> tuple[int, ...]:
+    """The shape that a tower for any length is fed; its end token has the highest number."""
+    graph = FakeGraph(
+        lambda feeds: [feeds["text"].astype(np.float32)],
+        inputs=[spec("text", np.int32, [None, None])],
+        fixed_shapes=fixed_shapes,
+    )
+    graph.metadata = {FREE_LENGTH: "1"}
+    words = models.WordLevel({"<pad>": 0, "a": 1, "dog": 2, "<end>": 9}, unk_token="<pad>")
+    made = Tokenizer(words)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = [("<end>", 9)]
+    made.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=end)
+    config = TextConfig(40, False, False)
+    ready = prepare_tokenizer(made, {"pad_token": "<pad>"}, config)
+    model = ClipTextualModel(graph, config, ready, name="m", dim=None)
+    model.infer([model.preprocess(SearchQuery(text)) for text in texts])
+    return graph.fed[0]["text"].shape
+
+
+@pytest.mark.parametrize(
+    ("texts", "fixed_shapes", "shape"),
+    [
+        (["a dog"], False, (1, 3)),
+        ([""], False, (1, 1)),
+        (["a dog", "a a a a dog"], False, (2, 6)),
+        (["a " * 100], False, (1, 40)),
+        (["a dog"], True, (1, 16)),
+        (["a " * 15], True, (1, 16)),
+        (["a " * 16], True, (1, 32)),
+        (["a " * 32], True, (1, 40)),
+    ],
+)
+def test_a_tower_for_any_length_is_fed_no_padding_behind_the_longest_text(
+    texts: list[str], fixed_shapes: bool, shape: tuple[int, ...]
+) -> None:
+    assert lengths_fed(texts, fixed_shapes=fixed_shapes) == shape
 
 
 def test_a_tower_with_a_mask_is_told_what_is_padding() -> None:

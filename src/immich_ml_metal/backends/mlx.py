@@ -14,6 +14,7 @@ from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.backends.build import build_model
 from immich_ml_metal.backends.device import Device
 from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.onnx_graph.rewriting import REWRITINGS, chosen_rewritings
 from immich_ml_metal.onnx_mlx.compiled import MlxGraph, Options
 from immich_ml_metal.onnx_mlx.formats import NumberFormat
 from immich_ml_metal.settings import Settings
@@ -68,6 +69,7 @@ class MlxEngine:
             number_format=chosen,
             max_batch=_MAX_BATCH,
             prepared=self._prepared,
+            skip=frozenset(REWRITINGS) - set(chosen_rewritings(self._settings.graph_rewriting)),
         )
         graph = MlxGraph(files.graph, options)
         memory = self.memory()

@@ -36,6 +36,9 @@ def free_length(program: Program, shapes: Shapes, note: Note = ignore) -> Progra
     (tokens,) = program.inputs
     if len(tokens.shape) != 2 or (tokens.shape[1] or 0) < 2:
         return program
+    if tokens.name not in shapes:
+        note(program.nodes[0], "the number of texts is free, so the shapes are not known")
+        return program
     reader = _Reader(program, shapes)
     for node in program.nodes:
         try:
@@ -233,11 +236,14 @@ class _Writer:
         given = self._program.constants[node.inputs[1]]
         source = self._reader.axes.get(node.inputs[0], _NONE)
         first = len(self._shapes[node.outputs[0]]) - len(given)
+        # With several texts, an axis may hold tokens and rows together: no copy, no remainder.
+        is_simple = node.op == "Reshape" and self._tokens.shape[0] == 1
         parts: list[Tensor | None] = [np.array([n]) for n in given]
         for axis in axes:
-            kept = node.op == "Reshape" and axis in source
-            parts[axis - first] = np.array([0]) if kept else None
-        if node.op == "Reshape" and sum(p is None for p in parts) == 1 and -1 not in given:
+            kept = is_simple and axis in source
+            if given[axis - first] > 0:  # others follow the input already
+                parts[axis - first] = np.array([0]) if kept else None
+        if is_simple and sum(p is None for p in parts) == 1 and -1 not in given:
             parts = [np.array([-1]) if part is None else part for part in parts]
         target = f"{node.outputs[0]}@lengths"
         if all(part is not None for part in parts):

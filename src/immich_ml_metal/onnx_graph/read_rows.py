@@ -161,7 +161,8 @@ class _Cut:
         if node.op in _SHAPE_INPUT:
             axis = next(iter(self._wanted[node.outputs[0]])) or 0
             lengths = self._program.constants[node.inputs[1]].copy()
-            lengths[axis - len(self._shapes[node.outputs[0]])] = 1
+            place = axis - len(self._shapes[node.outputs[0]])
+            lengths[place] = min(lengths[place], 1)  # 0 and -1 stay: they follow the input
             inputs[1] = self._editor.add_constant(lengths, f"{node.outputs[0]}@row_shape")
         short = Node(node.op, tuple(inputs), node.outputs, node.attributes, node.name)
         self._editor.replace(node, *before, short)
@@ -215,9 +216,14 @@ class _Cut:
         ]
 
     def _replace_lookup(self) -> None:
-        """The one row that is left, in the shape that the look-up gave it."""
-        node = self._lookup.node
-        shape = np.array(self._shapes[node.outputs[0]])
-        lengths = self._editor.add_constant(shape, f"{node.outputs[0]}@shape")
-        inputs = (self._lookup.source, lengths)
-        self._editor.replace(node, Node("Reshape", inputs, node.outputs, name=node.name))
+        """Take the one row that is left, in the shape that the look-up gave it."""
+        node, source = self._lookup.node, self._lookup.source
+        place = self._program.constants.get(node.inputs[1])
+        if place is not None:
+            first = self._editor.add_constant(np.zeros_like(place), f"{node.outputs[0]}@first")
+            new = Node(node.op, (source, first), node.outputs, node.attributes, node.name)
+        else:
+            shape = np.array(self._shapes[node.outputs[0]])
+            lengths = self._editor.add_constant(shape, f"{node.outputs[0]}@shape")
+            new = Node("Reshape", (source, lengths), node.outputs, name=node.name)
+        self._editor.replace(node, new)

@@ -41,12 +41,14 @@ class Options:
         max_batch: the most rows of one run, for models whose rows are independent.
         compiled: whether to fuse kernels with `mx.compile`.
         prepared: whether to keep the converted weights on disk.
+        skip: passes and rewritings to leave out.
     """
 
     number_format: NumberFormat = NumberFormat.FLOAT32
     max_batch: int = 1
     compiled: bool = True
     prepared: bool = False
+    skip: frozenset[str] = frozenset()
 
 
 class MlxGraph:
@@ -125,11 +127,12 @@ class MlxGraph:
 
 def _load(path: Path, options: Options) -> tuple[Lowered, Mapping[str, Value]]:
     """The lowered program and its constants, from the prepared file where there is a good one."""
-    prepared = Prepared(path, options.number_format) if options.prepared else None
+    prepared = Prepared(path, options.number_format, options.skip) if options.prepared else None
     found = prepared.load() if prepared else None
     if found is not None:
         return found
-    lowered = lower(read(path), mixed=options.number_format is NumberFormat.MIXED)
+    mixed = options.number_format is NumberFormat.MIXED
+    lowered = lower(read(path), skip=options.skip, mixed=mixed)
     check_forms(lowered.program)
     constants: dict[str, Value] = dict(lowered.program.constants)
     on_device = device_constants(lowered.program)

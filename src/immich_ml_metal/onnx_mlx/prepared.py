@@ -2,14 +2,14 @@
 
 One safetensors file, kept as a derived form of the model: the weights as the device wants them, and
 in its header the program. The form depends on the weights, the number format, the version of MLX
-and of what folds constants, and the compiler's own source. Safe to delete.
+and of what folds constants, the compiler's own source and what it left out. Safe to delete.
 """
 
 import base64
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ FILE = "model.safetensors"
 class Prepared:
     """The prepared form of one model in one number format."""
 
-    def __init__(self, model: Path, number_format: NumberFormat) -> None:
+    def __init__(
+        self, model: Path, number_format: NumberFormat, skip: Collection[str] = ()
+    ) -> None:
         libraries = f"mlx{metadata.version('mlx')}-onnx{onnx.__version__}"
-        version = f"{libraries}-{compiler_digest()}"
+        version = "-".join([libraries, compiler_digest(), *(f"no_{name}" for name in sorted(skip))])
         self._form = DerivedForm(model, FOLDER, version=version, variant=str(number_format))
 
     def load(self) -> tuple[Lowered, dict[str, Value]] | None:

@@ -64,13 +64,31 @@ def _fuse_at(editor: Editor, softmax: Node, default_axis: int) -> None:
 
 
 def _is_causal(editor: Editor, mask: str) -> bool:
-    """Whether the mask lets row i see the columns 0..i and no others: the kernel skips those."""
+    """Whether the mask lets row i see the columns 0..i and no others: the kernel skips those.
+
+    A square cut from its first row and column on does so too.
+    """
+    cut = editor.producer(mask, "Slice")
+    if cut is not None and _is_leading_square(editor, cut):
+        mask = cut.inputs[0]
     value = editor.constants.get(mask)
     if value is None or value.ndim < 2 or value.dtype.kind != "f":
         return False
     rows, columns = value.shape[-2:]
     wanted = np.where(np.tri(rows, dtype=np.bool_), 0, -np.inf)
     return rows == columns and value.size == rows**2 and bool((value == wanted).all())
+
+
+def _is_leading_square(editor: Editor, cut: Node) -> bool:
+    """Whether it keeps as many of the first rows as of the first columns."""
+    source, starts, ends, axes = cut.inputs[:4] if len(cut.inputs) > 3 else ("",) * 4
+    lengths = editor.producer(ends, "Concat")
+    if source not in editor.constants or lengths is None or starts not in editor.constants:
+        return False
+    rank = editor.constants[source].ndim
+    along = {int(axis) % rank for axis in editor.constants.get(axes, ())}
+    is_square = along == {rank - 2, rank - 1} and len(set(lengths.inputs)) == 1
+    return is_square and not editor.constants[starts].any()
 
 
 def _guarded(editor: Editor, softmax: Node) -> tuple[str, bool]:
