@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immich_ml_metal.backends.build import BUILDERS
-from immich_ml_metal.backends.selection import SETTINGS as ENGINE_SETTINGS
 from immich_ml_metal.catalog import (
     MULTILINGUAL,
     PARTS_OF,
@@ -14,6 +13,7 @@ from immich_ml_metal.catalog import (
     ModelSpec,
     all_models,
     clean_name,
+    engine_setting,
     find_by_name,
     find_model,
     model_key,
@@ -33,7 +33,9 @@ def test_every_half_has_its_settings_and_its_builder() -> None:
     preloads = {name for name in Settings.model_fields if name.startswith("preload_")}
     assert preloads == {preload_setting(slot) for slot in SLOTS}
     assert {model_setting(task) for task, _ in SLOTS} <= set(Settings.model_fields)
-    assert set(BUILDERS) == set(ENGINE_SETTINGS) == set(SLOTS)
+    assert set(BUILDERS) == set(SLOTS)
+    engines = {name for name in Settings.model_fields if name.endswith("_engine")}
+    assert engines == {engine_setting(slot) for slot in SLOTS}
 
 
 def test_the_75_official_names_are_there_by_family() -> None:

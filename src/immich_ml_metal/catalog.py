@@ -14,7 +14,7 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
-from immich_ml_metal.errors import UnknownModel
+from immich_ml_metal.errors import ConfigError, UnknownModel
 from immich_ml_metal.types import SLOTS, ModelKey, Part, Slot, Task
 
 OPEN_CLIP_PREFIX = "open_clip/"  # spells out a model of open_clip's that has no Immich export
@@ -50,6 +50,13 @@ _WHAT = MappingProxyType(
 def model_setting(task: Task) -> str:
     """The setting that names a task's model: `face_model`."""
     return f"{_IN_SETTINGS[task]}_model"
+
+
+def engine_setting(slot: Slot) -> str:
+    """The setting that names the engine of a half: faces are found and told apart by two."""
+    task, part = slot
+    half = f"_{part}" if task is Task.FACES else ""
+    return f"{_IN_SETTINGS[task]}{half}_engine"
 
 
 def preload_setting(slot: Slot) -> str:
@@ -167,6 +174,18 @@ def model_key(raw_name: str, task: Task, part: Part) -> ModelKey:
     if task is Task.CLIP and raw_name.startswith(OPEN_CLIP_PREFIX) and not is_official:
         return ModelKey(task, part, raw_name)
     return find_model(raw_name, task, part).key(part)
+
+
+def key_of_setting(setting: str, name: str, slot: Slot) -> ModelKey:
+    """The key of one half of the model that a setting names.
+
+    Raises:
+        ConfigError: it is no official model of that kind.
+    """
+    try:
+        return model_key(name, *slot)
+    except UnknownModel as exc:
+        raise ConfigError(f"{setting}: {exc}") from exc
 
 
 @functools.cache

@@ -9,14 +9,14 @@ from doubles.vision import Double
 from doubles.vision_scene import FaceTruth, LineTruth, Scene
 from PIL import Image
 
-from immich_ml_metal.backends.selection import REFERENCE, SETTINGS, Platform, rule_for
+from immich_ml_metal.backends.selection import REFERENCE, Platform, rule_for
 from immich_ml_metal.backends.vision.bridge import VisionBridge
 from immich_ml_metal.backends.vision.setup import create_vision
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.tasks.faces import FaceQuery
 from immich_ml_metal.tasks.images import Picture
 from immich_ml_metal.tasks.text_boxes import TextRegionQuery
-from immich_ml_metal.types import ModelKey, Part, Task
+from immich_ml_metal.types import SLOTS, ModelKey, Part, Task
 
 M_SERIES = Platform("Darwin", "arm64")
 INTEL_MAC = Platform("Darwin", "x86_64")
@@ -25,7 +25,7 @@ LINUX = Platform("Linux", "x86_64")
 
 def first_choices(platform: Platform, **settings: Any) -> list[str]:
     """By part: search picture, search text, face boxes, face vectors, text boxes, text."""
-    rules = [rule_for(slot, Settings(**settings), platform) for slot in SETTINGS]
+    rules = [rule_for(slot, Settings(**settings), platform) for slot in SLOTS]
     return [rule.candidates[0].engine for rule in rules]
 
 
@@ -48,13 +48,13 @@ def test_balanced_is_the_default() -> None:
 @pytest.mark.parametrize("platform", [INTEL_MAC, LINUX])
 @pytest.mark.parametrize("profile", ["balanced", "native", "exact"])
 def test_elsewhere_the_portable_engine_is_the_only_one(platform: Platform, profile: Any) -> None:
-    rules = [rule_for(slot, Settings(profile=profile), platform) for slot in SETTINGS]
+    rules = [rule_for(slot, Settings(profile=profile), platform) for slot in SLOTS]
     assert {rule.candidates for rule in rules} == {(REFERENCE,)}
     assert not any(rule.needs_verdicts for rule in rules)
 
 
 def test_the_cpu_stands_behind_every_automatic_choice() -> None:
-    for slot in SETTINGS:
+    for slot in SLOTS:
         assert rule_for(slot, Settings(), M_SERIES).candidates[-1] == REFERENCE
 
 

@@ -1,13 +1,21 @@
 """`qualify` as a user runs it, with the engines of this machine on small models."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from doubles.tiny_models import FACES
+import psutil
+from doubles.tiny_models import CLIP, FACES, OCR
 from typer.testing import CliRunner
 
 from immich_ml_metal.cli import app
+from immich_ml_metal.errors import UnknownModel
 
 
 def qualify(home: Path, models: Path, *args: str) -> Any:
@@ -43,3 +51,41 @@ def test_a_model_that_is_not_here_is_said_and_the_exit_code_too(
     result = qualify(tmp_path, models, "ViT-L-14__openai")
     assert result.exit_code == 1
     assert "immich-ml-metal models pull ViT-L-14__openai" in result.output
+
+
+def test_a_name_that_is_no_model_is_refused_before_anything_is_measured(
+    tmp_path: Path, models: Path
+) -> None:
+    result = qualify(tmp_path, models, FACES, "no-such-model")
+    assert isinstance(result.exception, UnknownModel)
+    assert not (tmp_path / "state").exists()
+
+
+def test_ctrl_c_ends_the_probe_and_keeps_what_was_measured(tmp_path: Path, models: Path) -> None:
+    env = {**os.environ, "ML_OFFLINE": "1", "ML_MODELS_DIR": str(models)}
+    env["ML_STATE_DIR"] = str(tmp_path / "state")
+    stored = tmp_path / "state" / "engines.json"
+    command = [sys.executable, "-m", "immich_ml_metal", "qualify", FACES, OCR, CLIP]
+    process = subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_for(lambda: "outcome" in stored.read_text() if stored.exists() else False)
+        wait_for(lambda: bool(psutil.Process(process.pid).children()))
+        probes = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    wait_for(lambda: not any(probe.is_running() for probe in probes))
+    kept = json.loads(stored.read_text())["models"]
+    assert kept[f"facial-recognition/detection/{FACES}"]["verdicts"]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)

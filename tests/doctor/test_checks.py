@@ -6,7 +6,16 @@ import pytest
 from pydantic import SecretStr
 
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
-from immich_ml_metal.doctor.facts import GIB, EngineTest, Facts, Machine, ModelFact, Outcome, Port
+from immich_ml_metal.doctor.facts import (
+    GIB,
+    EngineChoice,
+    EngineTest,
+    Facts,
+    Machine,
+    ModelFact,
+    Outcome,
+    Port,
+)
 from immich_ml_metal.immich.advice import Advice
 from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.settings import Settings
@@ -25,7 +34,7 @@ HEALTHY = Facts(
     packages={"mlx": "0.32.4", "onnxruntime": "1.32.0"},
     disk_free_bytes=100 * GIB,
     models=MODELS,
-    tests=(EngineTest("clip", "mlx", "ViT-B-32__openai", 0.021),),
+    tests=(EngineTest("clip", "mlx", "ViT-B-32__openai"),),
     addresses=("192.168.1.20",),
     service="running",
     immich=(),
@@ -272,3 +281,18 @@ def test_a_full_disk_does_not_matter_once_the_models_are_here() -> None:
 def test_skipped_self_tests_say_why() -> None:
     tests = (EngineTest("ocr", "cpu", "PP-OCRv6_small", skipped="(not downloaded)"),)
     assert "ocr on cpu (not downloaded)" in result_of(replace(HEALTHY, tests=tests), "engines").text
+
+
+def test_verdicts_are_told_with_their_figures_and_what_speaks_against_an_engine() -> None:
+    fine = EngineChoice("ViT-B-32__openai/visual on mlx float16, cosine 0.9999988, 9 ms")
+    told = result_of(replace(HEALTHY, choices=(fine,)), "verdicts")
+    assert (told.level, told.text) == (Outcome.OK, fine.told)
+    waiting = EngineChoice("buffalo_l/detection on cpu float32", is_pending=True)
+    told = result_of(replace(HEALTHY, choices=(fine, waiting)), "verdicts")
+    assert told.level is Outcome.OK
+    assert "checks what is not known by itself" in told.text
+    bad = replace(waiting, warning="mlx float16 is not used: crashed: SIGABRT")
+    told = result_of(replace(HEALTHY, choices=(fine, bad, bad)), "verdicts")
+    assert (told.level, told.text) == (Outcome.WARN, bad.warning)
+    assert "qualify --again" in told.fix
+    assert result_of(HEALTHY, "verdicts").text == "nothing to measure"

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles.tiny_models import CLIP, FACES, OCR, make_models
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from typer.testing import CliRunner
 
+from immich_ml_metal.backends.selection import Candidate
 from immich_ml_metal.cli import app
 from immich_ml_metal.client.calls import ModelNames
 from immich_ml_metal.client.own_service import ask_health
@@ -23,9 +25,14 @@ from immich_ml_metal.doctor.checks import Finding
 from immich_ml_metal.doctor.facts import Facts, Outcome, Port
 from immich_ml_metal.doctor.selftest import run_tests
 from immich_ml_metal.doctor.share import anonymise, known_private, write_bundle
+from immich_ml_metal.qualification.record import Record
+from immich_ml_metal.qualification.verdict import Figures, Judged, Verdict
+from immich_ml_metal.qualification.verdict import Outcome as Found
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.state import StateFolder
 from immich_ml_metal.system.network import url_host, usable
 from immich_ml_metal.system.programs import Completed
+from immich_ml_metal.types import ModelKey, Part, Task
 
 Loopback = Callable[[Any], str]
 PMSET = """Battery Power:
@@ -203,6 +210,26 @@ def test_only_addresses_others_can_use_are_told_ipv4_first() -> None:
     assert [url_host(a) for a in usable(given)][-1] == "[fd00::2]"
 
 
+def test_choices_are_told_with_what_was_measured_and_a_memory_that_is_lost(tmp_path: Path) -> None:
+    make_models(tmp_path)
+    settings = Settings(
+        models_dir=tmp_path,
+        state_dir=tmp_path / "state",
+        clip_model=CLIP,
+        face_model=FACES,
+        ocr_model=OCR,
+    )
+    key, cpu = ModelKey(Task.CLIP, Part.VISUAL, CLIP), Candidate("cpu")
+    verdict = Verdict(Found.RIGHT, figures=Figures(cosine=0.99999, alone_ms=8.6))
+    record = Record(StateFolder(tmp_path / "state"))
+    record.change(key, lambda old: old.with_verdict(Judged(cpu, verdict, {})))
+    told = [one.told for one in collect.read_choices(settings)]
+    assert f"{CLIP}/visual on cpu float32, cosine 0.9999900, 9 ms" in told
+    assert f"{FACES}/detection on cpu float32" in told
+    (tmp_path / "state" / "engines.json").write_text("{")
+    assert "are not remembered" in collect.read_choices(settings)[-1].warning
+
+
 # -- the live self-test ----------------------------------------------------------------------------
 
 
@@ -229,7 +256,7 @@ NAMES = ModelNames("ViT-B-32__openai", "buffalo_l", "PP-OCRv6_small")
 ENGINES = {"clip/visual": "mlx", "clip/textual": "mlx", "facial-recognition/detection": "vision"}
 
 
-def test_every_task_is_asked_and_timed(loopback: Loopback) -> None:
+def test_every_task_is_asked(loopback: Loopback) -> None:
     url = loopback(fake_service([0.6, 0.8], ["a"]))
     tests = run_tests(url, (), NAMES, b"picture")
     assert [(t.engine, t.error) for t in tests] == [
@@ -238,7 +265,6 @@ def test_every_task_is_asked_and_timed(loopback: Loopback) -> None:
         ("vision", ""),
         ("?", ""),
     ]
-    assert all(0 < t.seconds < 5 for t in tests)
 
 
 def test_wrong_answers_are_failures(loopback: Loopback) -> None:

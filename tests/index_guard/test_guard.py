@@ -208,7 +208,10 @@ def test_faces_aligned_by_another_detector_are_said(shelf: Path) -> None:
     assert other.guard.held_points() == "vision"
     without = IndexGuard(other.settings, "immich", has_vision=False)
     assert (without.held_points(), without.finding(name).served) == ("", "as set")
-    assert Start(shelf, points="vision").guard.held_points() == ""
+    same = Start(shelf, points="vision")
+    assert (same.finding(name).state, same.guard.held_points()) == ("same", "vision")
+    same.guard.history.accept(name)
+    assert same.guard.held_points() == ""
 
 
 def test_text_is_not_guarded_because_nothing_compares_it(shelf: Path) -> None:
@@ -339,6 +342,21 @@ def test_models_accept_lets_the_next_start_serve_what_is_set(shelf: Path) -> Non
     said = command(shelf, "models", "accept", CLIP)
     assert "run Smart Search for all photos in Immich" in said
     assert "v2" in Start(shelf, model_revision="v2").load(VISUAL)[0].graph.parts
+
+
+def test_a_clock_that_is_set_back_does_not_undo_what_was_accepted(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    Start(shelf).load(VISUAL)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    start = Start(shelf, model_revision="v2")
+    assert start.finding().served == "as before"
+    start.guard.history.accept(NAME)
+    [files] = start.load(VISUAL)
+    assert files.graph == shelf / "clip" / CLIP / "v2" / "visual" / "model.onnx"
+    assert Start(shelf, model_revision="v2").finding().state == "same"
+    assert Start(shelf).finding().served == "as before"  # the next change waits for a word again
 
 
 def test_a_text_model_has_nothing_to_accept(shelf: Path) -> None:

@@ -1,6 +1,6 @@
 """The check that the service makes by itself: the ladder, the memory gate, and what it keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.checker import Checker, Tools
 from immich_ml_metal.qualification.choice import Choice
 from immich_ml_metal.qualification.order import Order
-from immich_ml_metal.qualification.record import Record
+from immich_ml_metal.qualification.plan import remembered_choices
+from immich_ml_metal.qualification.record import Record, name_of
 from immich_ml_metal.qualification.verdict import Outcome, Verdict
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
@@ -34,27 +35,29 @@ class World:
         self.outcomes = dict(outcomes)
         self.asked: list[str] = []
         self.free_bytes = 6 * GIB
+        self.on_measure: Callable[[], object] = lambda: None
         self.state = models / "state"
 
     async def measure(self, order: Order) -> Verdict:
         self.asked.append(str(order.candidate))
+        self.on_measure()
         return Verdict(self.outcomes.get(str(order.candidate), Outcome.RIGHT))
 
     async def settle(self, key: ModelKey = KEY, **settings: Any) -> Choice | None:
         """Settle as a fresh process does."""
         chosen = Settings(models_dir=self.models, offline=True, state_dir=self.state, **settings)
         tools = Tools(self.measure, lambda: (self.free_bytes, 8 * GIB))
-        record = Record(StateFolder(self.state))
-        machine, store = odd_mac(self.models), ModelStore(chosen)
-        return await Checker(chosen, machine, record, store, tools).settle(key)
+        choices = remembered_choices(chosen, ModelStore(chosen), odd_mac(self.models))
+        return await Checker(choices, tools).settle(key)
 
-    async def ask_again(self, candidate: Candidate) -> bool:
+    async def ask_again(self) -> bool:
         """As the worker does of an engine that it had set aside."""
-        chosen = Settings(models_dir=self.models, offline=True, state_dir=self.state)
+        chosen = Settings(
+            models_dir=self.models, state_dir=self.state, offline=True, clip_engine="mlx"
+        )
         tools = Tools(self.measure, lambda: (self.free_bytes, 8 * GIB))
-        record, store = Record(StateFolder(self.state)), ModelStore(chosen)
-        checker = Checker(chosen, odd_mac(self.models), record, store, tools)
-        return await checker.is_right_again(KEY, candidate)
+        choices = remembered_choices(chosen, ModelStore(chosen), odd_mac(self.models))
+        return await Checker(choices, tools).is_right_again(KEY)
 
 
 @pytest.mark.parametrize(("outcome", "is_right"), [(Outcome.RIGHT, True), (Outcome.HUNG, False)])
@@ -62,7 +65,7 @@ async def test_an_engine_set_aside_is_probed_again_and_nothing_is_remembered(
     tmp_path: Path, outcome: Outcome, is_right: bool
 ) -> None:
     world = World(tmp_path, {"mlx float16": outcome})
-    assert await world.ask_again(Candidate("mlx", "float16")) is is_right
+    assert await world.ask_again() is is_right
     assert world.asked[0] == "mlx float16"
     assert not world.state.exists()
 
@@ -70,7 +73,7 @@ async def test_an_engine_set_aside_is_probed_again_and_nothing_is_remembered(
 async def test_without_memory_for_a_probe_it_is_tried_at_work(tmp_path: Path) -> None:
     world = World(tmp_path, {"mlx float16": Outcome.HUNG})
     world.free_bytes = 0
-    assert await world.ask_again(Candidate("mlx", "float16"))
+    assert await world.ask_again()
     assert world.asked == []
 
 
@@ -122,6 +125,19 @@ async def test_other_weights_have_it_checked_again_and_a_touched_file_does_not(
     assert world.asked == ["mlx float16"]
     graph.write_bytes(content + _unknown_field())
     await world.settle()
+    assert world.asked == ["mlx float16", "mlx float16"]
+
+
+async def test_a_model_that_is_replaced_while_it_is_measured_is_left_for_later(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, {})
+    graph = tmp_path / "clip" / CLIP / "visual" / "model.onnx"
+    world.on_measure = lambda: graph.write_bytes(graph.read_bytes() + _unknown_field())
+    assert await world.settle() is None
+    assert Record(StateFolder(world.state)).entries()[name_of(KEY)].judged == {}
+    world.on_measure = lambda: None
+    assert await candidate(world) == Candidate("mlx", "float16")
     assert world.asked == ["mlx float16", "mlx float16"]
 
 

@@ -16,6 +16,7 @@ from immich_ml_metal.qualification.children import measure
 from immich_ml_metal.qualification.order import Order
 from immich_ml_metal.qualification.verdict import Outcome, Verdict
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.footprint import memory_bytes
 from immich_ml_metal.types import ModelKey, Part, Task
 
 pytestmark = pytest.mark.anyio
@@ -128,6 +129,52 @@ async def test_a_probe_that_is_given_up_leaves_no_process(models: Path) -> None:
         await task
     with pytest.raises(ChildProcessError):  # reaped, and no other child is left
         os.waitpid(-1, os.WNOHANG)
+
+
+def saying(code: str) -> tuple[str, ...]:
+    """A probe that does anything but measure."""
+    return (sys.executable, "-c", f"import json, os, sys; sys.stdin.readline(); {code}")
+
+
+VERDICT = '{"verdict": {"outcome": "right", "reason": "", "figures": {}}}'
+FORK = "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=NEW); print(SAID)"
+ENDS = {
+    "ends with 0 and says nothing": ("", "crashed: exit status 0 while starting"),
+    "prints garbage": (
+        "sys.stdout.buffer.write(b'\\xff[[[\\n' + b'[' * 60000 + b'\\n7\\n{\\n'); sys.exit(3)",
+        "crashed: exit status 3 while starting",
+    ),
+    "gives words for figures": (
+        'print(\'{"verdict": {"outcome": "right", "reason": "", "figures": {"cosine": "1"}}}\')',
+        "crashed: exit status 0 while starting",
+    ),
+    "floods": (f"[print('x' * 1000000) for _ in range(30)]; print({VERDICT!r})", "right"),
+    "leaves a child in its group": (
+        FORK.replace("NEW", "False").replace("SAID", repr(VERDICT)),
+        "right",
+    ),
+    "leaves a child in another group": (
+        FORK.replace("NEW", "True").replace("SAID", repr(VERDICT)),
+        "right",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+async def test_whatever_a_probe_says_is_a_verdict_in_time(what: str) -> None:
+    code, expected = ENDS[what]
+    order = Order("{}", VISUAL, FLOAT16, "check", 30)
+    started_s = time.monotonic()
+    assert str(await measure(order, saying(code))) == expected
+    assert time.monotonic() - started_s < 20
+
+
+async def test_a_flood_without_end_is_a_hang_and_fills_no_memory() -> None:
+    order = Order("{}", VISUAL, FLOAT16, "check", 2)
+    before = memory_bytes(os.getpid()) or 0
+    verdict = await measure(order, saying("exec('while True: print(1000 * str(1))')"))
+    assert verdict.outcome is Outcome.HUNG
+    assert (memory_bytes(os.getpid()) or 0) - before < 100 * 2**20
 
 
 async def test_mlx_itself_is_measured_here(models: Path) -> None:

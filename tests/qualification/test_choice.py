@@ -12,14 +12,13 @@ from immich_ml_metal.backends.selection import (
     TEXT_READING,
     Candidate,
     Platform,
-    Slot,
     rule_for,
 )
 from immich_ml_metal.qualification.choice import Choice, decide
 from immich_ml_metal.qualification.record import Entry
 from immich_ml_metal.qualification.verdict import Figures, Judged, Outcome, Verdict
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.types import Part, Slot, Task
 
 VISUAL: Slot = (Task.CLIP, Part.VISUAL)
 TEXTUAL: Slot = (Task.CLIP, Part.TEXTUAL)

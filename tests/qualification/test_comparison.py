@@ -13,6 +13,7 @@ from immich_ml_metal.backends.selection import Candidate
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.comparison import Compared, Comparison
 from immich_ml_metal.qualification.order import Order
+from immich_ml_metal.qualification.plan import remembered_choices
 from immich_ml_metal.qualification.record import Entry, Record, name_of
 from immich_ml_metal.qualification.report import render_report
 from immich_ml_metal.qualification.verdict import Figures, Outcome, Verdict
@@ -28,6 +29,7 @@ SPEEDS = {
     "mlx float16": 8,
     "mlx mixed": 9,
     "mlx float32": 16,
+    "coreml float16": 12,
     "coreml float32": 4,
     "cpu float32": 30,
 }
@@ -50,12 +52,12 @@ class World:
     async def compare(
         self, key: ModelKey = KEY, *, again: bool = False, **settings: Any
     ) -> Compared:
-        chosen = Settings(models_dir=self.models, offline=True, **settings)
-        machine, store = odd_mac(self.models), ModelStore(chosen)
-        record = Record(self.state)
-        found = await Comparison(chosen, machine, record, store, self.measure, again=again).compare(
-            key, lambda candidate: None
+        chosen = Settings(
+            models_dir=self.models, state_dir=self.state.path, offline=True, **settings
         )
+        choices = remembered_choices(chosen, ModelStore(chosen), odd_mac(self.models))
+        comparison = Comparison(choices, self.measure, again=again)
+        found = await comparison.compare(key, lambda candidate: None)
         assert found is not None
         return found
 

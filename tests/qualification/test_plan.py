@@ -9,13 +9,15 @@ from doubles.odd_engines import M_SERIES, odd_mac
 from doubles.tiny_models import CLIP, make_models
 
 from immich_ml_metal.backends.makers import MAKERS, Surroundings
-from immich_ml_metal.backends.selection import SETTINGS, Platform
+from immich_ml_metal.backends.selection import Platform
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.environment import Environment
 from immich_ml_metal.qualification.plan import Choices, EnginePlan, Machine
+from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import ModelKey, Part, Task
+from immich_ml_metal.state import StateFolder
+from immich_ml_metal.types import SLOTS, ModelKey, Part, Task
 
 LINUX = Machine(Platform("Linux", "x86_64"), Environment(), MAKERS)
 READER = ModelKey(Task.OCR, Part.RECOGNITION, "PP-OCRv6_tiny")
@@ -23,7 +25,7 @@ READER = ModelKey(Task.OCR, Part.RECOGNITION, "PP-OCRv6_tiny")
 
 def plan(models: Path, machine: Machine = LINUX, **settings: Any) -> EnginePlan:
     chosen = Settings(models_dir=models, offline=True, **settings)
-    choices = Choices(chosen, machine, {}, ModelStore(chosen))
+    choices = Choices(chosen, machine, Record(StateFolder(models / "state")), ModelStore(chosen))
     return EnginePlan(choices, Surroundings(chosen))
 
 
@@ -39,7 +41,7 @@ def with_broken(name: str, problem: Exception) -> Machine:
 
 def test_on_linux_every_part_is_on_one_cpu_engine_and_nothing_is_pending(tmp_path: Path) -> None:
     made = plan(tmp_path)
-    assert made.names() == dict.fromkeys(SETTINGS, "cpu")
+    assert made.names() == dict.fromkeys(SLOTS, "cpu")
     assert [engine.name for engine in made.engines()] == ["cpu"]
     assert made.as_dict()["pending"] == []
     assert made.as_table().splitlines()[1].split() == ["task", "part", "engine", "numbers", "why"]
@@ -48,7 +50,7 @@ def test_on_linux_every_part_is_on_one_cpu_engine_and_nothing_is_pending(tmp_pat
 def test_on_a_mac_without_verdicts_all_configured_models_are_pending(tmp_path: Path) -> None:
     make_models(tmp_path)
     made = plan(tmp_path, odd_mac(tmp_path))
-    assert made.names() == dict.fromkeys(SETTINGS, "cpu")
+    assert made.names() == dict.fromkeys(SLOTS, "cpu")
     assert f"clip/visual/{CLIP}" in made.as_dict()["pending"]
 
 

@@ -1,6 +1,7 @@
 """What is remembered of engines, and that nothing about it stops a service."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,26 @@ def test_a_damaged_document_is_told_set_aside_and_begun_anew(tmp_path: Path, con
     assert record.trouble == ""
     assert record.entries()[name_of(KEY)].digest == "abc"
     assert (tmp_path / "engines.damaged").read_text() == content
+
+
+def test_figures_that_are_no_numbers_are_damage(tmp_path: Path) -> None:
+    record = Record(StateFolder(tmp_path))
+    record.change(KEY, lambda _: ENTRY)
+    path = tmp_path / "engines.json"
+    path.write_text(path.read_text().replace('"cosine": 0.99', '"cosine": "high"'))
+    assert record.entries() == {}
+    assert "is damaged" in record.trouble
+
+
+def test_two_services_that_share_a_folder_lose_no_verdict(tmp_path: Path) -> None:
+    def write(service: int) -> None:
+        for number in range(20):
+            key = replace(KEY, name=f"{service}-{number}")
+            Record(StateFolder(tmp_path)).change(key, lambda _: ENTRY)
+
+    with ThreadPoolExecutor(2) as services:
+        list(services.map(write, range(2)))
+    assert len(Record(StateFolder(tmp_path)).entries()) == 40
 
 
 def test_a_document_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ import pytest
 from doubles.live import ALL, TEXTUAL, predict
 from doubles.tiny_models import draw_text
 
-from immich_ml_metal.backends.selection import SETTINGS
+from immich_ml_metal.catalog import engine_setting
 from immich_ml_metal.gateway.socket_folder import SocketFolder
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.types import SLOTS
 
 # float32 on a GPU as well: what is compared here is the service, not a number format.
 EVERYTHING_ON_MLX: dict[str, Any] = {
-    **dict.fromkeys(SETTINGS.values(), "mlx"),
+    **dict.fromkeys(map(engine_setting, SLOTS), "mlx"),
     "mlx_dtype": "float32",
 }
 # MLX's wheel for Linux brings the reference BLAS, thirty times slower than a system's OpenBLAS.

@@ -1,10 +1,19 @@
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from doubles.live import TEXTUAL
+import httpx
+import pytest
+from doubles.live import TEXTUAL, VISUAL, predict, serve
+from doubles.odd_engines import odd_mac, write_scenario
+from doubles.odd_service_main import PROBE
+from doubles.tiny_models import draw_faces, make_models
 from starlette.testclient import TestClient
 
+from immich_ml_metal.qualification.children import measure
+from immich_ml_metal.qualification.order import Order
+from immich_ml_metal.qualification.verdict import Outcome, Verdict
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, Task
 from immich_ml_metal.worker.compose import build_app
@@ -40,6 +49,44 @@ def test_one_process_can_hold_two_apps(models: Path) -> None:
         form = {"entries": json.dumps(TEXTUAL), "text": "red sea"}
         assert one.post("/predict", data=form).content == two.post("/predict", data=form).content
         assert [len(c.get("/health").json()["models"]) for c in (one, two)] == [1, 1]
+
+
+def test_an_engine_set_aside_is_used_again_once_a_probe_finds_it_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("immich_ml_metal.worker.second_try.ASIDE_S", 0.2)
+    make_models(tmp_path)
+    write_scenario(tmp_path, mlx_float16="throw")
+    verdicts: list[Verdict] = []
+
+    async def probe(order: Order) -> Verdict:
+        verdicts.append(await measure(order, PROBE))
+        return verdicts[-1]
+
+    settings = Settings(
+        models_dir=tmp_path, state_dir=tmp_path / "state", offline=True, clip_engine="mlx"
+    )
+    with serve(build_app(settings, odd_mac(tmp_path), probe=probe)) as url:
+        picture = draw_faces((200, 200))
+        answers = set()
+
+        def ask_until(times_set_aside: range, outcome: Outcome) -> None:
+            end_s = time.monotonic() + 60
+            while (
+                not verdicts or verdicts[-1].outcome is not outcome or not is_aside(times_set_aside)
+            ):
+                assert time.monotonic() < end_s, verdicts
+                answers.add(predict(url, VISUAL, image=picture).text)
+
+        def is_aside(times: range) -> bool:
+            failures = httpx.get(f"{url}/health").json()["engine_failures"]
+            return bool(failures) and failures[0]["times_set_aside"] in times
+
+        ask_until(range(2, 100), Outcome.FAILED)  # it was found to fail still
+        write_scenario(tmp_path)
+        ask_until(range(1), Outcome.RIGHT)
+    assert len(answers) == 1
+    assert "clip" in answers.pop()
 
 
 def test_a_worker_that_downloads_nothing_imports_no_http_client_and_no_framework() -> None:

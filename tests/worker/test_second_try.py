@@ -315,7 +315,7 @@ async def test_it_is_qualified_again_while_the_cpu_goes_on_answering(
     asked: list[ModelKey] = []
     verdict = asyncio.Event()
 
-    async def requalify(key: ModelKey, engine: object) -> bool:
+    async def requalify(key: ModelKey) -> bool:
         asked.append(key)
         await verdict.wait()
         return is_fit
@@ -332,6 +332,25 @@ async def test_it_is_qualified_again_while_the_cpu_goes_on_answering(
     await asyncio.sleep(0)
     assert asked == [VISUAL]
     assert await soon(models.run(VISUAL, "d")) == ("by mlx: d" if is_fit else "by cpu: d")
+
+
+async def test_a_probe_that_breaks_keeps_it_aside_and_is_not_asked_for_each_item(
+    world: World,
+) -> None:
+    asked: list[ModelKey] = []
+
+    async def requalify(key: ModelKey) -> bool:
+        asked.append(key)
+        raise OSError("no disk")
+
+    world.requalify = requalify
+    models = world.models(FlakyEngine("mlx", always(GPU)))
+    await fail_until_aside(world, models)
+    world.now += ASIDE_S
+    await soon(models.run(VISUAL, "b"))
+    await until(lambda: models.describe()[0]["times_set_aside"] == 2)
+    assert [await soon(models.run(VISUAL, item)) for item in "cd"] == ["by cpu: c", "by cpu: d"]
+    assert asked == [VISUAL]
 
 
 async def test_an_engine_that_hangs_is_not_waited_for_and_set_aside_at_once(world: World) -> None:

@@ -8,20 +8,10 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from immich_ml_metal.catalog import engine_setting
 from immich_ml_metal.settings import Settings, env_names
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.types import SLOTS, Part, Slot, Task
 
-Slot = tuple[Task, Part]
-
-# Per part of a task, the setting that decides.
-SETTINGS: Mapping[Slot, str] = {
-    (Task.CLIP, Part.VISUAL): "clip_engine",
-    (Task.CLIP, Part.TEXTUAL): "clip_engine",
-    (Task.FACES, Part.DETECTION): "face_detection_engine",
-    (Task.FACES, Part.RECOGNITION): "face_recognition_engine",
-    (Task.OCR, Part.DETECTION): "ocr_engine",
-    (Task.OCR, Part.RECOGNITION): "ocr_engine",
-}
 TEXT_READING: Slot = (Task.OCR, Part.RECOGNITION)
 FACE_FINDING: Slot = (Task.FACES, Part.DETECTION)
 
@@ -39,7 +29,7 @@ _PROFILES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "face_recognition_engine": ("coreml", "mlx"),
         "ocr_engine": ("vision", "mlx"),
     },
-    "exact": dict.fromkeys(SETTINGS.values(), ("mlx", "coreml")),
+    "exact": dict.fromkeys(map(engine_setting, SLOTS), ("mlx", "coreml")),
 }
 
 # The number formats of each engine, best first: the next one is slower and more exact. `mixed`
@@ -123,7 +113,7 @@ class Rule:
 
 def rule_for(slot: Slot, settings: Settings, machine: Platform) -> Rule:
     """What the settings mean for one part of a task on one kind of machine."""
-    setting = SETTINGS[slot]
+    setting = engine_setting(slot)
     wanted = getattr(settings, setting)
     if wanted != "auto":
         name = env_names(Settings.model_fields[setting])[0]

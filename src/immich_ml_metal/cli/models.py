@@ -22,11 +22,9 @@ from immich_ml_metal.models.manifest import load_manifest
 from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.shelf import FileState, Shelf
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.qualification.plan import Choices, this_machine
-from immich_ml_metal.qualification.record import Record
+from immich_ml_metal.qualification.plan import remembered_choices
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
-from immich_ml_metal.state import StateFolder
 from immich_ml_metal.worker.preload import preload_keys
 
 app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_help=True)
@@ -67,8 +65,7 @@ def list_models(
     ]
     if here:
         rows = [row for row in rows if any(status.is_usable for status in row[1])]
-    record = Record(StateFolder(settings.state_folder))
-    choices = Choices(settings, this_machine(), record.entries(), store)
+    choices = remembered_choices(settings, store)
     show.print_list(rows, choices, as_json=as_json)
 
 
@@ -199,8 +196,7 @@ def info(
     statuses = [store.status(spec.key(part)) for part in spec.parts]
     records = load_manifest(store.shelf.root(spec.key(spec.parts[0]))).files
     index = IndexGuard(settings).finding(f"{spec.task}/{spec.name}")
-    remembered = Record(StateFolder(settings.state_folder)).entries()
-    choices = Choices(settings, this_machine(), remembered, store)
+    choices = remembered_choices(settings, store)
     show.print_info(spec, statuses, records, settings, index, choices, as_json=as_json)
 
 

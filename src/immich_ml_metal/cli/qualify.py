@@ -10,17 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from immich_ml_metal.catalog import find_by_name
+from immich_ml_metal.catalog import OPEN_CLIP_PREFIX, find_by_name
 from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_error, print_json
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.children import measure
 from immich_ml_metal.qualification.comparison import Compared, Comparison
-from immich_ml_metal.qualification.plan import this_machine
-from immich_ml_metal.qualification.record import Record, name_of
+from immich_ml_metal.qualification.plan import Choices, remembered_choices
+from immich_ml_metal.qualification.record import name_of
 from immich_ml_metal.qualification.report import cells, write_report
-from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
-from immich_ml_metal.state import StateFolder
 from immich_ml_metal.types import ModelKey
 
 Names = Annotated[
@@ -49,29 +47,27 @@ def qualify(
     Takes minutes and the whole machine. Exit code: 0, or 1 when nothing could be measured.
     """
     settings = load_settings({"models_dir": models_dir})
-    record = Record(StateFolder(settings.state_folder))
-    machine, store = this_machine(), ModelStore(settings)
-    comparison = Comparison(
-        settings, machine, record, store, measure, engines=engine or (), again=again
-    )
-    keys = _keys(settings, names or ())
+    choices = remembered_choices(settings, ModelStore(settings))
+    comparison = Comparison(choices, measure, engines=engine or (), again=again)
+    keys = _keys(choices, names or ())
     found = asyncio.run(_compare(comparison, keys))
     if share is not None:
-        write_report(share, machine.environment, found)
+        write_report(share, choices.machine.environment, found)
         typer.echo(f"Wrote {share}; look into it before you post it.", err=True)
     if as_json:
         print_json([_as_dict(one) for one in found])
     else:
         _print(found)
-    if record.trouble:
-        print_error(f"the verdicts are not remembered: {record.trouble}")
-    raise typer.Exit(Exit.OK if found and not record.trouble else Exit.FINDING)
+    if choices.record.trouble:
+        print_error(f"the verdicts are not remembered: {choices.record.trouble}")
+    raise typer.Exit(Exit.OK if found and not choices.record.trouble else Exit.FINDING)
 
 
-def _keys(settings: Settings, names: Sequence[str]) -> list[ModelKey]:
-    named = names or (settings.clip_model, settings.face_model, settings.ocr_model)
-    specs = [find_by_name(name) for name in named]
-    return [spec.key(part) for spec in specs for part in spec.parts]
+def _keys(choices: Choices, names: Sequence[str]) -> list[ModelKey]:
+    """Every half of these models, or of those of the settings, once."""
+    found = [spec.key(part) for spec in map(find_by_name, names) for part in spec.parts]
+    keys = dict.fromkeys(found or choices.configured().values())
+    return [key for key in keys if not key.name.startswith(OPEN_CLIP_PREFIX)]  # nothing to compare
 
 
 async def _compare(comparison: Comparison, keys: Sequence[ModelKey]) -> list[Compared]:

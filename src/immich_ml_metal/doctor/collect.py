@@ -27,15 +27,13 @@ from immich_ml_metal.immich.our_side import look_at_ours
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.models.shelf import FileState, check_part
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.qualification.plan import Choices, this_machine
-from immich_ml_metal.qualification.record import Record
+from immich_ml_metal.qualification.plan import Choices, remembered_choices
 from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.log_files import log_files
 from immich_ml_metal.service.mac_privacy import unreadable, used_paths
 from immich_ml_metal.service.plan import ServiceFailed
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings, settings_file
-from immich_ml_metal.state import StateFolder
 from immich_ml_metal.system.network import lan_addresses
 from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.system.programs import RunProgram
@@ -263,24 +261,25 @@ def _read_model(store: ModelStore, name: str, *, digests: bool) -> ModelFact:
 
 def read_choices(settings: Settings) -> tuple[EngineChoice, ...]:
     """Who answers the configured models that are here, by what is remembered."""
-    record = Record(StateFolder(settings.state_folder))
     with closing(ModelStore(settings)) as store:
-        choices = Choices(settings, this_machine(), record.entries(), store)
+        choices = remembered_choices(settings, store)
         try:
             keys = choices.configured().values()
         except ConfigError:  # the check of the settings says so
             return ()
-        found = [_choice(choices, key) for key in keys if store.locate(key) is not None]
-    if record.trouble:
-        found.append(EngineChoice("", warning=f"verdicts are not remembered: {record.trouble}"))
+        found = [_choice(choices, key) for key in keys if choices.store.locate(key) is not None]
+    if trouble := choices.record.trouble:
+        found.append(EngineChoice("", warning=f"verdicts are not remembered: {trouble}"))
     return tuple(found)
 
 
 def _choice(choices: Choices, key: ModelKey) -> EngineChoice:
     choice = choices.answering(key)
-    judged = choices.entry(key).judged.get(choice.candidate)
-    cosine = judged.verdict.figures.cosine if judged is not None else None
-    told = f"{key} on {choice.candidate}" + (f", cosine {cosine:.7f}" if cosine is not None else "")
+    told = f"{key} on {choice.candidate}"
+    if (judged := choices.entry(key).judged.get(choice.candidate)) is not None:
+        figures = judged.verdict.figures
+        told += f", cosine {figures.cosine:.7f}" if figures.cosine is not None else ""
+        told += f", {figures.alone_ms:.0f} ms" if figures.alone_ms is not None else ""
     return EngineChoice(told, choice.is_pending, choice.warning)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from immich_ml_metal.catalog import get_model
+from immich_ml_metal.catalog import clean_name, get_model
 from immich_ml_metal.errors import LoadFailed
 from immich_ml_metal.index_guard.history import History
 from immich_ml_metal.index_guard.recipe import Half, Recipe, differences, read_half, way_out
@@ -73,29 +73,53 @@ class IndexGuard:
         """
         if self._is_off or key.task not in GUARDED:
             return find(key)
-        name = _name(key)
-        if (kept := self.held(name)) is not None:
-            return replace(self._shelf(kept.revision).files(key), compat=kept.compat)
+        if (kept := self.held(_name(key))) is not None:
+            return self._kept_files(key, kept)
         files = find(key)
         self._take_down(key, files)
         return files
 
+    def locate(
+        self, key: ModelKey, find: Callable[[ModelKey], ModelFiles | None]
+    ) -> ModelFiles | None:
+        """The files that `files` would load, if they are here; remembers nothing.
+
+        Looks closer only where another revision may be kept: of one revision there is one file.
+        """
+        known = self.history.recall(_name(key)) if key.task in GUARDED else None
+        if self._is_off or known is None or known[0].revision == self._settings.model_revision:
+            return find(key)
+        kept = self.held(_name(key))
+        return find(key) if kept is None else self._kept_files(key, kept)
+
+    def _kept_files(self, key: ModelKey, kept: Recipe) -> ModelFiles:
+        return replace(self._shelf(kept.revision).files(key), compat=kept.compat)
+
     def held(self, name: str) -> Recipe | None:
         """The recipe that goes on being served although the settings say otherwise."""
-        if self._settings.index_guard != "hold" or (known := self.history.recall(name)) is None:
-            return None
-        made, since = known
-        if self.history.accepted_at(name) > since or not self._is_at_hand(name, made):
+        if (made := self._kept(name)) is None:
             return None
         now = self.recipe_now(name, made)
         is_elsewhere = made.revision != now.revision and not made.halves.keys() <= now.halves.keys()
         return made if is_elsewhere or differences(made, now) else None  # nothing need be fetched
 
+    def _kept(self, name: str) -> Recipe | None:
+        """What made an index, while the user wants it kept and it is at hand."""
+        if self._settings.index_guard != "hold" or (known := self.history.recall(name)) is None:
+            return None
+        made, since = known
+        is_accepted = self.history.accepted_at(name) > since
+        return None if is_accepted or not self._is_at_hand(name, made) else made
+
     def held_points(self) -> str:
-        """Whose points go on aligning faces, where that is not what this start has; or empty."""
-        faces = (name for name in self.history.names() if name.startswith(Task.FACES))
-        kept = {made.points for name in faces if (made := self.held(name)) is not None}
-        return next(iter(kept - {self._points}), "")
+        """Whose points aligned the faces of the index, while it is kept; or empty.
+
+        The model of the settings decides; others are asked where nothing is known of it.
+        """
+        configured = f"{Task.FACES}/{clean_name(self._settings.face_model)}"
+        others = [name for name in self.history.names() if name.startswith(Task.FACES)]
+        found = (self._kept(name) for name in [configured, *others])
+        return next((made.points for made in found if made is not None), "")
 
     def finding(self, name: str) -> IndexFinding:
         """What is known of one model."""

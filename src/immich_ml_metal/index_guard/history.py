@@ -4,6 +4,7 @@ A folder that cannot be read or written never stops the service: then nothing is
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,8 @@ class History:
 
     def remember(self, name: str, recipe: Recipe) -> None:
         """Take down that vectors are made so from now on."""
-        row = {"made_by": recipe.as_dict(), "since": time.time()}
+        since = max(time.time(), self.accepted_at(name))  # whatever the clock did meanwhile
+        row = {"made_by": recipe.as_dict(), "since": since}
         self._change(lambda doc: doc.setdefault("models", {}).update({name: row}))
 
     def accepted_at(self, name: str) -> float:
@@ -59,7 +61,10 @@ class History:
         Raises:
             StateUnusable: the folder cannot be written.
         """
-        models = {**self._read(_ACCEPTED).get("models", {}), name: time.time()}
+        known = self.recall(name)
+        after = math.nextafter(known[1], math.inf) if known is not None else 0.0
+        when = max(time.time(), after)  # a clock that was set back must not undo the user's word
+        models = {**self._read(_ACCEPTED).get("models", {}), name: when}
         self._state.write(_ACCEPTED, _VERSION, {"models": models})
 
     def digest(self, graph: Path) -> str:

@@ -139,18 +139,6 @@ class DerivedForm:
         return f"{self.version}-{self.variant}"
 
 
-def weights_digest(form: Path) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the weights that a form was made from.
-
-    Raises:
-        OSError: there is no whole form in this folder.
-    """
-    manifest = _read_manifest(form)
-    if manifest is None:
-        raise OSError(f"{form} is not a whole form")
-    return str(manifest["sha256"])[:_DIGITS]
-
-
 def stamp_of(model: Path) -> Stamp:
     """What tells replaced weights without reading them: size and time of change of each file.
 

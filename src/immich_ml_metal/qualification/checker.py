@@ -4,24 +4,25 @@ One child process at a time, at low priority, and only while there is memory for
 finds is remembered; the worker takes it up at its next start. Nobody waits for it.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
 import psutil
 
-from immich_ml_metal.backends.selection import REFERENCE, Candidate, Rule, rule_for
+from immich_ml_metal.backends.selection import REFERENCE, Candidate
 from immich_ml_metal.errors import UnknownModel
 from immich_ml_metal.onnx_files.derived import digest_of, stamp_of
 from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.qualification.choice import Choice, decide
 from immich_ml_metal.qualification.order import CHECK, Order
-from immich_ml_metal.qualification.plan import NO_FILES, Choices, Locator, Machine
-from immich_ml_metal.qualification.record import Entry, Record, name_of
+from immich_ml_metal.qualification.plan import NO_FILES, Choices
+from immich_ml_metal.qualification.record import Entry, name_of
 from immich_ml_metal.qualification.verdict import Judged, Outcome, Verdict
-from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey
 
 log = logging.getLogger(__name__)
@@ -68,59 +69,52 @@ class Tools:
 class Checker:
     """Judges models one after the other; nobody waits for it. Blocks where it reads files."""
 
-    def __init__(
-        self, settings: Settings, machine: Machine, record: Record, store: Locator, tools: Tools
-    ) -> None:
-        self._settings = settings
-        self._machine = machine
-        self._record = record
-        self._store = store
+    def __init__(self, choices: Choices, tools: Tools) -> None:
+        self._choices = choices
         self._tools = tools
 
     async def settle(self, key: ModelKey) -> Choice | None:
         """Measure what is wanted of a model and choose; None where it cannot be done now.
 
-        None means that its files are not here, or that memory is short for a probe.
+        None means that its files are not here or are being replaced, or that memory is short.
         """
-        entry = current_entry(self._record, self._store, key, self._rule(key).candidates)
+        slot = (key.task, key.part)
+        rule = self._choices.rule(slot)
+        entry = current_entry(self._choices, key, rule.candidates)
         if entry is None:
             return None
-        choices = Choices(self._settings, self._machine, {name_of(key): entry}, self._store)
-        rule = self._rule(key)
-        while (choice := self._decide(choices, key, entry)).is_pending:
-            candidate = next_candidate(rule.candidates, entry, choices.facts(key, entry))
+        while (choice := decide(slot, rule, entry, self._choices.facts(key, entry))).is_pending:
+            candidate = next_candidate(rule.candidates, entry, self._choices.facts(key, entry))
             if candidate is None:
                 break
             if not self._has_room(key, candidate):
                 return None
-            verdict = await self._measure(key, candidate)
-            facts = choices.facts(key, entry)(candidate.engine)
-            entry = self._keep(key, entry, Judged(candidate, verdict, facts, CHECK))
-        who = choice.candidate
-        self._record.change(key, lambda old: replace(old, chosen=who, chosen_under=rule.why))
+            judged = await judge_files(
+                self._choices, key, entry, candidate, partial(self._measure, key), CHECK
+            )
+            if judged is None:
+                return None
+            # Remembered at once: what was found is not found again after a crash of ours.
+            entry = keep(self._choices, key, entry, judged)
+        choose(self._choices, key, choice)
         log.info("engine chosen model=%s engine=%s why=%s", key, choice.candidate, choice.reason)
         return choice
 
-    async def is_right_again(self, key: ModelKey, candidate: Candidate) -> bool:
-        """Whether a candidate that failed at work passes a probe; remembers nothing.
+    async def is_right_again(self, key: ModelKey) -> bool:
+        """Whether who was chosen for a model, and failed at work, passes a probe.
 
-        Where memory is short it counts as right: trying it costs less than swapping.
+        Where memory is short it counts as right: trying it costs less than swapping. Its files are
+        looked at on a thread: whoever asks answers requests meanwhile. Remembers nothing.
         """
-        if not self._has_room(key, candidate):
+        candidate = self._choices.of(key).candidate
+        if not await asyncio.to_thread(self._has_room, key, candidate):
             return True
         return (await self._measure(key, candidate)).is_usable
-
-    def _decide(self, choices: Choices, key: ModelKey, entry: Entry) -> Choice:
-        slot = (key.task, key.part)
-        return decide(slot, choices.rule(slot), entry, choices.facts(key, entry))
-
-    def _rule(self, key: ModelKey) -> Rule:
-        return rule_for((key.task, key.part), self._settings, self._machine.platform)
 
     def _has_room(self, key: ModelKey, candidate: Candidate) -> bool:
         """The memory gate: whether a probe fits without anything being swapped out for it."""
         available, total = self._tools.memory()
-        files = None if candidate.engine in NO_FILES else self._store.locate(key)
+        files = None if candidate.engine in NO_FILES else self._choices.store.locate(key)
         weights = weight_bytes(files.graph) if files is not None else 0
         needed = int(weights * _WEIGHT_FACTOR) + _LIBRARIES_BYTES
         has_room = available - needed >= total * _SHARE_LEFT_FREE
@@ -134,7 +128,7 @@ class Checker:
     async def _measure(self, key: ModelKey, candidate: Candidate) -> Verdict:
         """One verdict; an end without words is asked for once more."""
         limit_s = limit_of(candidate, self._tools.limits_s)
-        settings_json = self._settings.model_dump_json()
+        settings_json = self._choices.settings.model_dump_json()
         order = Order(settings_json, key, candidate, CHECK, limit_s)
         log.info("checking an engine model=%s engine=%s", key, candidate)
         verdict = await self._tools.measure(order)
@@ -143,11 +137,6 @@ class Checker:
             verdict = await self._tools.measure(order)
         log.info("checked model=%s engine=%s verdict=%s", key, candidate, verdict)
         return verdict
-
-    def _keep(self, key: ModelKey, entry: Entry, judged: Judged) -> Entry:
-        """Remember a verdict at once: what was found is not found again after a crash of ours."""
-        self._record.change(key, lambda old: old.with_verdict(judged))
-        return entry.with_verdict(judged)  # and go on with it where nothing can be remembered
 
 
 def next_candidate(
@@ -162,21 +151,20 @@ def next_candidate(
     return None
 
 
-def limit_of(candidate: Candidate, limits_s: Mapping[str, float]) -> float:
+def limit_of(candidate: Candidate, limits_s: Mapping[str, float] = LIMITS_S) -> float:
     """Seconds that a probe of a candidate may take; the longest for one that has no own limit."""
     return limits_s.get(candidate.engine, max(limits_s.values()))
 
 
-def current_entry(
-    record: Record, store: Locator, key: ModelKey, candidates: Sequence[Candidate]
-) -> Entry | None:
+def current_entry(choices: Choices, key: ModelKey, candidates: Sequence[Candidate]) -> Entry | None:
     """The entry of a model, about the files that are here now; None where none are and some must.
 
     Verdicts about other weights hold no longer: the digest that they depend on is another.
     """
+    record = choices.record
     entry = record.entries().get(name_of(key), Entry())
     try:
-        files = store.locate(key)
+        files = choices.store.locate(key)
         if files is None:
             return entry if candidates[0].engine in NO_FILES else None
         stamp = stamp_of(files.graph)
@@ -187,3 +175,31 @@ def current_entry(
         return None
     record.change(key, lambda old: replace(old, stamp=stamp, digest=digest))
     return replace(entry, stamp=stamp, digest=digest)
+
+
+async def judge_files(
+    choices: Choices,
+    key: ModelKey,
+    entry: Entry,
+    candidate: Candidate,
+    measure: Callable[[Candidate], Awaitable[Verdict]],
+    depth: str,
+) -> Judged | None:
+    """Measure a candidate; None where the files were replaced meanwhile: which were measured?"""
+    before = choices.facts(key, entry)(candidate.engine)
+    verdict = await measure(candidate)
+    after = choices.facts(key, entry)(candidate.engine)
+    return Judged(candidate, verdict, after, depth) if before == after else None
+
+
+def keep(choices: Choices, key: ModelKey, entry: Entry, judged: Judged) -> Entry:
+    """Remember a verdict; the entry with it is right even where nothing can be remembered."""
+    choices.record.change(key, lambda old: old.with_verdict(judged))
+    return entry.with_verdict(judged)
+
+
+def choose(choices: Choices, key: ModelKey, choice: Choice) -> None:
+    """Remember who answers."""
+    under = choices.rule((key.task, key.part)).why
+    who = choice.candidate
+    choices.record.change(key, lambda old: replace(old, chosen=who, chosen_under=under))

@@ -21,20 +21,18 @@ if TYPE_CHECKING:
     from immich_ml_metal.backends.makers import Maker
 
 _STDIN = 0
-_NICENESS = 10  # a check runs beside an import
+_NICENESS = 10
 _ALARM_AFTER_S = 5  # after the parent's own limit
 
 
 def main(makers: "Mapping[str, Maker] | None" = None) -> None:
     """Run one order. `makers` are the engines by name; the real ones when None."""
     out = _take_stdout()
-    order = Order.load(_read_line())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    order = Order.load(read_order())
     # The kernel's own alarm ends even a process whose interpreter is stuck in a library.
     signal.alarm(ceil(order.limit_s) + _ALARM_AFTER_S)
     if order.depth == CHECK:
-        with contextlib.suppress(OSError):
-            os.nice(_NICENESS)
+        be_nice()
     verdict = _run(order, makers, lambda step: print(step_line(step), file=out, flush=True))
     print(verdict_line(verdict), file=out, flush=True)
     os._exit(0)  # what a library does at exit is no matter of its numbers
@@ -57,13 +55,21 @@ def _take_stdout() -> TextIO:
     return kept
 
 
-def _read_line() -> bytes:
+def read_order() -> bytes:
+    """The line on standard input, which stays open while the parent lives: its end is ours."""
     line = bytearray()
     while not line.endswith(b"\n"):
         if not (chunk := os.read(_STDIN, 65_536)):
             sys.exit("the parent went away before it gave its order")
         line += chunk
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     return bytes(line)
+
+
+def be_nice() -> None:
+    """A check runs beside an import."""
+    with contextlib.suppress(OSError):
+        os.nice(_NICENESS)
 
 
 def _end_with_parent() -> None:

@@ -7,10 +7,10 @@ the last good choice, else the CPU, until the check has spoken. Never waits, nev
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from immich_ml_metal.backends.selection import FACE_FINDING, REFERENCE, Candidate, Rule, Slot
+from immich_ml_metal.backends.selection import FACE_FINDING, REFERENCE, Candidate, Rule
 from immich_ml_metal.qualification.record import Entry
 from immich_ml_metal.qualification.verdict import Judged
-from immich_ml_metal.types import Part
+from immich_ml_metal.types import Part, Slot
 
 # Speeds closer than this are a tie: nothing here is measured more exactly.
 TIE = 1.1

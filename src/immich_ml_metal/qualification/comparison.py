@@ -3,17 +3,23 @@
 Every verdict is remembered as it comes, so that what was measured before an interruption stays.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from immich_ml_metal.backends.selection import LADDERS, OWN_FORMAT, REFERENCE, Candidate, Slot
-from immich_ml_metal.qualification.checker import LIMITS_S, Measure, current_entry, limit_of
+from immich_ml_metal.backends.selection import LADDERS, OWN_FORMAT, REFERENCE, Candidate
+from immich_ml_metal.qualification.checker import (
+    Measure,
+    choose,
+    current_entry,
+    judge_files,
+    keep,
+    limit_of,
+)
 from immich_ml_metal.qualification.choice import Choice, decide
 from immich_ml_metal.qualification.order import COMPARISON, Order
-from immich_ml_metal.qualification.plan import Choices, Locator, Machine
-from immich_ml_metal.qualification.record import Entry, Record, name_of
+from immich_ml_metal.qualification.plan import Choices
+from immich_ml_metal.qualification.record import Entry
 from immich_ml_metal.qualification.verdict import Judged
-from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey
 
 
@@ -40,10 +46,7 @@ class Comparison:
 
     def __init__(
         self,
-        settings: Settings,
-        machine: Machine,
-        record: Record,
-        store: Locator,
+        choices: Choices,
         measure: Measure,
         *,
         engines: Sequence[str] = (),
@@ -53,64 +56,65 @@ class Comparison:
 
         `again` measures also what is known already.
         """
-        self._settings = settings
-        self._machine = machine
-        self._record = record
-        self._store = store
+        self._choices = choices
         self._measure = measure
         self._engines = engines
         self._again = again
 
     def candidates(self, key: ModelKey) -> tuple[Candidate, ...]:
         """Everything that is compared for one half of a model; the reference comes last."""
-        allowed = self._choices({}).rule((key.task, key.part)).candidates
+        allowed = self._choices.rule((key.task, key.part)).candidates
         named = (one for engine in self._engines for one in formats_of(engine))
         found = dict.fromkeys([*allowed, *named])
         found.pop(REFERENCE, None)
         return (*found, REFERENCE)
 
     async def compare(self, key: ModelKey, on_step: Callable[[Candidate], None]) -> Compared | None:
-        """Measure and choose; None where the model's files are not here.
+        """Measure and choose; None where the model's files are not here, or are being replaced.
 
         Args:
             key: which half.
             on_step: is told of each candidate before it is measured.
         """
-        entry = current_entry(self._record, self._store, key, self.candidates(key))
+        entry = current_entry(self._choices, key, self.candidates(key))
         if entry is None:
             return None
         rows = []
         for candidate in self.candidates(key):
             on_step(candidate)
             row = await self._row(key, candidate, entry)
+            if row is None:
+                return None
             entry = entry.with_verdict(row.judged)
             rows.append(row)
         return Compared(key, tuple(rows), self._choose(key, entry))
 
-    async def _row(self, key: ModelKey, candidate: Candidate, entry: Entry) -> Row:
-        facts = self._choices({}).facts(key, entry)(candidate.engine)
+    async def _row(self, key: ModelKey, candidate: Candidate, entry: Entry) -> Row | None:
+        facts = self._choices.facts(key, entry)(candidate.engine)
         known = entry.judged.get(candidate)
         is_known = known is not None and known.facts == facts and known.depth == COMPARISON
         if known is not None and is_known and not self._again:
             return Row(key, known, is_new=False)
-        limit_s = limit_of(candidate, LIMITS_S)
-        order = Order(self._settings.model_dump_json(), key, candidate, COMPARISON, limit_s)
-        judged = Judged(candidate, await self._measure(order), facts, COMPARISON)
-        self._record.change(key, lambda old: old.with_verdict(judged))
+        settings_json, limit_s = (
+            self._choices.settings.model_dump_json(),
+            limit_of(candidate),
+        )
+        order = Order(settings_json, key, candidate, COMPARISON, limit_s)
+        judged = await judge_files(
+            self._choices, key, entry, candidate, lambda _: self._measure(order), COMPARISON
+        )
+        if judged is None:
+            return None
+        keep(self._choices, key, entry, judged)
         return Row(key, judged, is_new=True)
 
     def _choose(self, key: ModelKey, entry: Entry) -> Choice:
         """By what is known now alone: here the operator asks, and faces may move."""
-        slot: Slot = (key.task, key.part)
-        choices = self._choices({name_of(key): entry})
-        rule = choices.rule(slot)
-        choice = decide(slot, rule, replace(entry, chosen=None), choices.facts(key, entry))
-        who = choice.candidate
-        self._record.change(key, lambda old: replace(old, chosen=who, chosen_under=rule.why))
+        slot = (key.task, key.part)
+        facts = self._choices.facts(key, entry)
+        choice = decide(slot, self._choices.rule(slot), replace(entry, chosen=None), facts)
+        choose(self._choices, key, choice)
         return choice
-
-    def _choices(self, entries: Mapping[str, Entry]) -> Choices:
-        return Choices(self._settings, self._machine, entries, self._store)
 
 
 def formats_of(engine: str) -> Iterable[Candidate]:

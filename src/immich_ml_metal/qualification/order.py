@@ -83,6 +83,6 @@ def read_report(out: bytes) -> Report:
             told: dict[str, Any] = json.loads(line)
             step = told.get("step", step)
             verdict = Verdict.from_dict(told["verdict"]) if "verdict" in told else verdict
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return Report(step, verdict)

@@ -14,32 +14,28 @@ from immich_ml_metal.backends.makers import MAKERS, Maker, Surroundings
 from immich_ml_metal.backends.selection import (
     FACE_FINDING,
     REFERENCE,
-    SETTINGS,
     TEXT_READING,
     VISION,
     Candidate,
     Platform,
     Rule,
-    Slot,
     rule_for,
     this_platform,
 )
-from immich_ml_metal.catalog import model_key
+from immich_ml_metal.catalog import key_of_setting, model_setting
 from immich_ml_metal.errors import ConfigError, ServiceError, UnknownModel
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.onnx_files.derived import stamp_of
 from immich_ml_metal.qualification.choice import Choice, decide
 from immich_ml_metal.qualification.environment import Environment
-from immich_ml_metal.qualification.record import Entry, name_of
+from immich_ml_metal.qualification.record import Entry, Record, name_of
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
+from immich_ml_metal.state import StateFolder
+from immich_ml_metal.types import SLOTS, ModelFiles, ModelKey, Part, Slot
 
 log = logging.getLogger(__name__)
 
-_MODEL_SETTINGS: Mapping[Task, str] = {
-    Task.CLIP: "clip_model",
-    Task.FACES: "face_model",
-    Task.OCR: "ocr_model",
-}
+CHANGED = "changed"  # in place of the digest of files that are others than those judged
 NO_FILES = frozenset({"vision", "open_clip"})  # engines whose numbers no file of Immich's decides
 
 
@@ -49,6 +45,19 @@ class Locator(Protocol):
     def locate(self, key: ModelKey) -> ModelFiles | None:
         """Where a half lies; None when it is not here."""
         ...
+
+
+class ServedFiles:
+    """The files that answer: those of the settings, or those that the index guard keeps serving."""
+
+    def __init__(self, store: Locator, guard: IndexGuard | None = None) -> None:
+        self._store = store
+        self.guard = guard  # None until it is known
+
+    def locate(self, key: ModelKey) -> ModelFiles | None:
+        """Where a half lies; None when it is not here."""
+        find = self._store.locate
+        return find(key) if self.guard is None else self.guard.locate(key, find)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +81,21 @@ class Choices:
         self,
         settings: Settings,
         machine: Machine,
-        entries: Mapping[str, Entry],
+        record: Record,
         store: Locator,
     ) -> None:
         self.settings = settings
         self.machine = machine
-        self._entries = entries
-        self._store = store
+        self.record = record
+        self.store = store
+        self._entries = record.entries()
         self._made: dict[ModelKey, Choice] = {}
         self._held = ""
 
     def rule(self, slot: Slot) -> Rule:
         """What the settings allow, and for faces what the index was made with."""
         rule = rule_for(slot, self.settings, self.machine.platform)
-        if slot != FACE_FINDING or not self._held:
+        if slot != FACE_FINDING or self._held in ("", rule.candidates[0].family):
             return rule
         kept = [one for one in rule.candidates if one.family == self._held]
         other = VISION if self._held == VISION.family else REFERENCE
@@ -116,6 +126,11 @@ class Choices:
             self._made[key] = decide(slot, self.rule(slot), entry, self.facts(key, entry))
         return self._made[key]
 
+    def wanted(self, key: ModelKey) -> Candidate:
+        """Who would answer a model if nobody had before."""
+        slot, entry = (key.task, key.part), replace(self.entry(key), chosen=None)
+        return decide(slot, self.rule(slot), entry, self.facts(key, entry)).candidate
+
     @property
     def made(self) -> Mapping[ModelKey, Choice]:
         """Every choice so far."""
@@ -131,11 +146,11 @@ class Choices:
         @functools.cache
         def model() -> str:
             try:
-                files = self._store.locate(key)
+                files = self.store.locate(key)
                 same = files is not None and stamp_of(files.graph) == entry.stamp
             except (UnknownModel, OSError, ValueError):
                 same = False
-            return entry.digest if same else "changed"
+            return entry.digest if same else CHANGED
 
         def facts(engine: str) -> Mapping[str, str]:
             known = self.machine.environment.facts_for(engine)
@@ -154,14 +169,11 @@ class Choices:
         Raises:
             ConfigError: a setting names no official model of its kind.
         """
-        found: dict[Slot, ModelKey] = {}
-        for task, part in SETTINGS:
-            setting = _MODEL_SETTINGS[task]
-            try:
-                found[task, part] = model_key(getattr(self.settings, setting), task, part)
-            except UnknownModel as exc:
-                raise ConfigError(f"{setting}: {exc}") from exc
-        return found
+        named = {slot: model_setting(slot[0]) for slot in SLOTS}
+        return {
+            slot: key_of_setting(setting, getattr(self.settings, setting), slot)
+            for slot, setting in named.items()
+        }
 
     def reads_while_finding(self, key: ModelKey) -> bool:
         """Whether this half reads text that Apple Vision has read already."""
@@ -173,6 +185,17 @@ class Choices:
         """Who gives the answers of this half: for text that is read while found, the finder."""
         is_read = self.reads_while_finding(key)
         return self.of(replace(key, part=Part.DETECTION) if is_read else key)
+
+
+def remembered_choices(
+    settings: Settings, store: Locator, machine: Machine | None = None
+) -> Choices:
+    """As the service makes them: about the files and with the faces that the index guard keeps."""
+    guard = IndexGuard(settings)
+    record = Record(StateFolder(settings.state_folder))
+    choices = Choices(settings, machine or this_machine(), record, ServedFiles(store, guard))
+    choices.hold_faces(guard.held_points())
+    return choices
 
 
 class EnginePlan:

@@ -15,6 +15,7 @@ from immich_ml_metal.backends.base import AnyModel, Engine, in_format
 from immich_ml_metal.backends.makers import Maker, Surroundings
 from immich_ml_metal.backends.selection import FACE_FINDING, REFERENCE
 from immich_ml_metal.errors import LoadFailed, ModelUnavailable
+from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.onnx_graph.gap import gap
 from immich_ml_metal.qualification.compare import (
@@ -24,11 +25,21 @@ from immich_ml_metal.qualification.compare import (
     worst,
 )
 from immich_ml_metal.qualification.order import CHECK, Order
+from immich_ml_metal.qualification.plan import ServedFiles
 from immich_ml_metal.qualification.samples import WORDS, draw_samples
-from immich_ml_metal.qualification.verdict import Figures, Outcome, Verdict, judge
+from immich_ml_metal.qualification.verdict import NOTHING_FOUND, Figures, Outcome, Verdict, judge
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.footprint import memory_bytes
-from immich_ml_metal.types import Faces, ModelFiles, ModelKey, Part, Reading, Task, TextRegions
+from immich_ml_metal.types import (
+    Faces,
+    ModelFiles,
+    ModelKey,
+    Part,
+    Reading,
+    Slot,
+    Task,
+    TextRegions,
+)
 
 ITEMS = {CHECK: 3, "comparison": 6}
 TIMED_S = 2.0  # how long each speed is measured
@@ -50,7 +61,7 @@ class Answers:
 async def probe(order: Order, makers: Makers, say: Say) -> Verdict:
     """Measure one candidate; what it raises is for the caller to make a verdict of."""
     settings = Settings.model_validate_json(order.settings_json)
-    files = _files(settings, order.key)
+    files = files_of(settings, order.key)
     say("making the engine")
     given = Surroundings(settings, files_of=lambda key: _need(settings, key), is_explicit=True)
     try:
@@ -75,16 +86,17 @@ async def probe(order: Order, makers: Makers, say: Say) -> Verdict:
     return _compare(order.key, answers, theirs, model, figures)
 
 
-def _files(settings: Settings, key: ModelKey) -> ModelFiles | None:
+def files_of(settings: Settings, key: ModelKey) -> ModelFiles | None:
+    """The files of a model that the service serves; None when they are not here."""
     store = ModelStore(settings)
     try:
-        return store.locate(key)
+        return ServedFiles(store, IndexGuard(settings)).locate(key)
     finally:
         store.close()
 
 
 def _need(settings: Settings, key: ModelKey) -> ModelFiles:
-    files = _files(settings, key)
+    files = files_of(settings, key)
     if files is None:
         raise ModelUnavailable(f"{key} is not on this disk")
     return files
@@ -178,7 +190,18 @@ def _compare(
         (ours.finish(raw, ours.items[row]), reference.postprocess(other, ours.items[row]))
         for raw, other, row in pairs
     ]
-    return judge(slot, _answer_figures(figures, answers), note)
+    return _judge_answers(slot, _answer_figures(figures, answers), answers, note)
+
+
+def _judge_answers(
+    slot: Slot, figures: Figures, answers: list[tuple[Any, Any]], note: str
+) -> Verdict:
+    verdict = judge(slot, figures, note)
+    has_found = any(isinstance(b, Reading) or len(b.scores) for _, b in answers)
+    if has_found or not verdict.is_usable:
+        return verdict
+    note = "nothing is found in the samples: raw outputs were compared"
+    return judge(slot, verdict.figures, note, NOTHING_FOUND)
 
 
 def _answer_figures(figures: Figures, answers: list[tuple[Any, Any]]) -> Figures:

@@ -6,9 +6,8 @@ A damaged or unwritable folder costs what was remembered, never the service: `tr
 import fcntl
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.backends.selection import Candidate
@@ -94,12 +93,11 @@ class Record:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One change at a time, of the service and of `qualify` beside it."""
-        try:
-            self._folder.path.mkdir(parents=True, exist_ok=True)
-            with Path(self._folder.path / f".{DOCUMENT}.lock").open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                yield
-        except OSError:  # `write` will say why
+        with ExitStack() as stack:
+            with suppress(OSError):  # `write` will say why
+                self._folder.path.mkdir(parents=True, exist_ok=True)
+                path = self._folder.path / f".{DOCUMENT}.lock"
+                fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
             yield
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from immich_ml_metal.backends.selection import Slot
 from immich_ml_metal.drawing import draw_face, draw_preview
 from immich_ml_metal.tasks import clip, faces, text_boxes, text_lines
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.types import Part, Slot, Task
 
 WORDS = ("Harbour", "Invoice 2026", "Kaffee und Kuchen", "No. 4711-08/15", "Platform 9", "sunrise")
 TEXTS = (

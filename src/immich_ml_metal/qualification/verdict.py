@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from immich_ml_metal.backends.selection import Candidate, Slot
-from immich_ml_metal.types import Part, Task
+from immich_ml_metal.backends.selection import Candidate
+from immich_ml_metal.types import Part, Slot, Task
 
 
 class Outcome(StrEnum):
@@ -90,6 +90,8 @@ class Verdict:
         """
         known = {one.name for one in fields(Figures)}
         figures = {name: value for name, value in stored["figures"].items() if name in known}
+        if not all(isinstance(value, int | float) for value in figures.values()):
+            raise ValueError("a figure is no number")
         return cls(Outcome(stored["outcome"]), str(stored["reason"]), Figures(**figures))
 
     def __str__(self) -> str:
@@ -147,9 +149,15 @@ LIMITS: Mapping[Slot, tuple[Limit, ...]] = {
 }
 
 
-def judge(slot: Slot, figures: Figures, note: str = "") -> Verdict:
-    """Hold figures against the limits of one part of a task."""
-    breaches = [limit.breach(figures) for limit in LIMITS[slot]]
+# Where a detector and the reference agree that nothing is there, boxes say nothing of either.
+NOTHING_FOUND = (_FINITE, _VECTOR)
+
+
+def judge(
+    slot: Slot, figures: Figures, note: str = "", limits: tuple[Limit, ...] | None = None
+) -> Verdict:
+    """Hold figures against the limits of one part of a task, or others."""
+    breaches = [limit.breach(figures) for limit in limits or LIMITS[slot]]
     found = [breach for breach in breaches if breach]
     if found:
         return Verdict(Outcome.WRONG, "; ".join(found), figures)

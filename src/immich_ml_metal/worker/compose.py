@@ -2,69 +2,62 @@
 
 import logging
 from collections.abc import Callable
-from types import MappingProxyType
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.backends.makers import Surroundings
-from immich_ml_metal.backends.selection import FACE_FINDING
+from immich_ml_metal.backends.selection import FACE_FINDING, Candidate
 from immich_ml_metal.catalog import get_model
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.store import ModelStore
-from immich_ml_metal.qualification.checker import Checker, Tools
-from immich_ml_metal.qualification.children import COMMAND, measure
-from immich_ml_metal.qualification.plan import Choices, EnginePlan, Machine, this_machine
+from immich_ml_metal.qualification.checker import Checker, Measure, Tools
+from immich_ml_metal.qualification.children import measure
+from immich_ml_metal.qualification.plan import (
+    Choices,
+    EnginePlan,
+    Machine,
+    ServedFiles,
+    remembered_choices,
+    this_machine,
+)
 from immich_ml_metal.qualification.record import Record
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
-from immich_ml_metal.types import ModelKey, Part, Task
 from immich_ml_metal.worker.guarded_store import GuardedStore
-from immich_ml_metal.worker.preload import key_of_setting, preload_keys
-from immich_ml_metal.worker.second_try import Requalify
+from immich_ml_metal.worker.preload import preload_keys
 from immich_ml_metal.worker.server import create_app
 
 log = logging.getLogger(__name__)
 
-_MODEL_SETTINGS = MappingProxyType(
-    {
-        "clip_model": (Task.CLIP, Part.VISUAL),
-        "face_model": (Task.FACES, Part.DETECTION),
-        "ocr_model": (Task.OCR, Part.DETECTION),
-    }
-)
 
-
-def build_app(settings: Settings, machine: Machine | None = None, *, start: str = "") -> ASGIApp:
+def build_app(
+    settings: Settings, machine: Machine | None = None, *, start: str = "", probe: Measure = measure
+) -> ASGIApp:
     """The worker app as `serve` runs it; says which engines answer and which models are here.
 
-    It starts with what is remembered of its engines and tests none of them. `start` names the start
-    of the service that this worker belongs to.
+    It tests none of them. `start` names the start of the service that this worker belongs to;
+    `probe` judges an engine that was set aside.
 
     Raises:
-        ConfigError: an engine that was asked for by name cannot be used on this machine, or a
-            setting names no official model.
+        ConfigError: an engine that was asked for cannot be used here, or a setting names no model.
     """
     metrics = Metrics("worker")
     store = ModelStore(settings, on_download=metrics.count_download)
-    record = Record(StateFolder(settings.state_folder))
-    choices = Choices(settings, machine or this_machine(), record.entries(), store)
-    guard = _guard(choices, settings)
+    choices, guard = _choices(settings, machine or this_machine(), store)
     plan = EnginePlan(choices, Surroundings(settings, store.ensure, metrics.count_fallback))
-    _report_plan(plan)
-    report_models(settings, store)
+    _report(plan, store)
     guarded = GuardedStore(store, guard, settings, start)
     return create_app(
         settings,
         plan,
         guarded,
         metrics=metrics,
-        describe_engines=_describer(plan, [*_remembering(record), *store.shelf.unreadable()]),
+        describe_engines=_describer(plan, store),
         describe_index=guarded.describe,
         spare=plan.spare,
-        requalify=_requalifier(settings, choices, record, store),
+        requalify=Checker(choices, Tools(probe)).is_right_again,
     )
 
 
@@ -74,40 +67,35 @@ def check_start(settings: Settings) -> None:
     Raises:
         ConfigError: as `build_app`.
     """
-    store, record = ModelStore(settings), Record(StateFolder(settings.state_folder))
-    choices = Choices(settings, this_machine(), record.entries(), store)
+    store = ModelStore(settings)
+    choices = remembered_choices(settings, store)
     EnginePlan(choices, Surroundings(settings, store.ensure, lambda *_: None))
     preload_keys(settings)
 
 
-def _requalifier(
-    settings: Settings, choices: Choices, record: Record, store: ModelStore
-) -> Requalify:
-    """Probes an engine that was set aside, in a child, before it is used again."""
-    tools = Tools(lambda order: measure(order, COMMAND))
+def _choices(settings: Settings, machine: Machine, store: ModelStore) -> tuple[Choices, IndexGuard]:
+    """Who answers in this start, and its guard: files and faces are those that it keeps."""
+    files = ServedFiles(store)
+    record = Record(StateFolder(settings.state_folder))
+    choices = Choices(settings, machine, record, files)
+    key = choices.configured()[FACE_FINDING]
 
-    async def is_right_again(key: ModelKey, engine: Engine) -> bool:
-        checker = Checker(settings, choices.machine, record, store, tools)
-        return await checker.is_right_again(key, choices.of(key).candidate)
+    def guard_for(finder: Candidate) -> IndexGuard:
+        points = "vision" if finder.engine == "vision" else "immich"
+        return IndexGuard(settings, points, has_vision=choices.could_use_vision())
 
-    return is_right_again
-
-
-def _guard(choices: Choices, settings: Settings) -> IndexGuard:
-    """The guard of this start; faces are found as those in the index were, if it says so."""
-    finder = choices.of(choices.configured()[FACE_FINDING]).candidate
-    points = "vision" if finder.engine == "vision" else "immich"
-    guard = IndexGuard(settings, points, has_vision=choices.could_use_vision())
-    choices.hold_faces(guard.held_points())
-    return guard
+    files.guard = guard_for(choices.wanted(key))
+    choices.hold_faces(held := files.guard.held_points())
+    if not held:
+        files.guard = guard_for(choices.of(key).candidate)
+    return choices, files.guard
 
 
-def _remembering(record: Record) -> list[str]:
-    return [f"verdicts are not remembered: {record.trouble}"] if record.trouble else []
-
-
-def _describer(plan: EnginePlan, troubles: list[str]) -> Callable[[], dict[str, Any]]:
+def _describer(plan: EnginePlan, store: ModelStore) -> Callable[[], dict[str, Any]]:
     """What `/health` says of the engines: the plan, and what they know of themselves."""
+    troubles = store.shelf.unreadable()
+    if trouble := plan.choices.record.trouble:
+        troubles = [f"verdicts are not remembered: {trouble}", *troubles]
 
     def describe() -> dict[str, Any]:
         details = {
@@ -122,26 +110,24 @@ def _describer(plan: EnginePlan, troubles: list[str]) -> Callable[[], dict[str, 
     return describe
 
 
-def _report_plan(plan: EnginePlan) -> None:
+def _report(plan: EnginePlan, store: ModelStore) -> None:
     for line in plan.as_table().splitlines():
         log.info("%s", line)
     for warning in plan.warnings:
         log.warning("%s", warning)
-
-
-def report_models(settings: Settings, store: ModelStore) -> None:
-    """Log each configured model as present, or as missing with the way to get it.
-
-    Raises:
-        ConfigError: a setting names no official model of its kind.
-    """
     for trouble in store.shelf.unreadable():
         log.warning("a folder of models cannot be read, the others are served: %s", trouble)
-    for setting, (task, part) in _MODEL_SETTINGS.items():
-        spec = get_model(key_of_setting(setting, getattr(settings, setting), task, part).name)
+    _report_models(plan.choices)
+
+
+def _report_models(choices: Choices) -> None:
+    """Log each configured model as present, or as missing with the way to get it."""
+    settings = choices.settings
+    for name in dict.fromkeys(key.name for key in choices.configured().values()):
+        spec = get_model(name)
         if spec is None:  # an `open_clip/` name: its engine fetches it, and tells
             continue
-        missing = [part for part in spec.parts if store.locate(spec.key(part)) is None]
+        missing = [part for part in spec.parts if choices.store.locate(spec.key(part)) is None]
         if not missing:
             log.info("model is here model=%s", spec.name)
             continue

@@ -3,10 +3,10 @@
 import logging
 from typing import Protocol
 
-from immich_ml_metal.catalog import model_key, preload_setting
-from immich_ml_metal.errors import ConfigError, ServiceError, UnknownModel
+from immich_ml_metal.catalog import key_of_setting, preload_setting
+from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import SLOTS, ModelKey, Part, Task
+from immich_ml_metal.types import SLOTS, ModelKey, Part
 
 logger = logging.getLogger(__name__)
 
@@ -19,23 +19,11 @@ def preload_keys(settings: Settings) -> tuple[ModelKey, ...]:
     """
     texts_first = sorted(SLOTS, key=lambda slot: slot[1] is not Part.TEXTUAL)  # people wait there
     keys = [
-        key_of_setting(preload_setting(slot), name, *slot)
+        key_of_setting(preload_setting(slot), name, slot)
         for slot in texts_first
         for name in getattr(settings, preload_setting(slot))
     ]
     return tuple(dict.fromkeys(keys))
-
-
-def key_of_setting(setting: str, name: str, task: Task, part: Part) -> ModelKey:
-    """The key of one half of the model that a setting names.
-
-    Raises:
-        ConfigError: it is no official model of that kind.
-    """
-    try:
-        return model_key(name, task, part)
-    except UnknownModel as exc:
-        raise ConfigError(f"{setting}: {exc}") from exc
 
 
 class Loader(Protocol):

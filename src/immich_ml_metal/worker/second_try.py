@@ -35,8 +35,8 @@ FAILURES_IN_A_ROW = 3  # items that had no answer
 CAUSES_KEPT = 6
 ASIDE_S, ASIDE_MAX_S = 60.0, 3600.0
 
-# Asked before an engine that was set aside is used again: whether it qualifies for the model.
-Requalify = Callable[[ModelKey, Engine], Awaitable[bool]]
+# Asked before the engine of a model that was set aside is used again: whether it qualifies.
+Requalify = Callable[[ModelKey], Awaitable[bool]]
 
 
 class _Stuck(Exception):
@@ -244,9 +244,9 @@ class SecondTry:
         """Nothing waits for it: the spare engine goes on answering meanwhile."""
         assert self.requalify is not None, "checked"
         try:
-            is_fit = await self.requalify(key, engine)
-        except ServiceError as exc:
-            log.warning("not qualified again model=%s engine=%s why=%s", key, engine.name, exc)
+            is_fit = await self.requalify(key)
+        except Exception as exc:  # noqa: BLE001 - without an answer it would be asked for each item
+            log.warning("not qualified again model=%s engine=%s why=%r", key, engine.name, exc)
             is_fit = False
         finally:
             standing.checking = None

@@ -1,11 +1,11 @@
-"""Core ML through ONNX Runtime: official files on the GPU or the Neural Engine, checked.
+"""Core ML through ONNX Runtime: official files on the GPU or the Neural Engine.
 
 In float32, as the files are, Core ML uses the GPU and the CPU; a float16 form of a file is what may
 run on the Neural Engine.
 
-The provider may quietly leave nodes to the CPU, serve a stale compiled model, or compute something
-else. So the share of nodes it really runs is measured, compiled models are kept under the digest of
-the weights, and each shape is compared with the CPU before its first answer (`graph`).
+The provider may quietly leave nodes to the CPU, or serve a stale compiled model. So the share of
+nodes it really runs is measured, and compiled models are kept under the digest of the weights. That
+it computes what the CPU does is found by `qualification`.
 """
 
 import logging
@@ -40,7 +40,7 @@ REFUSED = "coreml_refused"  # the reason given to `on_fallback`
 
 
 class CoreMLEngine:
-    """Runs Immich's files through Core ML; a model it computes wrongly stays on the CPU.
+    """Runs Immich's files through Core ML; a model that it does not take stays on the CPU.
 
     With `is_explicit` (Core ML was asked for by name) a refusal is an error instead.
     """
@@ -68,7 +68,7 @@ class CoreMLEngine:
     def load(
         self, key: ModelKey, files: ModelFiles | None, number_format: str | None = None
     ) -> AnyModel:
-        """Open the graph on Core ML, check it, and bind it to its task.
+        """Open the graph on Core ML and bind it to its task.
 
         `number_format` is one of `number_formats`; float32, that of the files, when None.
 
@@ -85,7 +85,7 @@ class CoreMLEngine:
         return build_model(key, files, graph, self._settings)
 
     def describe(self) -> dict[str, Any]:
-        """What was measured and what was refused, for `/health`. Any thread."""
+        """What was opened and what was refused, for `/health`. Any thread."""
         return {
             "opened": [asdict(report) for report in list(self._reports.values())],
             "refused": {str(key): reason for key, reason in list(self._refused.values())},
@@ -101,11 +101,6 @@ class CoreMLEngine:
             setup,
             name=str(key),
             batches=_batches(key, reference),
-            checked=[
-                (report.weights, report.shape)
-                for report in self._reports.values()
-                if report.number_format == setup.number_format
-            ],
             on_report=self._keep,
         )
         try:

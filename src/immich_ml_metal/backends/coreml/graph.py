@@ -1,15 +1,14 @@
-"""An ONNX file on Core ML: one session per shape, compiled once, checked before it answers."""
+"""An ONNX file on Core ML: one session per shape, compiled once."""
 
 import hashlib
 import inspect
 import logging
 import platform
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -20,10 +19,8 @@ from immich_ml_metal.backends.coreml.adapt import adapt
 from immich_ml_metal.backends.coreml.half import FILE as HALF_FILE
 from immich_ml_metal.backends.coreml.half import write_half
 from immich_ml_metal.backends.coreml.session import (
-    MIN_COSINE,
     Session,
     SessionMaker,
-    cosine,
     open_fed,
     open_session,
     provider_options,
@@ -31,7 +28,7 @@ from immich_ml_metal.backends.coreml.session import (
 )
 from immich_ml_metal.backends.coreml.shapes import Shapes, cut, label, read_pinned
 from immich_ml_metal.errors import InferenceError, LoadFailed
-from immich_ml_metal.onnx_files.derived import DerivedForm, weights_digest
+from immich_ml_metal.onnx_files.derived import DerivedForm
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.types import Graph, Tensor
 
@@ -47,15 +44,13 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ShapeReport:
-    """What was found when a shape was first opened; `adapted` names passes of `adapt`."""
+    """What a shape was opened as: the `share` of its nodes on Core ML, and passes of `adapt`."""
 
     model: str
-    weights: str
     shape: str
     share: float
-    cosine: float
-    number_format: str = FLOAT32
-    adapted: tuple[str, ...] = ()
+    number_format: str
+    adapted: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +64,12 @@ class Setup:
 
 
 class CoreMLGraph:
-    """An ONNX file on Core ML: one session per shape, each checked against `reference` first.
+    """An ONNX file on Core ML: one session per shape. Who compares it: `qualification`.
 
     Opens nothing by itself: `open_fixed_shapes` opens what is known from the file, `run` the rest.
     `form` is the file and where its compiled models are kept; `reference`, the same file on the
-    CPU, stays the caller's; `batches` are the numbers of rows to compile; `checked` is (weights,
-    shape) that passed before, in this process; `on_report` is told what was found of a new shape.
+    CPU, tells inputs and outputs and stays the caller's; `batches` are the numbers of rows to
+    compile; `on_report` is told what a new shape was opened as.
     """
 
     fixed_shapes = True
@@ -87,19 +82,15 @@ class CoreMLGraph:
         *,
         name: str,
         batches: Sequence[int],
-        checked: Collection[tuple[str, str]] = (),
         on_report: Callable[[ShapeReport], None],
     ) -> None:
         self._form = form
-        self._reference = reference
         self._setup = setup
         self._name = name
         self._batches = tuple(batches)
-        self._digest = ""
         self._cache: Path | None = None
         self._sessions: dict[Shapes, Session] = {}
         self._lock = threading.Lock()  # the device has one thread; a second opener would be a bug
-        self._checked = checked
         self._on_report = on_report
         self.inputs, self.outputs = reference.inputs, reference.outputs
         self.metadata = reference.metadata
@@ -113,7 +104,6 @@ class CoreMLGraph:
         """
         try:
             self._cache = self._form.find() or self._form.make(self._fill)
-            self._digest = weights_digest(self._cache)
         except (OSError, NotOnnx, LoadFailed) as exc:
             raise Refusal(str(exc)) from exc
 
@@ -128,7 +118,7 @@ class CoreMLGraph:
         Where True, no other shape can come, and the reference has done its work.
 
         Raises:
-            Refusal: Core ML rejects one, takes none of it, or computes something else.
+            Refusal: Core ML rejects one, or takes none of it.
         """
         rows = {spec.name: _fixed(spec.shape[1:]) for spec in self.inputs}
         if any(len(rows[spec.name]) < len(spec.shape) - 1 for spec in self.inputs):
@@ -172,7 +162,11 @@ class CoreMLGraph:
             return self._sessions[shapes]
 
     def _open(self, shapes: Shapes) -> Session:
-        """Compile a shape and check it; its compiled form is kept beside the model."""
+        """Compile a shape, or take what was compiled before and is kept beside the model.
+
+        Raises:
+            Refusal: Core ML rejects it, or takes none of it.
+        """
         assert self._cache is not None, "keep_compiled comes first"
         folder = self._cache / label(shapes)
         is_half = self._setup.number_format == FLOAT16
@@ -184,45 +178,18 @@ class CoreMLGraph:
             session = open_fed(self._setup.make_session, model, options)
         except (LoadFailed, OSError) as exc:
             raise Refusal(str(exc)) from exc
-        if (self._digest, label(shapes)) not in self._checked:  # a reload repeats nothing
-            report = replace(self._check(session, shapes), adapted=adapted)
-            self._report(report, is_kept=any(folder.iterdir()))
-        return session
-
-    def _report(self, report: ShapeReport, *, is_kept: bool) -> None:
-        log.info(
-            "core ml opened model=%s format=%s shape=%s node_share=%.2f cosine=%.6f adapted=%s "
-            "compiled_kept=%s",
-            *(report.model, report.number_format, report.shape, report.share, report.cosine),
-            *(",".join(report.adapted) or "nothing", is_kept),
-        )
-        self._on_report(report)
-
-    def _check(self, session: Session, shapes: Shapes) -> ShapeReport:
-        """Measure what Core ML took and compare a run with the CPU's.
-
-        Raises:
-            Refusal: nothing was taken, or the outputs differ.
-        """
         share = provider_share(session)
         if share == 0:
             raise Refusal("onnx runtime gave core ml not one node of it")
-        rng = np.random.default_rng(0)
-        dtypes = {spec.name: spec.dtype for spec in self.inputs}
-        feeds = {name: _noise(rng, shape, dtypes[name]) for name, shape in shapes}
-        try:
-            ours = session.run(None, feeds)
-        except Exception as exc:  # its exceptions derive from Exception directly
-            raise Refusal(f"core ml fails to run it: {exc}") from exc
-        theirs = _row_by_row(self._reference, feeds)
-        worst = min(cosine(one, other) for one, other in zip(ours, theirs, strict=True))
-        if worst < MIN_COSINE:
-            raise Refusal(
-                f"core ml differs from the cpu: cosine {worst:.6f} at {label(shapes)}, "
-                f"limit {MIN_COSINE}"
-            )
         number_format = self._setup.number_format
-        return ShapeReport(self._name, self._digest, label(shapes), share, worst, number_format)
+        report = ShapeReport(self._name, label(shapes), share, number_format, adapted)
+        log.info(
+            "core ml opened model=%s format=%s shape=%s node_share=%.2f adapted=%s kept=%s",
+            *(self._name, number_format, report.shape, share),
+            *(",".join(adapted) or "nothing", any(folder.iterdir())),
+        )
+        self._on_report(report)
+        return session
 
 
 def _fixed(sides: Sequence[int | None]) -> tuple[int, ...]:
@@ -248,20 +215,3 @@ def _pad(rows: Tensor, size: int) -> Tensor:
     if len(rows) == size:
         return rows
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-
-
-def _noise(rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
-    """Random input in the range of a normalised picture, of bytes, or of low token numbers."""
-    if np.issubdtype(dtype, np.floating):
-        return rng.uniform(-1, 1, shape).astype(dtype)
-    return rng.integers(0, 256, shape).astype(dtype)
-
-
-def _row_by_row(graph: Graph, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-    """Outputs of the reference, which may only know batches of one."""
-    rows = len(next(iter(feeds.values())))
-    runs = [
-        graph.run({name: value[row : row + 1] for name, value in feeds.items()})
-        for row in range(rows)
-    ]
-    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
