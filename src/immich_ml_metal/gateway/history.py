@@ -11,6 +11,9 @@ from enum import StrEnum
 from statistics import median
 from typing import Any
 
+from immich_ml_metal.gateway.asked import read_asked
+from immich_ml_metal.types import Task
+
 STEP_S = 10.0
 STEPS = 360  # an hour
 _RATE_STEPS = 3
@@ -26,19 +29,15 @@ class Kind(StrEnum):
     OCR = "ocr"
 
 
+_KINDS: dict[str, Kind] = {Task.CLIP: Kind.CLIP, Task.FACES: Kind.FACES, Task.OCR: Kind.OCR}
 _QUEUES = {Kind.CLIP: "smartSearch", Kind.FACES: "faceDetection", Kind.OCR: "ocr"}
 
 
 def kinds_of(head: bytes) -> tuple[Kind, ...]:
-    """What a `/predict` body asks for, by how it begins: Immich sends `entries` first."""
-    found = []
-    if b'"clip"' in head:
-        found.append(Kind.SEARCH if b'"textual"' in head else Kind.CLIP)
-    if b'"facial-recognition"' in head:
-        found.append(Kind.FACES)
-    if b'"ocr"' in head:
-        found.append(Kind.OCR)
-    return tuple(found)
+    """What a `/predict` body asks for, by how it begins."""
+    asked = read_asked(head)
+    kinds = _KINDS | {Task.CLIP: Kind.SEARCH} if asked.is_search else _KINDS
+    return tuple(kinds[task] for task in asked.tasks)
 
 
 @dataclass(slots=True)
