@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # the gateway shares these words, and does without NumPy's 5 MB
@@ -27,6 +28,12 @@ class Task(StrEnum):
     CLIP = "clip"
     FACES = "facial-recognition"
     OCR = "ocr"
+
+
+# Immich's names of the queues that ask a machine-learning service, by task.
+QUEUES: Mapping[str, str] = MappingProxyType(
+    {Task.CLIP: "smartSearch", Task.FACES: "faceDetection", Task.OCR: "ocr"}
+)
 
 
 class Part(StrEnum):

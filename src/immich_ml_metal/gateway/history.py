@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from immich_ml_metal.gateway.asked import read_asked
-from immich_ml_metal.types import Task
+from immich_ml_metal.types import QUEUES, Task
 
 STEP_S = 10.0
 STEPS = 360  # an hour
@@ -30,7 +30,6 @@ class Kind(StrEnum):
 
 
 _KINDS: dict[str, Kind] = {Task.CLIP: Kind.CLIP, Task.FACES: Kind.FACES, Task.OCR: Kind.OCR}
-_QUEUES = {Kind.CLIP: "smartSearch", Kind.FACES: "faceDetection", Kind.OCR: "ocr"}
 
 
 def kinds_of(head: bytes) -> tuple[Kind, ...]:
@@ -106,8 +105,8 @@ class History:
         self._advance()
         whole = slice(-1 - _RATE_STEPS, -1)
         return {
-            queue: round(sum(list(self._answered[kind])[whole]) / (_RATE_STEPS * STEP_S), 2)
-            for kind, queue in _QUEUES.items()
+            queue: round(sum(list(self._answered[_KINDS[task]])[whole]) / (_RATE_STEPS * STEP_S), 2)
+            for task, queue in QUEUES.items()
         }
 
     def _advance(self) -> None:
