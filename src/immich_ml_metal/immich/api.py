@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from immich_ml_metal.errors import ConfigError, ServiceError
 from immich_ml_metal.setting_kinds import hide_passwords
 from immich_ml_metal.system.network_settings import explain
-from immich_ml_metal.types import QUEUES
+from immich_ml_metal.types import FACE_MIN_SCORE, QUEUES, TEXT_MAX_RESOLUTION
 
 TIMEOUT_S = 10.0
 DUPLICATES = "duplicateDetection"  # Immich's own work on what smart search found
@@ -67,8 +67,8 @@ class ServerSettings:
     models: Mapping[str, str]
     concurrency: Mapping[str, int]
     version: str = ""
-    face_min_score: float = 0.7
-    text_max_resolution: int = 736
+    face_min_score: float = FACE_MIN_SCORE
+    text_max_resolution: int = TEXT_MAX_RESOLUTION
     availability_checks: bool = True
 
 
@@ -234,8 +234,8 @@ def parse_settings(config: Mapping[str, Any], version: str = "") -> ServerSettin
             task: int(jobs[queue]["concurrency"]) for task, queue in QUEUES.items() if queue in jobs
         },
         version=version,
-        face_min_score=float(faces.get("minScore", 0.7)),
-        text_max_resolution=int(ocr.get("maxResolution", 736)),
+        face_min_score=float(faces.get("minScore", FACE_MIN_SCORE)),
+        text_max_resolution=int(ocr.get("maxResolution", TEXT_MAX_RESOLUTION)),
         availability_checks=bool(learning.get("availabilityChecks", {}).get("enabled", True)),
     )
 
