@@ -1,6 +1,7 @@
 """`models …`: get, check, keep, move and choose models."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from immich_ml_metal.models.advice import recommend as suitable
 from immich_ml_metal.models.importing import export_models, find_models, import_model, open_tree
 from immich_ml_metal.models.manifest import load_manifest
 from immich_ml_metal.models.progress import format_bytes
-from immich_ml_metal.models.shelf import FileState, Shelf
+from immich_ml_metal.models.shelf import FileState, PartStatus, Shelf
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.plan import remembered_choices
 from immich_ml_metal.settings import Settings
@@ -67,6 +68,7 @@ def list_models(
         rows = [row for row in rows if any(status.is_usable for status in row[1])]
     choices = remembered_choices(settings, store)
     show.print_list(rows, choices, as_json=as_json)
+    _tell_unreadable(store.shelf, [status for _, statuses in rows for status in statuses])
 
 
 @app.command("pull")
@@ -107,12 +109,14 @@ def verify(
     models_dir: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every file and compare its digest; exit 1 when something is damaged."""
+    """Read every file and compare its digest; exit 1 when something is damaged or unreadable."""
     _, store = _open(models_dir)
     specs = [find_by_name(name) for name in names] if names else all_models()
     statuses = verify_models(store, specs, online=online, repair=repair)
     show.print_verified(statuses, as_json=as_json)
-    if any(status.state is FileState.DAMAGED for status in statuses):
+    _tell_unreadable(store.shelf, statuses)
+    wrong = (FileState.DAMAGED, FileState.UNREADABLE)
+    if any(status.state in wrong for status in statuses):
         raise typer.Exit(Exit.FINDING)
 
 
@@ -146,6 +150,8 @@ def prune(
     """Delete unfinished downloads and files for other hardware."""
     settings, store = _open(models_dir)
     keep = frozenset(map(clean_name, _configured(settings))) if unused else None
+    if passed_over := store.shelf.unreadable():
+        print_error(f"passed over {'; '.join(passed_over)}")
     _delete(store.shelf, waste.find_waste(store.shelf, keep), yes=yes, as_json=as_json)
 
 
@@ -198,6 +204,7 @@ def info(
     index = IndexGuard(settings).finding(f"{spec.task}/{spec.name}")
     choices = remembered_choices(settings, store)
     show.print_info(spec, statuses, records, settings, index, choices, as_json=as_json)
+    _tell_unreadable(store.shelf, statuses)
 
 
 @app.command("accept")
@@ -233,6 +240,14 @@ def _open(models_dir: Path | None) -> tuple[Settings, ModelStore]:
 
     settings = load_settings({"models_dir": models_dir})
     return settings, ModelStore(settings)
+
+
+def _tell_unreadable(shelf: Shelf, statuses: Iterable[PartStatus]) -> None:
+    """One line on standard error for each place that cannot be read, and why."""
+    unreadable = [status for status in statuses if status.state is FileState.UNREADABLE]
+    for reason in dict.fromkeys(shelf.unreadable_of(status.key) for status in unreadable):
+        if reason:  # else a file beside the graph, which the list of files names
+            print_error(reason)
 
 
 def _configured(settings: Settings) -> tuple[str, ...]:

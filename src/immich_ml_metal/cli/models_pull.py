@@ -43,7 +43,7 @@ def verify_models(
                 continue
             bar = bars.add_task(f"checking {key}", total=status.size_bytes)
             status = store.verify(key, online=online)
-            if repair and not status.is_usable:
+            if repair and not status.is_usable and status.state is not FileState.UNREADABLE:
                 store.repair(key, _follow(bars, bar))
                 status = replace(store.verify(key), elsewhere=None)
             bars.remove_task(bar)

@@ -27,8 +27,10 @@ _STYLE = {
     FileState.VERIFIED: "green",
     FileState.UNVERIFIED: "yellow",
     FileState.DAMAGED: "red",
+    FileState.UNREADABLE: "red",
     FileState.MISSING: "dim",
 }
+_IN_ORDER = (FileState.VERIFIED, FileState.UNVERIFIED)
 _COLUMNS = ("model", "family", "dim", "size", "languages", "licence", "engine", "here")
 _NARROW_COLUMNS = ("model", "dim", "size", "here")
 _WIDEST = 1000  # characters; more than any row has
@@ -71,7 +73,7 @@ def print_verified(statuses: Sequence[PartStatus], *, as_json: bool) -> None:
         size = format_bytes(status.size_bytes)
         console.print(f"{_styled(status.state)}  {status.key}  {size}", soft_wrap=True)
         for path, state in status.files.items():
-            if state in (FileState.DAMAGED, FileState.MISSING) and status.elsewhere is None:
+            if state not in _IN_ORDER and status.elsewhere is None:
                 console.print(f"    {path} is {state}", soft_wrap=True)
     if not statuses:
         console.print("No model is on disk.")

@@ -1,5 +1,6 @@
 """What can be deleted from the model folder, and deleting it; nothing goes without being listed."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,14 +27,17 @@ class Waste:
 
 
 def find_waste(shelf: Shelf, keep: frozenset[str] | None = None) -> list[Waste]:
-    """Unfinished downloads and files for other hardware; with `keep`, every other model too."""
+    """Unfinished downloads and files for other hardware; with `keep`, every other model too.
+
+    What cannot be read is passed over; `Shelf.unreadable` names it.
+    """
     found = list(_find_leftovers(shelf.models_dir))
     if keep is not None:
         found += [
             Waste(folder, "not configured", _size_of(folder))
             for spec in all_models()
             if spec.name not in keep
-            and (folder := shelf.models_dir / spec.task / spec.name).is_dir()
+            and _can_read(folder := shelf.models_dir / spec.task / spec.name)
         ]
     return [
         waste for waste in found if not any(other.path in waste.path.parents for other in found)
@@ -70,12 +74,19 @@ def folder_of(shelf: Shelf, spec: ModelSpec) -> Waste | None:
 def _find_leftovers(models_dir: Path) -> Iterator[Waste]:
     for spec in all_models():
         folder = models_dir / spec.task / spec.name
+        if not _can_read(folder):
+            continue
         for staging in folder.rglob(STAGING):
             if size := _size_of(staging):
                 yield Waste(staging, "unfinished download", size)
         for pattern in _FOREIGN:
             for path in folder.rglob(pattern):
                 yield Waste(path, "for other hardware", path.stat().st_size)
+
+
+def _can_read(folder: Path) -> bool:
+    """Whether it is a folder, and ours to look into."""
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)  # noqa: PTH112 - never raises
 
 
 def _size_of(folder: Path) -> int:
