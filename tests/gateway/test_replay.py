@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.crashes import CrashRecord
-from immich_ml_metal.gateway.replay import Job, JobQueue, Quarantine
+from immich_ml_metal.gateway.replay import _REMEMBER_MAX, Job, JobQueue, Quarantine
 from immich_ml_metal.urgency import OVERTAKINGS, Urgency
 
 
@@ -140,6 +140,31 @@ def test_a_quarantined_content_is_known_until_its_time_is_over() -> None:
     assert quarantine.find(b"digest") == "SIGABRT"
     quarantine.forget_old(10)
     assert quarantine.find(b"digest") is None
+
+
+def test_of_too_many_quarantined_contents_the_oldest_is_forgotten() -> None:
+    quarantine = Quarantine()
+    digests = [number.to_bytes(4) for number in range(_REMEMBER_MAX + 1)]
+    for digest in digests[:-1]:
+        quarantine.add(digest, "SIGABRT", now_s=0)
+    quarantine.add(digests[0], "SIGSEGV", now_s=1)  # again: it is now the latest but one
+    quarantine.add(digests[-1], "SIGABRT", now_s=2)
+    assert len(quarantine) == _REMEMBER_MAX
+    assert quarantine.find(digests[1]) is None
+    assert quarantine.find(digests[0]) == "SIGSEGV"
+    assert quarantine.find(digests[-1]) == "SIGABRT"
+
+
+def test_only_what_is_old_leaves_the_quarantine() -> None:
+    quarantine = Quarantine(remember_s=10)
+    for second, digest in enumerate((b"first", b"second", b"third")):
+        quarantine.add(digest, "SIGABRT", now_s=second)
+    quarantine.forget_old(11)
+    assert [quarantine.find(digest) is None for digest in (b"first", b"second", b"third")] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_only_deaths_without_an_answer_in_between_make_a_crash_loop() -> None:
