@@ -321,6 +321,7 @@ async def test_an_older_save_never_comes_after_a_later_one(place: Place) -> None
     [
         {"paused": {"video": {"reason": "r", "since": "s"}}},
         {"repairs": {"ocr": {"lost": "many"}}},
+        {"repairs": {"ocr": {"rests_until_s": "soon"}}},
         {"repairs": {"clip": {"unheard_of": 1}}},
         {"paused": ["ocr"]},
     ],
