@@ -159,8 +159,9 @@ def _statuses() -> str:
     ]
     return (
         "## Statuses\n\nWhat a failed `/predict` answers; the reason is in the JSON field "
-        "`detail`. Anything unforeseen is 500. Which of these the gateway waits out instead is in "
-        "[its page](gateway.md#what-it-promises).\n\n"
+        "`detail`. Anything unforeseen is 500. Before `/predict` is looked at, a foreign "
+        "`Origin` gets 403 and a wrong method 405. Which of these the gateway waits out instead "
+        "is in [its page](gateway.md#what-it-promises).\n\n"
     ) + table(("status", "error", "meaning"), rows)
 
 

@@ -21,7 +21,8 @@ ServiceError
 ├── Overloaded              503  held as long as it could be held; try again later
 └── ConfigError             a setting is unknown, malformed or cannot be honoured; stops the start
 
-Both processes answer by `status_of`; nothing else decides a status of `/predict`.
+Both processes answer by `status_of`; nothing else decides a status of `/predict`. Before `/predict`
+is looked at, a foreign `Origin` gets 403 and a wrong method 405.
 """
 
 from collections.abc import Mapping

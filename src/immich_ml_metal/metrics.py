@@ -19,6 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from immich_ml_metal import __version__
+from immich_ml_metal.errors import STATUS
+from immich_ml_metal.types import QUEUES
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 Process = Literal["gateway", "worker"]
@@ -26,9 +28,8 @@ Stage = Literal["read", "queue", "decode", "preprocess", "infer", "postprocess"]
 
 # From a cached decode (1 ms) to the 300 s after which Immich's own client gives up.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120, 300)
-# What `/predict` may be answered with, and the queues that we may pause in Immich.
-PREDICT_STATUSES = ("200", "400", "408", "413", "422", "500", "503")
-QUEUES = ("smartSearch", "faceDetection", "ocr")
+# What `/predict` may be answered with.
+PREDICT_STATUSES = ("200", *sorted({str(status) for status in STATUS.values()}))
 _stages: ContextVar[dict[str, float] | None] = ContextVar("stages", default=None)
 BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -171,7 +172,7 @@ class Metrics:
             self.http_requests.labels("/predict", status)
         for reason in ("crash", "idle", "memory"):
             self.worker_restarts.labels(reason)
-        for queue in QUEUES:
+        for queue in QUEUES.values():
             self.paused_queues.labels(queue)
         for outcome in ("ok", "failed"):
             self.downloads.labels(outcome)

@@ -18,6 +18,7 @@ from immich_ml_metal.setting_kinds import (
 )
 from immich_ml_metal.state import default_folder
 from immich_ml_metal.threads import core_count
+from immich_ml_metal.types import FACE_MIN_SCORE
 
 MIB = 2**20
 SECRET = frozenset({"immich_api_key"})  # settings whose value is never shown
@@ -103,7 +104,7 @@ class Settings(BaseModel):
         help="Resize rule of the server that built the index; 3.2 crops where 3.3 squashes.",
     )
     face_min_score: float = setting(
-        0.7,
+        FACE_MIN_SCORE,
         "ML_FACE_MIN_SCORE",
         ge=0,
         le=1,

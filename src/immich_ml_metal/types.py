@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # the gateway shares these words, and does without NumPy's 5 MB
@@ -27,6 +28,12 @@ class Task(StrEnum):
     CLIP = "clip"
     FACES = "facial-recognition"
     OCR = "ocr"
+
+
+# Immich's names of the queues that ask a machine-learning service, by task.
+QUEUES: Mapping[str, str] = MappingProxyType(
+    {Task.CLIP: "smartSearch", Task.FACES: "faceDetection", Task.OCR: "ocr"}
+)
 
 
 class Part(StrEnum):
@@ -83,6 +90,12 @@ class ModelFiles:
 
 # -- requests: one frozen dataclass per entry, options included -----------------------------------
 
+# Where a request names none: as Immich's own service has them.
+FACE_MIN_SCORE = 0.7
+TEXT_MIN_SCORE = 0.5
+TEXT_MAX_RESOLUTION = 736  # pixels
+LINE_MIN_SCORE = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class ClipVisual:
@@ -104,7 +117,7 @@ class FaceDetection:
     """Find faces scoring at least `min_score` (0..1)."""
 
     model: ModelKey
-    min_score: float = 0.7
+    min_score: float = FACE_MIN_SCORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +136,8 @@ class TextDetection:
     """
 
     model: ModelKey
-    min_score: float = 0.5
-    max_resolution: int = 736
+    min_score: float = TEXT_MIN_SCORE
+    max_resolution: int = TEXT_MAX_RESOLUTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +145,7 @@ class TextRecognition:
     """Read each text box, keeping lines scoring strictly above `min_score` (0..1)."""
 
     model: ModelKey
-    min_score: float = 0.9
+    min_score: float = LINE_MIN_SCORE
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ doctor                  : doctor --no-test
 doctor-json             : doctor --no-test --json
 config-check            : config check
 config-check-bad        : config check --config BAD
+config-show             : config show --config GOOD
 config-show-bad         : config show --config /nowhere.toml
 config-init             : config init OUT/config.toml
 config-init-there       : config init BAD
@@ -51,6 +52,7 @@ models-rm-json          : models rm FACES --models-dir COPY --json
 models-rm-refused       : models rm FACES --models-dir COPY
 models-rm-absent        : models rm antelopev2 --models-dir COPY
 models-rm               : models rm FACES --yes --models-dir COPY
+models-accept           : models accept FACES --models-dir MODELS
 models-prune            : models prune --models-dir MODELS
 models-export           : models export FACES --to OUT/export --models-dir MODELS
 models-import           : models import COPY --models-dir OUT/imported
@@ -61,8 +63,10 @@ parity-unsafe           : parity PHOTOS --url MINI --against OTHER_WEIGHTS
 parity-unsafe-json      : parity PHOTOS --url MINI --against OTHER_WEIGHTS --json --task faces
 parity-unreachable      : parity PHOTOS --url NOBODY --against MINI
 parity-unknown-task     : parity PHOTOS --against MINI --task people
+qualify-nonsense        : qualify nonsense --models-dir MODELS
 bench-no-models         : bench PHOTOS --models-dir OUT/none
 immich-status           : immich status
+immich-release          : immich release
 immich-requeue          : immich requeue --task ocr
 immich-requeue-unknown  : immich requeue --task people
 """
@@ -89,6 +93,7 @@ MASKS = {
     "─{9,}": "───",
 }
 _FOUND = "architecture|system|python|packages|clock|memory|disk|start at boot|address|sleep|logs"
+CONFIG_SHOW = {r"(?<=\S) {2,}(?=\S)": "  "}  # columns are as wide as the path of a folder
 DOCTOR = {  # what the machine is, is another test's matter
     rf"^ \S+ +({_FOUND})( +).*(\n {{21}}.*)*$": r" ...   \1\2...",
     r'("name": "(?:' + _FOUND + r')",\n +"level": )"\w+"(,\n +"text": ).*(,\n +"fix": ).*(?=,)': (
@@ -175,7 +180,10 @@ def test_a_command_prints_what_it_printed_before(
     text = snapshots.run(filled(words, known), env, typed="n\n")
     masks = {re.escape(known[one]): one for one in ("MODELS", "COPY", "DAMAGED", "PHOTOS", "OUT")}
     masks |= {re.escape(sys.executable): "PYTHON"}
-    snapshots.check(name, text, masks | MASKS | (DOCTOR if name.startswith("doctor") else {}))
+    masks |= MASKS
+    masks |= DOCTOR if name.startswith("doctor") else {}
+    masks |= CONFIG_SHOW if name == "config-show" else {}
+    snapshots.check(name, text, masks)
 
 
 def filled(words: list[str], known: dict[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ Files in the folder that is its first argument make it misbehave at start: `refu
 `slow` (holding seconds), `stubborn`; what `health.json` holds is told on `/health`; `broken-clip`
 (or another task) holds the name of the failure that every request of that task gets. It writes what
 it does into `journal` there.
-Run as `python fake_worker.py FOLDER SOCKET`.
+Run as `python worker.py FOLDER SOCKET`.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ BROKEN: dict[str, tuple[int, list[tuple[bytes, bytes]]]] = {
 }
 
 
-class FakeEngine:
+class FakeWorker:
     def __init__(self, folder: Path, preloaded: list[str]) -> None:
         self.folder = folder
         self.preloaded = preloaded
@@ -148,7 +148,7 @@ async def reply(send: Any, status: int, text: str, *more: tuple[bytes, bytes]) -
 def main() -> None:
     folder, socket = Path(sys.argv[1]), Path(sys.argv[2])
     settings = json.loads(read_settings())
-    worker = FakeEngine(folder, settings["preload_clip_textual"])
+    worker = FakeWorker(folder, settings["preload_clip_textual"])
     worker.note(f"born {os.getpid()}")
     worker.note(f"socket {socket}")
     if (folder / "bad-settings").exists():

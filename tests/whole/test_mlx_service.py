@@ -121,8 +121,8 @@ def test_the_worker_process_ends_with_zero_after_mlx_ran(
         wait_until_up(process, str(where), socket.AF_UNIX)
         form = {"entries": json.dumps(TEXTUAL), "text": "dog"}
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(where)), timeout=60) as client:
-            assert client.post("http://engine/predict", data=form).status_code == 200
-            told = client.get("http://engine/health").json()
+            assert client.post("http://worker/predict", data=form).status_code == 200
+            told = client.get("http://worker/health").json()
         assert told["engine_plan"]["mlx"]["dtype"] == "float32"
         assert stop(process) == 0
     finally:

@@ -96,13 +96,13 @@ class Lane:
         self._width = width
         # Any: batchers of models of every kind take turns here
         self._ready: list[Batcher[Any, Any] | _Call] = []
-        self._workers: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[None]] = set()
         self._turns = Turns()
 
     @property
     def busy(self) -> int:
         """Threads at work."""
-        return len(self._workers)
+        return len(self._running)
 
     @property
     def queued(self) -> int:
@@ -113,8 +113,8 @@ class Lane:
         """Give what waits in `queue` its turns."""
         if queue not in self._ready:
             self._ready.append(queue)
-        if len(self._workers) < self._width:
-            self._workers.add(asyncio.create_task(self._work()))
+        if len(self._running) < self._width:
+            self._running.add(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
         try:
@@ -122,10 +122,10 @@ class Lane:
                 await self._turn()
         finally:
             # Here and not in a done callback: that one comes after the callers whose answers were
-            # just given, and what they queue next would find a worker that is already gone.
-            worker = asyncio.current_task()
-            assert worker is not None
-            self._workers.discard(worker)
+            # just given, and what they queue next would find a turn that is already over.
+            turn = asyncio.current_task()
+            assert turn is not None
+            self._running.discard(turn)
 
     async def _turn(self) -> None:
         """Answer one batch of the model whose turn it is, or make one call."""

@@ -19,7 +19,15 @@ from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.types import Floats, ModelKey, Part, Task
+from immich_ml_metal.types import (
+    FACE_MIN_SCORE,
+    TEXT_MAX_RESOLUTION,
+    TEXT_MIN_SCORE,
+    Floats,
+    ModelKey,
+    Part,
+    Task,
+)
 
 ANSWER_TIMEOUT_S = 300.0  # what Immich's own client grants
 PING_TIMEOUT_S = 5.0
@@ -32,8 +40,11 @@ _SHOWN = 300  # characters of an error that are told
 _OPTIONS: Mapping[tuple[Task, Part], Mapping[str, Any]] = MappingProxyType(
     {
         (Task.CLIP, Part.TEXTUAL): {"language": "en"},
-        (Task.FACES, Part.DETECTION): {"minScore": 0.7},
-        (Task.OCR, Part.DETECTION): {"minScore": 0.5, "maxResolution": 736},
+        (Task.FACES, Part.DETECTION): {"minScore": FACE_MIN_SCORE},
+        (Task.OCR, Part.DETECTION): {
+            "minScore": TEXT_MIN_SCORE,
+            "maxResolution": TEXT_MAX_RESOLUTION,
+        },
         (Task.OCR, Part.RECOGNITION): {"minScore": 0.8},
     }
 )

@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-TASKS = ("clip", "facial-recognition", "ocr")
+from immich_ml_metal.types import Task
+
+TASKS = tuple(Task)
 _HEAD_BYTES = 4096
 _MODEL = re.compile(rb'"modelName"\s*:\s*"([^"\\]{1,200})"')
 
@@ -19,7 +21,7 @@ class Asked:
     """What one request wants.
 
     Attributes:
-        tasks: Immich's names of the tasks.
+        tasks: Immich's names of the tasks, in the order of `TASKS`.
         model: the first model named; empty when none was found.
         is_search: somebody waits for it at a screen: it is no job of a queue.
     """

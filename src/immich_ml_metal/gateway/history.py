@@ -11,6 +11,9 @@ from enum import StrEnum
 from statistics import median
 from typing import Any
 
+from immich_ml_metal.gateway.asked import read_asked
+from immich_ml_metal.types import QUEUES, Task
+
 STEP_S = 10.0
 STEPS = 360  # an hour
 _RATE_STEPS = 3
@@ -26,19 +29,14 @@ class Kind(StrEnum):
     OCR = "ocr"
 
 
-_QUEUES = {Kind.CLIP: "smartSearch", Kind.FACES: "faceDetection", Kind.OCR: "ocr"}
+_KINDS: dict[str, Kind] = {Task.CLIP: Kind.CLIP, Task.FACES: Kind.FACES, Task.OCR: Kind.OCR}
 
 
 def kinds_of(head: bytes) -> tuple[Kind, ...]:
-    """What a `/predict` body asks for, by how it begins: Immich sends `entries` first."""
-    found = []
-    if b'"clip"' in head:
-        found.append(Kind.SEARCH if b'"textual"' in head else Kind.CLIP)
-    if b'"facial-recognition"' in head:
-        found.append(Kind.FACES)
-    if b'"ocr"' in head:
-        found.append(Kind.OCR)
-    return tuple(found)
+    """What a `/predict` body asks for, by how it begins."""
+    asked = read_asked(head)
+    kinds = _KINDS | {Task.CLIP: Kind.SEARCH} if asked.is_search else _KINDS
+    return tuple(kinds[task] for task in asked.tasks)
 
 
 @dataclass(slots=True)
@@ -107,8 +105,8 @@ class History:
         self._advance()
         whole = slice(-1 - _RATE_STEPS, -1)
         return {
-            queue: round(sum(list(self._answered[kind])[whole]) / (_RATE_STEPS * STEP_S), 2)
-            for kind, queue in _QUEUES.items()
+            queue: round(sum(list(self._answered[_KINDS[task]])[whole]) / (_RATE_STEPS * STEP_S), 2)
+            for task, queue in QUEUES.items()
         }
 
     def _advance(self) -> None:

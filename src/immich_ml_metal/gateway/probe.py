@@ -5,13 +5,13 @@ import json
 import struct
 import time
 import zlib
-from typing import Any
 
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.gateway.asked import Asked
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.dispatcher import Dispatcher
 from immich_ml_metal.gateway.troubles import Trouble, Troubles
+from immich_ml_metal.types import SLOTS, Part
 
 _LIMIT_S = 280.0  # a model may have to be loaded, or fetched
 _TICK_S = 1.0
@@ -19,11 +19,8 @@ _PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 60.0
 _SIDE_PX = 64
 _BOUNDARY = b"immich-ml-metal-probe"
-_PARTS = {
-    "clip": ("visual",),
-    "facial-recognition": ("detection", "recognition"),
-    "ocr": ("detection", "recognition"),
-}
+# A try shows a picture, so the half that reads texts is left out.
+_PICTURE_SLOTS = tuple(slot for slot in SLOTS if slot[1] is not Part.TEXTUAL)
 
 
 class Prober:
@@ -80,11 +77,11 @@ class Prober:
 
 
 def _form(task: str, model: str) -> bytes:
-    entries: dict[str, Any] = {task: {part: {"modelName": model} for part in _PARTS[task]}}
+    parts = {part: {"modelName": model} for known, part in _PICTURE_SLOTS if known == task}
     edge, name = b"--" + _BOUNDARY, b"Content-Disposition: form-data; name="
     return b"\r\n".join(
         [
-            *(edge, name + b'"entries"', b"", json.dumps(entries).encode()),
+            *(edge, name + b'"entries"', b"", json.dumps({task: parts}).encode()),
             *(edge, name + b'"image"; filename="blob"', b"", _picture()),
             *(edge + b"--", b""),
         ]

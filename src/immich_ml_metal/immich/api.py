@@ -1,12 +1,10 @@
 """Immich's documented HTTP API, as far as machine learning is concerned.
 
-Needs the key of an admin with the permissions systemConfig.read, job.read and job.create. Tasks are
-plain strings here: `types.Task` brings NumPy, which the gateway does without.
+Needs the key of an admin with the permissions systemConfig.read, job.read and job.create.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 import httpx
@@ -15,12 +13,9 @@ from pydantic import SecretStr
 from immich_ml_metal.errors import ConfigError, ServiceError
 from immich_ml_metal.setting_kinds import hide_passwords
 from immich_ml_metal.system.network_settings import explain
+from immich_ml_metal.types import FACE_MIN_SCORE, QUEUES, TEXT_MAX_RESOLUTION
 
 TIMEOUT_S = 10.0
-# Immich's names of the queues that ask a machine-learning service, by task.
-QUEUES: Mapping[str, str] = MappingProxyType(
-    {"clip": "smartSearch", "facial-recognition": "faceDetection", "ocr": "ocr"}
-)
 DUPLICATES = "duplicateDetection"  # Immich's own work on what smart search found
 PERMISSIONS = ("systemConfig.read", "job.read", "job.create")
 _SHAPE = (KeyError, TypeError, ValueError, AttributeError)  # of JSON that is not as we know it
@@ -72,8 +67,8 @@ class ServerSettings:
     models: Mapping[str, str]
     concurrency: Mapping[str, int]
     version: str = ""
-    face_min_score: float = 0.7
-    text_max_resolution: int = 736
+    face_min_score: float = FACE_MIN_SCORE
+    text_max_resolution: int = TEXT_MAX_RESOLUTION
     availability_checks: bool = True
 
 
@@ -239,8 +234,8 @@ def parse_settings(config: Mapping[str, Any], version: str = "") -> ServerSettin
             task: int(jobs[queue]["concurrency"]) for task, queue in QUEUES.items() if queue in jobs
         },
         version=version,
-        face_min_score=float(faces.get("minScore", 0.7)),
-        text_max_resolution=int(ocr.get("maxResolution", 736)),
+        face_min_score=float(faces.get("minScore", FACE_MIN_SCORE)),
+        text_max_resolution=int(ocr.get("maxResolution", TEXT_MAX_RESOLUTION)),
         availability_checks=bool(learning.get("availabilityChecks", {}).get("enabled", True)),
     )
 

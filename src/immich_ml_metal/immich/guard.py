@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from immich_ml_metal.immich.api import (
-    QUEUES,
     ImmichError,
     KeyRefused,
     QueueCounts,
@@ -28,6 +27,7 @@ from immich_ml_metal.immich.whose import Dependence, find_dependence, no_lookup
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.state import StateUnusable
 from immich_ml_metal.system.network import names_of_this_machine
+from immich_ml_metal.types import QUEUES
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from immich_ml_metal.immich.api import (
     DUPLICATES,
-    QUEUES,
     ImmichError,
     QueueBusy,
     QueueCounts,
@@ -19,6 +18,7 @@ from immich_ml_metal.immich.keeper import Keeper, aside
 from immich_ml_metal.immich.own import Times
 from immich_ml_metal.immich.repairs import Repair, is_within
 from immich_ml_metal.metrics import Metrics
+from immich_ml_metal.types import QUEUES
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from immich_ml_metal.immich.api import QUEUES, QueueCounts, ServerSettings
+from immich_ml_metal.immich.api import QueueCounts, ServerSettings
 from immich_ml_metal.immich.records import Records
+from immich_ml_metal.types import QUEUES
 
 FAILED_IS_ZERO = 'Immich\'s own "failed" column is always 0: it does not count the jobs it lost'
 

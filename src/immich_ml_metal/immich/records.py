@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import IO, Any
 
-from immich_ml_metal.immich.api import QUEUES
 from immich_ml_metal.immich.repairs import Repair
 from immich_ml_metal.state import StateFolder, StateUnusable
+from immich_ml_metal.types import QUEUES
 
 DOCUMENT = "guard"
 VERSION = 1

@@ -4,10 +4,11 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from immich_ml_metal.immich.api import QUEUES, ImmichApi, QueueBusy
+from immich_ml_metal.immich.api import ImmichApi, QueueBusy
 from immich_ml_metal.immich.records import DOCUMENT, VERSION, Records, claim
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder, StateUnusable, default_folder
+from immich_ml_metal.types import QUEUES
 
 
 @dataclass(frozen=True, slots=True)

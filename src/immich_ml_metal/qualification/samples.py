@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from immich_ml_metal.drawing import draw_face, draw_preview
 from immich_ml_metal.tasks import clip, faces, text_boxes, text_lines
 from immich_ml_metal.tasks.images import ImageLimits, Picture, decode
-from immich_ml_metal.types import Part, Slot, Task
+from immich_ml_metal.types import TEXT_MAX_RESOLUTION, TEXT_MIN_SCORE, Part, Slot, Task
 
 WORDS = ("Harbour", "Invoice 2026", "Kaffee und Kuchen", "No. 4711-08/15", "Platform 9", "sunrise")
 TEXTS = (
@@ -28,7 +28,6 @@ TEXTS = (
     "2019",
 )
 _FACE_MIN_SCORE = 0.3  # drawn faces are not what a detector was trained on
-_TEXT_MIN_SCORE, _TEXT_SIDE_PX = 0.5, 736  # Immich's own
 _LINE_PX = 56
 _LIMITS = ImageLimits(10**8, 10**5)
 
@@ -83,7 +82,9 @@ def _face_telling(count: int) -> Samples:
 def _text_finding(count: int) -> Samples:
     pages = [draw_lines(WORDS[row:] + WORDS[:row])[0] for row in range(count)]
     return Samples(
-        tuple(text_boxes.TextRegionQuery(page, _TEXT_MIN_SCORE, _TEXT_SIDE_PX) for page in pages)
+        tuple(
+            text_boxes.TextRegionQuery(page, TEXT_MIN_SCORE, TEXT_MAX_RESOLUTION) for page in pages
+        )
     )
 
 

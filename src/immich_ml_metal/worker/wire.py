@@ -14,6 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import InvalidEntries, InvalidOutput
 from immich_ml_metal.types import (
+    FACE_MIN_SCORE,
+    LINE_MIN_SCORE,
+    TEXT_MAX_RESOLUTION,
+    TEXT_MIN_SCORE,
     Answer,
     ClipTextual,
     ClipVisual,
@@ -49,16 +53,16 @@ class _LanguageOptions(_Options):
 
 
 class _FaceOptions(_Options):
-    minScore: _Score = 0.7  # noqa: N815 - Immich's spelling
+    minScore: _Score = FACE_MIN_SCORE  # noqa: N815 - Immich's spelling
 
 
 class _BoxOptions(_Options):
-    minScore: _Score = 0.5  # noqa: N815
-    maxResolution: Annotated[int, Field(ge=1)] = 736  # noqa: N815
+    minScore: _Score = TEXT_MIN_SCORE  # noqa: N815
+    maxResolution: Annotated[int, Field(ge=1)] = TEXT_MAX_RESOLUTION  # noqa: N815
 
 
 class _LineOptions(_Options):
-    minScore: _Score = 0.9  # noqa: N815
+    minScore: _Score = LINE_MIN_SCORE  # noqa: N815
 
 
 class _Strict(BaseModel):
