@@ -1,7 +1,7 @@
 """Whether an Immich server depends on us alone: only then may its queues be paused."""
 
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -62,18 +62,21 @@ def find_dependence(
     if not server.is_enabled:
         return Dependence(why_not_alone="machine learning is switched off in Immich's settings")
     ours = {url: _leads_here(url, immich_url, port, hosts, lookup) for url in server.urls}
-    if None in ours.values() and last is not None and last.urls == server.urls:
+    if None in ours.values() and last is not None and last.urls == tuple(ours):
         return last
-    others = [url for url in server.urls if not ours[url]]
-    if not server.urls or len(others) == len(server.urls):
-        urls = ", ".join(server.urls) or "none"
-        return Dependence(
-            why_not_alone=f"Immich's URLs ({urls}) do not name this machine on port {port}"
-        )
+    return _judge(ours, port)
+
+
+def _judge(ours: Mapping[str, bool | None], port: int) -> Dependence:
+    """By the URLs of Immich's settings and whether each leads here."""
+    others = [url for url, is_here in ours.items() if not is_here]
+    if len(others) == len(ours):
+        urls = ", ".join(ours) or "none"
+        return Dependence(False, f"Immich's URLs ({urls}) do not name this machine on port {port}")
     if others:
         also = ", ".join(others)
         return Dependence(True, f"Immich has another URL beside ours ({also})")
-    return Dependence(is_named=True, why_not_alone="", urls=server.urls)
+    return Dependence(True, "", tuple(ours))
 
 
 def is_ours(url: str, immich_url: str, port: int, hosts: Collection[str]) -> bool:
