@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from immich_ml_metal.cli.config import write_private
+from immich_ml_metal.immich.records import claim
 from immich_ml_metal.state import StateFolder
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -44,3 +45,8 @@ def test_state_that_root_writes_belongs_to_the_owner_of_the_folder(home: Path) -
     for number in range(2):
         StateFolder(folder).write("queues", 1, {"number": number})
         assert owners(home) == {(USER, USER + 1)}
+
+
+def test_the_lock_of_the_records_of_queues_too(home: Path) -> None:
+    claim(StateFolder(home / "state")).close()
+    assert owners(home) == {(USER, USER + 1)}
