@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.errors import ServiceError
+from immich_ml_metal.system.owner import hand_over, make_folder
 
 _NAME = "immich-ml-metal"
 
@@ -71,7 +72,7 @@ class StateFolder:
         path = self._path(name)
         text = json.dumps({"version": version, **document}, indent=1, sort_keys=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             _replace(path, text.encode())
         except OSError as exc:
             raise StateUnusable(f"cannot write {path}: {exc.strerror}") from exc
@@ -106,6 +107,7 @@ def _replace(path: Path, content: bytes) -> None:
     handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
+            hand_over(handle, path.parent)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

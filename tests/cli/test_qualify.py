@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import psutil
 from doubles.tiny_models import CLIP, FACES, OCR
 from typer.testing import CliRunner
@@ -43,6 +45,25 @@ def test_the_table_shows_each_candidate_and_the_second_time_measures_nothing(
     for one in second:
         kept = stored[one["model"]]["verdicts"]["cpu float32"]["figures"]
         assert one["candidates"]["cpu float32"]["figures"] == kept
+
+
+def test_a_shared_report_keeps_its_table_and_tells_nothing_of_its_owner(
+    tmp_path: Path, models: Path
+) -> None:
+    home, report = tmp_path / "jane", tmp_path / "report.md"
+    assert qualify(home, models, FACES).exit_code == 0
+    stored = home / "state" / "engines.json"
+    document = json.loads(stored.read_text())
+    private = f"no {models}/a.onnx, {home}/b at {socket.gethostname()}, /Users/jane/c"
+    for one in document["models"].values():
+        one["verdicts"]["cpu float32"]["reason"] = f"{private} | half\nof it"
+    stored.write_text(json.dumps(document))
+    assert qualify(home, models, FACES, "--share", str(report)).exit_code == 0
+    text = report.read_text()
+    for word in (str(models), str(home), socket.gethostname(), "jane"):
+        assert word not in text
+    assert text.count(r"\| half of it |") == 2
+    assert f"onnxruntime {onnxruntime.__version__}" in text
 
 
 def test_a_model_that_is_not_here_is_said_and_the_exit_code_too(

@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +67,11 @@ class Place:
         self.folder.write(DOCUMENT, VERSION, Records(**records).document())
 
     @asynccontextmanager
-    async def guard(self, key: str = KEY) -> Any:
+    async def guard(self, key: str = KEY, *, is_trial: bool = False) -> Any:
         """A guard at work, which ends as by `kill -9` unless the test stops it."""
         keeper = Keeper(ImmichApi(self.url, SecretStr(key)), self.folder)
-        guard = Guard(keeper, self.ours.side(), Metrics("gateway"), times=TIMES)
+        side, metrics = self.ours.side(), Metrics("gateway")
+        guard = Guard(keeper, side, metrics, is_trial=is_trial, times=TIMES)
         running = asyncio.create_task(guard.run())
         try:
             yield guard, running
@@ -163,6 +167,69 @@ async def test_a_queue_that_somebody_resumed_is_not_paused_again_for_the_same_tr
         await asyncio.sleep(0.5)
         assert place.immich.paused == set()
         assert Records.load(place.folder).paused == {}
+
+
+async def test_a_trial_in_a_terminal_pauses_nothing_of_an_immich_that_names_us(
+    place: Place,
+) -> None:
+    place.ours.troubles = dict(BROKEN)
+    async with place.guard(is_trial=True) as (guard, running):
+        await until(lambda: "terminal" in guard.describe()["why_off"], "a look at Immich")
+        await asyncio.sleep(0.3)
+        assert guard.describe()["state"] == "off"
+        assert not await end(guard, running)
+    assert ("ocr", "pause") not in place.immich.commands
+    assert place.immich.paused == set()
+
+
+# -- the name server against it --------------------------------------------------------------------
+
+
+class Names:
+    """A name server that knows Immich's name of us, until it fails or hangs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fails, self.hangs_s, self.asked = False, 0.0, 0
+        self._ask = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self.look_up)
+
+    def look_up(self, host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host != "ml.example":
+            return self._ask(host, *args, **kwargs)
+        self.asked += 1
+        time.sleep(self.hangs_s)
+        if self.fails:
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return self._ask("127.0.0.1", *args, **kwargs)
+
+
+@pytest.fixture
+def names(place: Place, monkeypatch: pytest.MonkeyPatch) -> Names:
+    place.immich.config["machineLearning"]["urls"] = [f"http://ml.example:{PORT}"]
+    return Names(monkeypatch)
+
+
+@pytest.mark.parametrize(("fails", "hangs_s"), [(True, 0.0), (False, 3.0)])
+async def test_a_stop_pauses_the_queues_although_no_name_can_be_looked_up(
+    place: Place, names: Names, fails: bool, hangs_s: float
+) -> None:
+    async with place.guard() as (guard, running):
+        await is_on(guard)
+        names.fails, names.hangs_s = fails, hangs_s
+        assert await end(guard, running)
+    assert place.immich.paused == QUEUES
+
+
+async def test_a_queue_paused_for_a_trouble_stays_so_while_no_name_can_be_looked_up(
+    place: Place, names: Names
+) -> None:
+    place.ours.troubles = dict(BROKEN)
+    async with place.guard() as (guard, _):
+        await until(lambda: place.immich.paused == {"ocr"}, "the pause of a broken task")
+        names.fails, asked = True, names.asked
+        await until(lambda: names.asked > asked + 2, "more looks at Immich's URLs")
+        assert place.immich.paused == {"ocr"}
+        assert guard.describe()["state"] == "on"
 
 
 # -- Immich against it -----------------------------------------------------------------------------
@@ -284,6 +351,34 @@ async def test_a_key_that_was_pasted_with_quotes_is_refused_and_never_shown(
         assert "secret" not in str(guard.describe()) + caplog.text
 
 
+@pytest.mark.parametrize(
+    ("refused", "said"), [("key", "no such key (401)"), ("systemConfig.read", "systemConfig.read")]
+)
+async def test_a_key_that_is_refused_from_the_start_is_why_the_guard_is_off(
+    place: Place, refused: str, said: str
+) -> None:
+    place.immich.permissions.discard(refused)
+    async with place.guard("wrong" if refused == "key" else KEY) as (guard, _):
+        await until(lambda: said in guard.describe()["why_off"], "the refusal")
+        assert guard.describe()["state"] == "off"
+        place.immich.permissions.add(refused)
+        if refused != "key":
+            await is_on(guard)
+
+
+async def test_an_immich_that_does_not_name_us_is_not_asked_all_the_time(place: Place) -> None:
+    place.remember(running_since=SINCE)
+    place.immich.config["machineLearning"]["urls"] = ["http://192.0.2.1:3003"]
+    async with place.guard() as (guard, _):
+        await until(lambda: "do not name" in guard.describe()["why_off"], "a look at Immich")
+        assert guard._missing.has_work()
+        guard._times = replace(TIMES, look_s=60.0)
+        await until(lambda: guard._looked_s > 0, "the end of that look")
+        looked_s = guard._looked_s
+        await asyncio.sleep(0.3)
+        assert guard._looked_s == looked_s
+
+
 # -- the disk against it ---------------------------------------------------------------------------
 
 
@@ -321,6 +416,7 @@ async def test_an_older_save_never_comes_after_a_later_one(place: Place) -> None
     [
         {"paused": {"video": {"reason": "r", "since": "s"}}},
         {"repairs": {"ocr": {"lost": "many"}}},
+        {"repairs": {"ocr": {"rests_until_s": "soon"}}},
         {"repairs": {"clip": {"unheard_of": 1}}},
         {"paused": ["ocr"]},
     ],

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from immich_ml_metal.immich.api import ServerSettings
-from immich_ml_metal.immich.whose import find_dependence
+from immich_ml_metal.immich.whose import Dependence, find_dependence, no_lookup
 
 HOSTS = {
     *("mac.local", "mac", "192.168.1.5", "2001:db8::5"),
@@ -70,3 +70,31 @@ def test_a_name_counts_by_the_address_it_stands_for() -> None:
     server = ServerSettings(True, (f"http://{socket.gethostname()}:3003",), {}, {})
     address = socket.gethostbyname(socket.gethostname())
     assert find_dependence(server, ON_NAS, 3003, {address}).why_not_alone == ""
+
+
+def found_without_names(last: Dependence, *urls: str, enabled: bool = True) -> Dependence:
+    server = ServerSettings(enabled, urls, {}, {})
+    return find_dependence(server, ON_NAS, 3003, HOSTS, last=last, lookup=no_lookup)
+
+
+def test_a_name_server_that_fails_does_not_unsay_what_was_found() -> None:
+    url = "http://ml.example:3003"
+    alone = Dependence(is_named=True, why_not_alone="", urls=(url,))
+    assert found_without_names(alone, url) == alone
+    assert "do not name this machine" in found_without_names(Dependence(), url).why_not_alone
+    assert found_without_names(alone, "http://new.example:3003").why_not_alone
+    assert "switched off" in found_without_names(alone, url, enabled=False).why_not_alone
+
+
+def test_a_name_that_leads_elsewhere_now_is_not_ours_any_more() -> None:
+    url = "http://ml.example:3003"
+    server = ServerSettings(True, (url,), {}, {})
+    addresses = {"192.168.1.5"}
+
+    def find(last: Dependence) -> Dependence:
+        return find_dependence(server, ON_NAS, 3003, HOSTS, last=last, lookup=lambda _: addresses)
+
+    alone = find(Dependence())
+    assert alone.why_not_alone == ""
+    addresses = {"192.168.1.9"}
+    assert "do not name this machine" in find(alone).why_not_alone

@@ -181,3 +181,29 @@ async def test_vision_needs_no_files_to_be_checked(tmp_path: Path) -> None:
     choice = await world.settle(ModelKey(Task.OCR, Part.DETECTION, "EN__PP-OCRv5_mobile"))
     assert choice is not None
     assert choice.candidate.engine == "vision"
+
+
+READER = ModelKey(Task.OCR, Part.DETECTION, "EN__PP-OCRv5_mobile")
+
+
+@pytest.mark.parametrize(
+    ("key", "engine", "changed"),
+    [
+        (KEY, {"clip_engine": "mlx"}, {"graph_rewriting": ("off",)}),
+        (KEY, {"clip_engine": "coreml"}, {"use_ane": False}),
+        (READER, {}, {"ocr_language_correction": False}),
+    ],
+)
+async def test_a_setting_that_changes_the_numbers_asks_for_a_new_verdict(
+    tmp_path: Path, key: ModelKey, engine: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    world = World(tmp_path, {})
+
+    def is_pending(**settings: Any) -> bool:
+        chosen = Settings(models_dir=tmp_path, offline=True, state_dir=world.state, **settings)
+        choices = remembered_choices(chosen, ModelStore(chosen), odd_mac(tmp_path))
+        return choices.of(key).is_pending
+
+    await world.settle(key, **engine)
+    assert not is_pending(**engine)
+    assert is_pending(**engine, **changed)

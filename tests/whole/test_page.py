@@ -1,16 +1,20 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from doubles.gateway import free_port, gateway_process, running_gateway
 from doubles.tiny_models import CLIP, FACES, OCR, draw_faces, draw_text
+from PIL import Image
 from playwright.async_api import Browser, FilePayload, Page, Route, async_playwright, expect
 
 from immich_ml_metal.client.own_service import running_service
@@ -173,6 +177,8 @@ async def test_a_task_that_fails_is_shown_with_what_to_do(
     ):
         await service.predict(OCR_REQUEST + b"[status 500]")
         await expect(page.locator("#problems li")).to_contain_text("ocr with m: answered 500")
+        await expect(page.locator("#state-word")).to_have_text("Working, with trouble")
+        await expect(page.locator("#state")).to_have_attribute("data-level", "warn")
         await service.predict(b"[abort]" + OCR_REQUEST)
         await expect(page.locator("#failures .quiet").first).to_contain_text("doctor --share")
         await service.predict(OCR_REQUEST)
@@ -233,6 +239,33 @@ async def test_the_page_fits_a_phone_and_obeys_the_keyboard(
         await page.locator("#drop").focus()
         async with page.expect_file_chooser():
             await page.keyboard.press("Enter")
+
+
+async def test_searches_that_only_fail_are_not_called_working(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    search = b'{"clip":{"textual":{"modelName":"m"}}}'
+    async with (
+        running_gateway(tmp_path) as service,
+        page_of(chromium, f"http://127.0.0.1:{service.port}/ui/") as page,
+    ):
+        await service.predict(search + b"[status 500]")
+        await expect(page.locator("#state-word")).to_have_text("Working, with trouble")
+        await service.predict(search)
+        await expect(page.locator("#state-word")).to_have_text("Working")
+
+
+async def test_an_answer_that_the_page_does_not_understand_does_not_stop_it(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    async with (
+        running_gateway(tmp_path) as service,
+        page_of(chromium, f"http://127.0.0.1:{service.port}/ui/") as page,
+    ):
+        await page.route("**/health", lambda route: route.fulfill(json={"status": "ok"}))
+        await expect(page.locator("#stale")).to_contain_text("has not answered for")
+        await page.unroute("**/health")
+        await expect(page.locator("#stale")).to_be_hidden()
 
 
 # -- the playground, on small models that really answer ------------------------------------------
@@ -336,3 +369,48 @@ async def test_a_refusal_of_the_service_is_shown_in_its_words(chromium: Browser,
         await expect(page.locator("#faces .error")).to_have_text(
             "The service answered 422: model <b>x</b> is unknown"
         )
+
+
+async def test_a_picture_that_lies_on_its_side_is_turned_as_the_browser_shows_it(
+    chromium: Browser, url: str
+) -> None:
+    image = Image.open(io.BytesIO(draw_faces((208, 160), size=(640, 480))))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter, clockwise: 480 wide
+    turned = io.BytesIO()
+    image.transpose(Image.Transpose.ROTATE_90).save(turned, "JPEG", quality=95, exif=exif)
+    async with page_of(chromium, f"{url}/ui/") as page:
+        await drop(page, "phone.jpg", turned.getvalue(), "image/jpeg")
+        await choose(page, "facial-recognition-model", FACES)
+        await expect(page.locator("#faces [data-count]")).to_have_attribute("data-count", "1")
+        await expect(page.locator("#faces .canvas svg")).to_have_attribute("viewBox", "0 0 640 480")
+        box = page.locator("#faces rect.face")
+        left, width = [float(await box.get_attribute(name) or 0) for name in ("x", "width")]
+        assert left + width / 2 == pytest.approx(208, abs=12)
+
+
+PASTE_AND_DROP = """async (png) => {
+  const bytes = Uint8Array.from(atob(png), (letter) => letter.charCodeAt(0));
+  const files = new DataTransfer();
+  files.items.add(new File([bytes], "p.png", { type: "image/png" }));
+  document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: files, bubbles: true }));
+  const how = { dataTransfer: files, bubbles: true, cancelable: true };
+  document.dispatchEvent(new DragEvent("drop", how));
+}"""
+
+
+async def test_pictures_can_be_pasted_and_dropped(chromium: Browser, url: str) -> None:
+    async with page_of(chromium, f"{url}/ui/") as page:
+        await page.evaluate(PASTE_AND_DROP, base64.b64encode(draw_text("a")).decode())
+        await expect(page.locator("#pictures button")).to_have_count(2)
+
+
+async def test_the_page_is_dark_where_the_system_is(chromium: Browser, url: str) -> None:
+    grounds = []
+    schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    for scheme in schemes:
+        page = await chromium.new_page(color_scheme=scheme)
+        await page.goto(f"{url}/ui/")
+        grounds.append(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        await page.close()
+    assert grounds == ["rgb(246, 247, 249)", "rgb(18, 21, 27)"]

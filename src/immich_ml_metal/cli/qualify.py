@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from immich_ml_metal.backends.makers import MAKERS
 from immich_ml_metal.catalog import OPEN_CLIP_PREFIX, find_by_name
 from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_error, print_json
+from immich_ml_metal.doctor.share import anonymise, known_private
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.children import measure
 from immich_ml_metal.qualification.comparison import Compared, Comparison
 from immich_ml_metal.qualification.plan import Choices, remembered_choices
 from immich_ml_metal.qualification.record import name_of
-from immich_ml_metal.qualification.report import cells, write_report
+from immich_ml_metal.qualification.report import cells, render_report
 from immich_ml_metal.settings_sources import load_settings
 from immich_ml_metal.types import ModelKey
 
@@ -52,7 +54,7 @@ def qualify(
     keys = _keys(choices, names or ())
     found = asyncio.run(_compare(comparison, keys))
     if share is not None:
-        write_report(share, choices.machine.environment, found)
+        share.write_text(_report(choices, found), encoding="utf-8")
         typer.echo(f"Wrote {share}; look into it before you post it.", err=True)
     if as_json:
         print_json([_as_dict(one) for one in found])
@@ -95,6 +97,15 @@ async def _compare(comparison: Comparison, keys: Sequence[ModelKey]) -> list[Com
             else:
                 found.append(compared)
     return found
+
+
+def _report(choices: Choices, found: Sequence[Compared]) -> str:
+    """Markdown without anything private: a reason may be an exception's text, with its paths."""
+    environment = choices.machine.environment
+    facts = [environment.facts_for(engine) for engine in MAKERS]
+    known = known_private(choices.settings)
+    keep = frozenset(value for one in facts for value in one.values())
+    return anonymise(render_report(environment, found), known, keep)
 
 
 def _print(found: Sequence[Compared]) -> None:

@@ -23,7 +23,7 @@ from immich_ml_metal.immich.keeper import Keeper, aside
 from immich_ml_metal.immich.missing import MissingRuns
 from immich_ml_metal.immich.own import TIMES, OwnSide, Times
 from immich_ml_metal.immich.records import STOPPED, now_utc
-from immich_ml_metal.immich.whose import Dependence, find_dependence
+from immich_ml_metal.immich.whose import Dependence, find_dependence, no_lookup
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.state import StateUnusable
 from immich_ml_metal.system.network import names_of_this_machine
@@ -63,14 +63,16 @@ class Guard:
         self._said = ""
         self._has_tried_key = False
         self._refusal = ""  # of the key
+        self._key_refused = ""  # at the last question, for who asks us
         self._unwritten = ""  # why there are no records
 
     def describe(self) -> dict[str, Any]:
         """Its part of `/health`. Any: plain values."""
         records = self.keeper.records
+        why_off = (self.why_off == _NOT_LOOKED and self._key_refused) or self.why_off
         return {
             "state": "off" if self.why_off else "on",
-            "why_off": self.why_off,
+            "why_off": why_off,
             "queues": {
                 QUEUES[task]: asdict(one) for task, one in self._queues.items() if task in QUEUES
             },
@@ -102,6 +104,7 @@ class Guard:
             self._unwritten = f"{exc}: no queue is paused"
             self._set_off(self._unwritten)
         except ImmichError as exc:
+            self._key_refused = str(exc) if isinstance(exc, KeyRefused) else ""
             self._say_once(str(exc))
         except Exception as exc:  # noqa: BLE001 - said below, with its traceback
             self._say_once(repr(exc), exc)
@@ -120,7 +123,8 @@ class Guard:
 
     def _is_time(self) -> bool:
         records = self.keeper.records
-        busy = records.paused or self._own.troubles() or self._missing.has_work()
+        repairs = self._depends.is_named and self._missing.has_work()
+        busy = records.paused or self._own.troubles() or repairs
         pause_s = 0.0 if busy else self._times.look_s
         return time.monotonic() - self._looked_s >= pause_s
 
@@ -166,12 +170,17 @@ class Guard:
             return
         self._server = await self.keeper.settings(self._times.call_s)
         self._asked_settings_s = now_s
-        await self._judge(self._server)
+        await self._judge(self._server, self._times.call_s)
 
-    async def _judge(self, server: ServerSettings) -> None:
+    async def _judge(self, server: ServerSettings, within_s: float) -> None:
         """Whether its queues are ours to pause."""
-        find = partial(find_dependence, server, self.keeper.immich.url, self._own.port())
-        self._depends = await aside(lambda: find(names_of_this_machine()))
+        url, port, last = self.keeper.immich.url, self._own.port(), self._depends
+        find = partial(find_dependence, server, url, port, last=last)
+        try:
+            async with asyncio.timeout(within_s):
+                self._depends = await aside(lambda: find(names_of_this_machine()))
+        except TimeoutError:  # a name server that does not answer: as one that fails
+            self._depends = find((), lookup=no_lookup)
         trial = _TERMINAL if self._is_trial else ""
         why_off = self._depends.why_not_alone or trial or self._refusal or self._unwritten
         self._set_off(why_off)
@@ -300,7 +309,7 @@ class Guard:
 
     async def _pause_all(self) -> bool:
         call_s = self._times.stop_s / 3
-        await self._judge(await self._look_for_stop(call_s))
+        await self._judge(await self._look_for_stop(call_s), call_s)
         if self.why_off:
             return False
         queues = self._queues

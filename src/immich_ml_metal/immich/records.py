@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from immich_ml_metal.immich.repairs import Repair
 from immich_ml_metal.state import StateFolder, StateUnusable
+from immich_ml_metal.system.owner import hand_over, make_folder
 from immich_ml_metal.types import QUEUES
 
 DOCUMENT = "guard"
@@ -85,8 +86,11 @@ def claim(folder: StateFolder) -> IO[bytes]:
     """
     path = folder.path / f"{DOCUMENT}.lock"
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
+        is_new = not path.exists()
         lock = path.open("ab")
+        if is_new:
+            hand_over(lock.fileno(), folder.path)
     except OSError as exc:
         raise StateUnusable(f"cannot write {path}: {exc.strerror}") from exc
     try:

@@ -41,8 +41,9 @@ class Repair:
     rests_until_s: float = 0.0
 
     def __post_init__(self) -> None:
-        numbers = (self.lost, self.last_lost_s, self.asked_s, self.failed_in_run)
-        if not all(isinstance(one, int | float) for one in (*numbers, self.rest_s)):
+        times = (self.last_lost_s, self.asked_s, self.rest_s, self.rests_until_s)
+        numbers = (self.lost, self.failed_in_run, *times)
+        if not all(isinstance(one, int | float) for one in numbers):
             raise TypeError(f"no number among {numbers}")
 
     @property

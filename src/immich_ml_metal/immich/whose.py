@@ -1,8 +1,7 @@
 """Whether an Immich server depends on us alone: only then may its queues be paused."""
 
-import contextlib
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -19,10 +18,35 @@ class Dependence:
 
     is_named: bool = False
     why_not_alone: str = "Immich has not been asked yet"
+    urls: tuple[str, ...] = ()  # of Immich's settings, as they were when it depended on us alone
+
+
+Lookup = Callable[[str], set[str]]
+
+
+def look_up(host: str) -> set[str]:
+    """The addresses that a name stands for.
+
+    Raises:
+        OSError, UnicodeError: the name server does not know it, or cannot be asked.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return {str(address[0]).partition("%")[0] for *_, address in found}
+
+
+def no_lookup(host: str) -> set[str]:
+    """In place of `look_up` where names cannot be looked up."""
+    raise OSError(f"{host} is not looked up")
 
 
 def find_dependence(
-    server: ServerSettings, immich_url: str, port: int, hosts: Collection[str]
+    server: ServerSettings,
+    immich_url: str,
+    port: int,
+    hosts: Collection[str],
+    *,
+    last: Dependence | None = None,
+    lookup: Lookup = look_up,
 ) -> Dependence:
     """Read it out of the server's settings.
 
@@ -31,23 +55,39 @@ def find_dependence(
         immich_url: where it is reached, which tells whether it runs on this machine.
         port: ours.
         hosts: names and addresses of this machine.
+        last: what was found before. It stays true of the same URLs while a name of theirs cannot
+            be looked up: jobs must not be lost to a name server.
+        lookup: finds the addresses of a name.
     """
     if not server.is_enabled:
         return Dependence(why_not_alone="machine learning is switched off in Immich's settings")
-    others = [url for url in server.urls if not is_ours(url, immich_url, port, hosts)]
-    if not server.urls or len(others) == len(server.urls):
-        urls = ", ".join(server.urls) or "none"
-        return Dependence(
-            why_not_alone=f"Immich's URLs ({urls}) do not name this machine on port {port}"
-        )
+    ours = {url: _leads_here(url, immich_url, port, hosts, lookup) for url in server.urls}
+    if None in ours.values() and last is not None and last.urls == tuple(ours):
+        return last
+    return _judge(ours, port)
+
+
+def _judge(ours: Mapping[str, bool | None], port: int) -> Dependence:
+    """By the URLs of Immich's settings and whether each leads here."""
+    others = [url for url, is_here in ours.items() if not is_here]
+    if len(others) == len(ours):
+        urls = ", ".join(ours) or "none"
+        return Dependence(False, f"Immich's URLs ({urls}) do not name this machine on port {port}")
     if others:
         also = ", ".join(others)
         return Dependence(True, f"Immich has another URL beside ours ({also})")
-    return Dependence(is_named=True, why_not_alone="")
+    return Dependence(True, "", tuple(ours))
 
 
 def is_ours(url: str, immich_url: str, port: int, hosts: Collection[str]) -> bool:
     """Whether a URL in Immich's settings leads to this service."""
+    return bool(_leads_here(url, immich_url, port, hosts, look_up))
+
+
+def _leads_here(
+    url: str, immich_url: str, port: int, hosts: Collection[str], lookup: Lookup
+) -> bool | None:
+    """Whether a URL leads to this service; None where its name cannot be looked up."""
     try:
         parts = urlsplit(url)
         asked = parts.port or 80
@@ -58,17 +98,10 @@ def is_ours(url: str, immich_url: str, port: int, hosts: Collection[str]) -> boo
         return False
     known = {name.lower() for name in hosts}
     if host in _HERE_ONLY:
-        return _is_here(urlsplit(immich_url).hostname or "", known)
-    return _is_here(host, known)
-
-
-def _is_here(host: str, known: Collection[str]) -> bool:
-    """Whether a host is this machine, by its name or by an address that its name stands for."""
-    return host in known or bool(_addresses(host) & set(known))
-
-
-def _addresses(host: str) -> set[str]:
-    with contextlib.suppress(OSError, UnicodeError):
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        return {str(address[0]).partition("%")[0] for *_, address in found}
-    return set()
+        host = urlsplit(immich_url).hostname or ""
+    if host in known:
+        return True
+    try:
+        return bool(lookup(host) & known)
+    except (OSError, UnicodeError):
+        return None

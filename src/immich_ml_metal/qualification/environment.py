@@ -1,4 +1,4 @@
-"""What a verdict depends on beside the model: chip, system, library versions, our own compiler.
+"""What a verdict depends on beside the model: chip, system, versions, our compiler, settings.
 
 Cheap enough for a start: reads versions and small files, imports no library.
 """
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import immich_ml_metal
 from immich_ml_metal.onnx_files.derived import source_digest
+from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.programs import RunProgram, run_program
+from immich_ml_metal.system.switches import exactness
 
 Facts = Mapping[str, str]
 
@@ -28,6 +30,12 @@ _SOURCES: Mapping[str, tuple[str, ...]] = {
     "coreml": ("backends/coreml", "onnx_graph"),
     "vision": ("backends/vision",),
 }
+# The settings that change an engine's numbers or its graph; number formats are candidates.
+_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "mlx": ("graph_rewriting",),
+    "coreml": ("use_ane", "graph_rewriting"),
+    "vision": ("ocr_language_correction",),
+}
 
 
 class Environment:
@@ -40,7 +48,10 @@ class Environment:
         """What an engine's numbers depend on, by name; equal facts mean equal numbers."""
         packages = {name: _version(name) for name in _PACKAGES.get(engine, ())}
         source = _source(*_SOURCES.get(engine, ()))
-        return {"chip": self._chip, "system": self._system, **packages, "compiler": source}
+        switches = exactness() if engine == "mlx" else {}
+        return {"chip": self._chip, "system": self._system, **packages, **switches} | {
+            "compiler": source
+        }
 
     @functools.cached_property
     def _chip(self) -> str:
@@ -54,6 +65,15 @@ class Environment:
         if platform.system() != "Darwin":
             return platform.system()
         return f"macOS {self._run('sw_vers', '-buildVersion').out.strip() or 'unknown'}"
+
+
+def settings_facts(engine: str, settings: Settings) -> Facts:
+    """The settings that an engine's numbers depend on, as they are now."""
+    told = {name: getattr(settings, name) for name in _SETTINGS.get(engine, ())}
+    return {
+        name: ",".join(sorted(value)) if isinstance(value, tuple) else str(value)
+        for name, value in told.items()
+    }
 
 
 def _version(package: str) -> str:

@@ -27,7 +27,7 @@ from immich_ml_metal.errors import ConfigError, ServiceError, UnknownModel
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.onnx_files.derived import stamp_of
 from immich_ml_metal.qualification.choice import Choice, decide
-from immich_ml_metal.qualification.environment import Environment
+from immich_ml_metal.qualification.environment import Environment, settings_facts
 from immich_ml_metal.qualification.record import Entry, Record, name_of
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
@@ -153,7 +153,8 @@ class Choices:
             return entry.digest if same else CHANGED
 
         def facts(engine: str) -> Mapping[str, str]:
-            known = self.machine.environment.facts_for(engine)
+            set_to = settings_facts(engine, self.settings)
+            known = {**self.machine.environment.facts_for(engine), **set_to}
             return known if engine in NO_FILES else {**known, "model": model()}
 
         return facts

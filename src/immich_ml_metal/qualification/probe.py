@@ -246,11 +246,23 @@ async def _probe_vision(order: Order, engine: Engine, say: Say) -> Verdict:
     figures = Figures(first_s=answers[0][1], alone_ms=1000 * later_s)
     if slot == FACE_FINDING:
         return Verdict(Outcome.WORKS, f"it runs; faces are not compared, {samples.note}", figures)
-    wrong = [text for text in (_text_of(found) for found, _ in answers) if not _is_right(text)]
+    return _judge_texts([_text_of(found) for found, _ in answers], figures)
+
+
+def _judge_texts(texts: Sequence[str], figures: Figures) -> Verdict:
+    """Right when every drawn word was read, and the same each time."""
+    wrong = [text for text in texts if not _is_right(text)]
     if wrong:
-        reason = f"read {wrong[0]!r} where {' '.join(WORDS)!r} is drawn, {len(wrong)} of 5 times"
+        reason = (
+            f"read {wrong[0]!r} where {' '.join(WORDS)!r} is drawn, "
+            f"{len(wrong)} of {len(texts)} times"
+        )
         return Verdict(Outcome.WRONG, reason, figures)
-    return Verdict(Outcome.RIGHT, "the same words, 5 times of 5", figures)
+    different = {_squeezed(text): text for text in texts}
+    if len(different) > 1:
+        first, second, *_ = different.values()
+        return Verdict(Outcome.WRONG, f"read {first!r} and then {second!r} in one image", figures)
+    return Verdict(Outcome.RIGHT, f"the same words, {len(texts)} times of {len(texts)}", figures)
 
 
 def _text_of(found: TextRegions) -> str:
@@ -259,5 +271,8 @@ def _text_of(found: TextRegions) -> str:
 
 def _is_right(text: str) -> bool:
     """Every drawn word is there; case and spaces are no matter of being right."""
-    squeezed = "".join(text.casefold().split())
-    return all("".join(word.casefold().split()) in squeezed for word in WORDS)
+    return all(_squeezed(word) in _squeezed(text) for word in WORDS)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.casefold().split())

@@ -1,8 +1,7 @@
-"""The comparison as a page to post: figures of a real machine, and nothing of its owner's."""
+"""The comparison as a page to post. What its reasons tell of the owner, who writes it takes out."""
 
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
@@ -13,11 +12,6 @@ from immich_ml_metal.qualification.verdict import Judged
 
 _HEAD = ("engine", "numbers", "cosine", "first s", "ms alone", "ms in batch", "MB", "verdict")
 GIB = 2**30
-
-
-def write_report(path: Path, environment: Environment, found: Sequence[Compared]) -> None:
-    """Write Markdown. Names of models are public; paths, names and addresses are not in it."""
-    path.write_text(render_report(environment, found), encoding="utf-8")
 
 
 def render_report(environment: Environment, found: Sequence[Compared]) -> str:
@@ -61,4 +55,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(texts)} |"
+    told = (" ".join(text.replace("|", r"\|").split()) for text in texts)
+    return f"| {' | '.join(told)} |"

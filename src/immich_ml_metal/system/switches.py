@@ -34,6 +34,11 @@ def worker_environment() -> dict[str, str]:
     return huge_pages | os.environ
 
 
+def exactness() -> Mapping[str, str]:
+    """The switches that decide how exactly is computed, as they are in force."""
+    return {name: os.environ.get(name, "") for name in _EXACT}
+
+
 def set_switches() -> None:
     """Set every switch that nobody has set."""
     for name, value in SWITCHES.items():

@@ -13,6 +13,10 @@ for (const element of document.querySelectorAll("[data-text]")) {
   element.textContent = text[element.dataset.text];
 }
 
+for (const element of document.querySelectorAll("[data-label]")) {
+  element.setAttribute("aria-label", text[element.dataset.label]);
+}
+
 let health = null;
 let page = null;
 let answeredAt = performance.now();
@@ -25,16 +29,18 @@ async function ask(path) {
 
 async function poll() {
   try {
-    [health, page] = await Promise.all([ask("/health"), ask("/ui/state.json")]);
-    answeredAt = performance.now();
+    const [newHealth, newPage] = await Promise.all([ask("/health"), ask("/ui/state.json")]);
+    showState(newHealth, newPage, false);
+    [health, page, answeredAt] = [newHealth, newPage, performance.now()];
   } catch {
-    // told below, by age: one lost answer is no news
+    // Told below, by age: one lost answer is no news, nor one that this page does not understand,
+    // as in the middle of an upgrade.
   }
   const age = (performance.now() - answeredAt) / 1000;
   const isStale = age > STALE_S || health === null;
   byId("stale").hidden = !(isStale && health !== null);
   if (isStale) byId("stale").textContent = text.stale(age);
-  showState(health, page, isStale);
+  if (isStale) showState(health, page, true);
   setTimeout(poll, document.hidden ? HIDDEN_MS : EVERY_MS);
 }
 

@@ -3,6 +3,7 @@
 import { byId, h, s, show } from "./dom.js";
 import { predict } from "./predict.js";
 import { count, score, similarity, text } from "./text.js";
+import { upright } from "./upright.js";
 
 const TYPES = new Set(["image/jpeg", "image/png", "image/webp", "image/gif"]);
 
@@ -34,14 +35,15 @@ export function startPlayground(getPage) {
 
 async function take(files) {
   complain(null);
-  for (const blob of files) {
+  for (const file of files) {
+    const blob = TYPES.has(file.type) ? await upright(file).catch(() => file) : file;
     const url = URL.createObjectURL(blob);
-    const size = TYPES.has(blob.type) ? await measure(url) : null;
+    const size = TYPES.has(file.type) ? await measure(url) : null;
     if (size === null) {
       URL.revokeObjectURL(url);
-      complain(text.notAPicture(blob.name));
+      complain(text.notAPicture(file.name));
     } else {
-      state.pictures.push({ name: blob.name, blob, url, ...size });
+      state.pictures.push({ name: file.name, blob, url, ...size });
       state.chosen = state.pictures.at(-1);
     }
   }

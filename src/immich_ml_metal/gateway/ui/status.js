@@ -27,8 +27,15 @@ export function showState(health, page, isStale) {
 
 function stateName(health, page) {
   if (health.status !== "ok") return health.status;
+  if (health.troubles.length || isFailing(page.history.kinds.search)) return "trouble";
   if (!page.steps.asked) return "waiting";
   return health.worker.state === "idle" ? "idle" : "ok";
+}
+
+// Searches are never a trouble of a queue: they are failing while none of the last five minutes succeeded.
+function isFailing(kind) {
+  const sum = (steps) => steps.slice(-30).reduce((a, b) => a + b, 0);
+  return sum(kind.failed) > 0 && sum(kind.answered) === 0;
 }
 
 function showWord(health, page, isStale) {

@@ -38,6 +38,7 @@ export const text = {
   states: {
     ok: ["good", "Working", "Photos and searches are answered."],
     idle: ["good", "Ready, resting", "Nothing to do for a while, so memory was given back. The next photo wakes it."],
+    trouble: ["warn", "Working, with trouble", "Something is not answered: see below what it is and what to do."],
     waiting: ["good", "Ready", "Nothing has arrived from Immich yet."],
     starting: ["busy", "Starting", "Requests wait and are not lost."],
     stopping: ["busy", "Restarting", "Requests wait and are not lost."],
@@ -90,7 +91,7 @@ export const text = {
 
   firstTitle: "First steps",
   firstLead: "In Immich open Administration → Settings → Machine Learning Settings and put this address at the top of the list:",
-  firstThen: "The first photo makes the service fetch the model that Immich asks for (some hundred megabytes, once). Meanwhile requests wait; nothing is lost.",
+  firstThen: "The first photo makes the service fetch the model that Immich asks for (some hundred megabytes, once), and then check which engine answers right and fast here. Meanwhile requests wait; nothing is lost.",
   steps: {
     running: "The service runs and this page is answered",
     asked: "Immich (or you, below) has sent a first request",
@@ -98,6 +99,7 @@ export const text = {
     answered: "A request was answered",
   },
 
+  picturesLabel: "Your pictures",
   tryTitle: "Try it",
   tryLead: "Nothing is stored. What you drop here goes to this service only, and is forgotten.",
   dropTitle: "Drop or paste pictures here, or choose files",
@@ -106,7 +108,6 @@ export const text = {
   refused: (status, detail) => `The service answered ${status}: ${detail}`,
   noAnswer: "The service did not answer. It may be restarting; try again.",
   working: "working …",
-  remove: "remove",
   took: (ms) => `answered in ${duration(ms / 1000)}`,
   stages: (list) => list.map(([name, ms]) => `${name} ${count(ms)} ms`).join(" · "),
 
