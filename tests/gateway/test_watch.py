@@ -1,9 +1,13 @@
-"""When a worker counts as stuck."""
+"""When a worker counts as stuck, and when as too big."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from doubles.gateway import settings
 
-from immich_ml_metal.gateway.watch import ProgressWatch, has_preload, progress_mark
+from immich_ml_metal.gateway.watch import ProgressWatch, Watch, has_preload, progress_mark
 
 
 def observe(watch: ProgressWatch, now_s: float, mark: int = 0, **flags: bool) -> bool:
@@ -52,3 +56,35 @@ def test_bytes_of_a_download_are_progress_and_its_time_is_not() -> None:
     assert progress_mark({"progress": 1, "downloads": [{**download, "remaining_s": 8.0}]}) == before
     assert progress_mark({"progress": 1, "downloads": [{**download, "done_bytes": 2}]}) != before
     assert progress_mark({"progress": 2, "downloads": [download]}) != before
+
+
+class OneWorker:
+    """In a dispatcher's place: this process as the worker, and the orders that it was given."""
+
+    def __init__(self, started_s: float) -> None:
+        worker = SimpleNamespace(pid=os.getpid(), started_s=started_s)
+        self.supervisor = SimpleNamespace(worker=worker)
+        self.orders: list[str] = []
+
+    def recycle(self, order: Any) -> None:
+        self.orders.append(order.reason)
+
+
+@pytest.mark.parametrize(
+    ("age_s", "limit_bytes", "orders"),
+    [
+        (0.0, 1, []),
+        (59.9, 1, []),
+        (60.0, 1, ["memory"]),
+        (60.0, 2**60, []),
+        (60.0, 0, []),  # no limit
+    ],
+)
+def test_a_worker_over_its_limit_is_recycled_once_it_is_a_minute_old(
+    age_s: float, limit_bytes: int, orders: list[str]
+) -> None:
+    dispatcher: Any = OneWorker(started_s=1000.0)
+    watch = Watch(settings(memory_limit_bytes=limit_bytes), dispatcher)
+    watch.measure()
+    watch._check_memory(1000.0 + age_s)
+    assert dispatcher.orders == orders

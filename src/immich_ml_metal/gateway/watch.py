@@ -75,7 +75,7 @@ class Watch:
         if self._dispatcher.supervisor.state is not WorkerState.READY:
             self.health = None
             return
-        self._check_memory()
+        self._check_memory(time.monotonic())
         self._check_idle(time.monotonic())
         if self._dispatcher.queue.running:
             await self.ask(min(_ASK_TIMEOUT_S, self._settings.request_timeout_s))
@@ -134,11 +134,11 @@ class Watch:
             limit = f"no progress for {self._settings.request_timeout_s:g} s"
             supervisor.end(Order(limit, fault=True))
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, now_s: float) -> None:
         limit, worker = self._settings.memory_limit_bytes, self._dispatcher.supervisor.worker
         if not limit or worker is None or (self.memory_now_bytes or 0) <= limit:
             return
-        if time.monotonic() - worker.started_s >= _RECYCLE_MIN_AGE_S:
+        if now_s - worker.started_s >= _RECYCLE_MIN_AGE_S:
             logger.warning("worker over its limit bytes=%d limit=%d", self.memory_now_bytes, limit)
             self._dispatcher.recycle(Order("memory"))
 
