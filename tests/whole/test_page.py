@@ -94,6 +94,7 @@ async def test_a_crash_shows_with_its_cause(chromium: Browser, tmp_path: Path) -
         await expect(page.locator("#failures")).to_contain_text("Nothing since the start.")
         await service.predict(b"[abort]" + OCR_REQUEST)
         await expect(page.locator("#failures")).to_contain_text("SIGABRT")
+        await expect(page.locator("#worker")).to_contain_text("crash 2")
         await expect(page.locator('tr[data-kind="ocr"] [data-cell="failed"]')).to_have_text("1")
 
 

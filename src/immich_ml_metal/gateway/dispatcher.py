@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ class Dispatcher:
     ) -> None:
         self.queue = JobQueue()
         self.counts = Counts()
+        self.ends: Counter[str] = Counter()  # of workers, by reason
         self.crashes = crashes
         self.last_active_s = time.monotonic()
         self.served_by_worker = 0
@@ -165,7 +167,9 @@ class Dispatcher:
             task.cancel()
         self._sending.clear()
         self._stop_when_clear = None
-        self._metrics.worker_restarts.labels("crash" if end.fault else end.cause).inc()
+        reason = "crash" if end.fault else end.cause
+        self.ends[reason] += 1
+        self._metrics.worker_restarts.labels(reason).inc()
         in_flight = self.queue.running
         if not end.fault:
             self.queue.return_running()

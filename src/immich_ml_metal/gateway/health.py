@@ -51,6 +51,7 @@ def report(parts: Parts) -> dict[str, Any]:
         "queue": _queue(parts),
         "requests": asdict(parts.dispatcher.counts),
         "worker_starts": supervisor.starts,
+        "worker_ends": dict(parts.dispatcher.ends),
         "failures": {
             "by_cause": Counter(failure.cause for failure in crashes.failures),
             "recent": [

@@ -93,20 +93,28 @@ function showTiles(health, page) {
   const history = page.history;
   const perStep = sumOf(KINDS.map((kind) => history.kinds[kind].answered));
   const failed = sumOf(KINDS.map((kind) => history.kinds[kind].failed));
+  const perSecond = perStep.slice(-4, -1).reduce((a, b) => a + b, 0) / (3 * history.step_s);
+  const waiting = health.queue.waiting + health.queue.uploads_not_read_yet;
   const lastMinute = perStep.slice(-6).reduce((a, b) => a + b, 0);
   show(
     byId("tiles"),
     tile("now", count(health.queue.running)),
-    tile("waiting", count(health.queue.waiting + health.queue.uploads_not_read_yet)),
+    tile("perSecond", rate(perSecond)),
+    tile("waiting", count(waiting), ownTimeLeft(waiting, perSecond)),
     tile("photos", rate(lastMinute), chart(perStep, failed, text.tiles.photos)),
     tile("search", page.search_ms == null ? text.none : duration(page.search_ms / 1000)),
   );
 }
 
+// What waits here, at our own rate; what waits in Immich is in the table.
+function ownTimeLeft(waiting, perSecond) {
+  return waiting && perSecond ? h("div", { class: "quiet" }, text.leftAtRate(waiting / perSecond)) : null;
+}
+
 const sumOf = (lists) => lists[0].map((_, at) => lists.reduce((sum, list) => sum + list[at], 0));
 
 function tile(name, value, ...more) {
-  return h("div", { class: "tile", "data-tile": name }, h("b", {}, value), text.tiles[name], ...more);
+  return h("div", { class: "tile", "data-tile": name }, h("b", {}, value), text.tiles[name], ...more.filter(Boolean));
 }
 
 // Bars of a minute each, oldest left; failures are drawn at the foot.
@@ -200,6 +208,7 @@ function showService(health, page) {
     ...row(text.rows.up, duration(health.gateway.age_s)),
     ...row(text.rows.memory, text.twoProcesses(health.gateway.memory_bytes ?? 0, health.worker.memory_bytes)),
     ...row(text.rows.starts, text.times(health.worker_starts)),
+    ...row(text.rows.ends, text.ends(health.worker_ends)),
     ...row(text.rows.held, bytes(queue.held_memory_bytes + queue.held_spool_bytes)),
   ];
   show(byId("worker"), h("h3", {}, text.workerTitle), h("dl", {}, rows));

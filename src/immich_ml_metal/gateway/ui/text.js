@@ -51,6 +51,7 @@ export const text = {
 
   tiles: {
     now: "being answered now",
+    perSecond: "answers per second, last half minute",
     waiting: "waiting",
     photos: "answers per minute, last hour",
     search: "search, last answers",
@@ -75,9 +76,10 @@ export const text = {
 
   workerTitle: "This service",
   rows: {
-    version: "version", up: "running for", memory: "memory", starts: "worker started",
+    version: "version", up: "running for", memory: "memory", starts: "worker started", ends: "worker ended",
     held: "uploads held", addresses: "address for Immich", verdict: "index",
   },
+  ends: (reasons) => Object.entries(reasons).map(([why, n]) => `${why} ${count(n)}`).join(", ") || "never",
   times: (n) => (n === 1 ? "once" : `${count(n)} times`),
   twoProcesses: (gateway, worker) => `${bytes(gateway)} gateway, ${worker ? bytes(worker) : "no"} worker`,
 
