@@ -150,6 +150,8 @@ def test_sixteen_clients_at_once_get_exactly_what_they_get_alone(shared: Path, u
         for turn in range(3):
             number = (5 * turn + row) % len(MIX)
             ask = MIX[number]
+            if alone[number][0] == 422 and turn:
+                continue  # a name that is not served: the third in a row is held, to save a queue
             fields = {"entries": json.dumps(ask.entries)} | ({"text": ask.text} if ask.text else {})
             files = {"image": ("blob", pictures[ask.image])} if ask.image else None
             answer = await client.post(f"{url}/predict", data=fields, files=files)
