@@ -103,7 +103,7 @@ class Tower:
 
     def model(self, name: str, kind: int, shape: list[int | None]) -> onnx.ModelProto:
         """The finished model with one input."""
-        output = value("embedding", FLOAT, None)
+        output = value("embedding", FLOAT, ["rows", WIDTH])
         return make_model(self.nodes, [value(name, kind, shape)], [output], self.constants)
 
 
