@@ -105,7 +105,7 @@ DOCTOR = {  # what the machine is, is another test's matter
 def cases() -> dict[str, list[str]]:
     text = CASES + (LINUX_CASES if platform.system() == "Linux" else "")
     rows = (line.partition(":") for line in text.splitlines() if line)
-    return {name.strip(): words.split() for name, _, words in rows}
+    return {str(name).strip(): str(words).split() for name, _, words in rows}
 
 
 def helps() -> dict[str, list[str]]:

@@ -52,7 +52,7 @@ def check(settings: Settings) -> None:
         short = read_scenario(models).get("memory")
         return (int(short), 8 * 2**30) if short is not None else machine_memory()
 
-    limits_s = dict.fromkeys(("mlx", "coreml", "vision"), 10.0)
+    limits_s: dict[str, float] = dict.fromkeys(("mlx", "coreml", "vision"), 10.0)
     background.main(Tools(probe, memory, limits_s), odd_mac(models))
 
 

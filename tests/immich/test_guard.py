@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +67,9 @@ class Place:
         self.folder.write(DOCUMENT, VERSION, Records(**records).document())
 
     @asynccontextmanager
-    async def guard(self, key: str = KEY, *, is_trial: bool = False) -> Any:
+    async def guard(
+        self, key: str = KEY, *, is_trial: bool = False
+    ) -> AsyncIterator[tuple[Guard, asyncio.Task[None]]]:
         """A guard at work, which ends as by `kill -9` unless the test stops it."""
         keeper = Keeper(ImmichApi(self.url, SecretStr(key)), self.folder)
         side, metrics = self.ours.side(), Metrics("gateway")

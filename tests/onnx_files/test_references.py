@@ -163,12 +163,12 @@ def test_a_place_in_a_side_file_that_is_no_number_is_refused(tmp_path: Path) -> 
 
 def test_side_files_of_a_models_own_functions_are_found(tmp_path: Path) -> None:
     import onnx
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, external_data_helper, helper
 
     files = external_onnx(tmp_path)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     tensor = helper.make_tensor("c", TensorProto.FLOAT, [2], b"\0" * 8, raw=True)
-    onnx.external_data_helper.set_external_data(tensor, "function.bin", 0, 8)
+    external_data_helper.set_external_data(tensor, "function.bin", 0, 8)
     tensor.ClearField("raw_data")
     body = [helper.make_node("Constant", [], ["c"], value=tensor)]
     opset = helper.make_opsetid("", 17)

@@ -90,7 +90,7 @@ async def test_the_first_choice_that_is_right_ends_the_check(tmp_path: Path) -> 
 
 
 async def test_the_ladder_goes_down_to_the_cpu(tmp_path: Path) -> None:
-    wrong = dict.fromkeys(
+    wrong: dict[str, Outcome] = dict.fromkeys(
         ("mlx float16", "mlx mixed", "mlx float32", "coreml float16", "coreml float32"),
         Outcome.WRONG,
     )

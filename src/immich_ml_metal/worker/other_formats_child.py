@@ -4,6 +4,7 @@ The file comes on standard input; the pixels leave on standard output behind a l
 height, or the reason for a refusal on standard error with its exit status.
 """
 
+import importlib
 import os
 import resource
 import sys
@@ -57,10 +58,10 @@ def _limit_myself() -> None:
 
 def _add_heif() -> None:
     try:
-        from pillow_heif import register_heif_opener
+        heif = importlib.import_module("pillow_heif")
     except ImportError:  # the extra `heif` is not installed
         return
-    register_heif_opener()
+    heif.register_heif_opener()
 
 
 def _end(status: int, reason: str) -> NoReturn:
