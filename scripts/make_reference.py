@@ -70,6 +70,8 @@ def _settings() -> str:
 
 def _default(name: str, field: FieldInfo) -> str:
     value = field.default
+    if isinstance(value, tuple) and value:  # as it is written in the environment
+        value = ",".join(map(str, value))
     if value is None or value == ():
         return "unset"
     if isinstance(value, bool):
