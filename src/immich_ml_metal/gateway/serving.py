@@ -16,7 +16,7 @@ from immich_ml_metal.gateway.patient import limited
 from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
-from immich_ml_metal.system.listen import KEEPALIVE_S, listen
+from immich_ml_metal.system.listen import KEEPALIVE_S, SERVER_OPTIONS, listen
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,8 @@ class GatewayServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 gateway,
-                log_config=None,
-                log_level="warning",  # its start and stop lines repeat ours
-                access_log=False,
-                ws="none",
+                **SERVER_OPTIONS,
                 http=limited(_connections(gateway.settings.concurrency)),
-                server_header=False,
                 timeout_keep_alive=KEEPALIVE_S,
                 timeout_graceful_shutdown=1,
             )

@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import socket
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from immich_ml_metal.errors import ConfigError
 
@@ -11,6 +14,16 @@ _BACKLOG = 1024
 # How long an idle connection stays open: longer than the pool of Immich's Node keeps one, so that
 # it never sends on a connection that is being closed.
 KEEPALIVE_S = 75
+# How uvicorn serves each of our apps. Any: keyword arguments of its `Config`.
+SERVER_OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "log_config": None,
+        "log_level": "warning",  # its start and stop lines repeat ours
+        "access_log": False,
+        "ws": "none",
+        "server_header": False,
+    }
+)
 
 
 class CannotListen(ConfigError):

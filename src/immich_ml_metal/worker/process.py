@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import uvicorn
 
+from immich_ml_metal.system.listen import KEEPALIVE_S, SERVER_OPTIONS, listen
+
 if TYPE_CHECKING:
     from immich_ml_metal.settings import Settings
 
@@ -54,11 +56,7 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
     config = uvicorn.Config(
         app,
         uds=str(socket),
-        log_config=None,
-        log_level="warning",  # its start and stop lines repeat ours
-        access_log=False,
-        ws="none",
-        server_header=False,
+        **SERVER_OPTIONS,
         timeout_keep_alive=_KEEPALIVE_S,
     )
     _Server(config).run()
@@ -67,17 +65,12 @@ def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
 def run(settings: "Settings") -> None:
     """Serve the worker app alone on the public port, without a gateway (`serve --no-gateway`)."""
     from immich_ml_metal.system.allocator import limit_arenas
-    from immich_ml_metal.system.listen import KEEPALIVE_S, listen
     from immich_ml_metal.worker.compose import build_app
 
     limit_arenas()
     config = uvicorn.Config(
         build_app(settings, start=_name_start(os.getpid())),
-        log_config=None,
-        log_level="warning",  # its start and stop lines repeat ours
-        access_log=False,
-        ws="none",
-        server_header=False,
+        **SERVER_OPTIONS,
         timeout_keep_alive=KEEPALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_limit_s),
     )
