@@ -37,9 +37,15 @@ class Processes:
 
     def cpu_s(self) -> float | None:
         """Processor seconds so far; None when unknown."""
-        if self._pid is None:
-            return None
-        return sum(sum(process.cpu_times()[:2]) for process in self._members())
+        return None if self._pid is None else sum(self.cpu_s_by_pid().values())
+
+    def cpu_s_by_pid(self) -> dict[int, float]:
+        """Processor seconds so far of each process by its number; empty when unknown."""
+        found: dict[int, float] = {}
+        for process in self._members() if self._pid is not None else ():
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                found[process.pid] = sum(process.cpu_times()[:2])
+        return found
 
     def private_bytes(self) -> int | None:
         """Memory that is theirs alone; None when unknown."""
@@ -78,4 +84,6 @@ class OtherWork:
     def _measure(self) -> float:
         times = psutil.cpu_times()._asdict()
         busy_s = sum(seconds for name, seconds in times.items() if name not in _IDLE)
-        return float(busy_s) - sum(known.cpu_s() or 0.0 for known in self._known)
+        # by number: a service that this command started is among its children too
+        known_s = {pid: s for known in self._known for pid, s in known.cpu_s_by_pid().items()}
+        return float(busy_s) - sum(known_s.values())
