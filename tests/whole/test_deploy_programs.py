@@ -138,7 +138,7 @@ async def test_haproxy_sends_photos_where_ping_answers(tmp_path: Path) -> None:
                 "bind :3010": f"bind 127.0.0.1:{public}",
                 "192.168.1.20:3003": f"127.0.0.1:{first.port}",
                 "192.168.1.21:3003": f"127.0.0.1:{second.port}",
-                "inter 2s": "inter 100ms",
+                "inter 2s": "inter 500ms",
             }
             config.write_text(example("haproxy.cfg", changes))
             await stack.enter_async_context(
@@ -149,11 +149,12 @@ async def test_haproxy_sends_photos_where_ping_answers(tmp_path: Path) -> None:
             bodies = [b"photo %d" % number for number in range(20)]
             answers = await asyncio.gather(*(client.post("/predict", content=b) for b in bodies))
             assert [a.json() for a in answers] == [right_answer(body) for body in bodies]
-            assert first.journal("start")
-            assert second.journal("start")
+            # a machine whose /ping was late under load is out for a check or two, then back
+            while not (first.journal("start") and second.journal("start")):
+                assert (await client.post("/predict", content=bodies[0])).status_code == 200
             seen = len(first.journal("start"))
         # the second machine is gone: everything goes to the first, nothing fails
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(2)
         answers = await asyncio.gather(*(client.post("/predict", content=b) for b in bodies))
         assert [a.json() for a in answers] == [right_answer(body) for body in bodies]
         assert len(first.journal("start")) == seen + 20
