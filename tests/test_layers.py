@@ -18,7 +18,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # from above moves it down, or is handed it by the one who calls.
 RANKS = (
     *("errors", "urgency", "threads", "system", "state", "types", "drawing", "catalog"),
-    *("setting_kinds", "settings", "settings_environment", "settings_sources", "logs", "metrics"),
+    *("setting_kinds", "settings", "settings_environment"),
+    *("settings_text", "settings_sources", "logs", "metrics"),
     *("onnx_files", "onnx_graph", "onnx_mlx", "tasks", "models", "index_guard", "backends"),
     "qualification",
     "worker",

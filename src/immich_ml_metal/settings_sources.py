@@ -7,7 +7,7 @@ named by `--config`, else by `ML_CONFIG_FILE`, else the one that `config init` w
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from immich_ml_metal.settings_environment import (
     gather,
     official_value,
 )
+from immich_ml_metal.settings_text import ENVIRONMENT
+from immich_ml_metal.system.network_settings import CARRIED, carried
 
 DEFAULT_FILE = Path("~/.config/immich-ml-metal/config.toml")
 
@@ -34,6 +36,10 @@ class Resolved(NamedTuple):
     settings: Settings
     origin: dict[str, str]
     warnings: list[str]
+
+    def set_names(self, *others: str) -> list[str]:
+        """The settings that somebody has set, elsewhere than in these places."""
+        return [name for name, by in self.origin.items() if by not in ("default", *others)]
 
 
 def load_settings(
@@ -102,10 +108,39 @@ def named_file(path: Path) -> Iterator[None]:
             os.environ[CONFIG_VARIABLE] = former
 
 
+@contextmanager
+def variables_of_file() -> Iterator[None]:
+    """In the body, this process has the variables that the settings file holds and it lacks.
+
+    A file that cannot be read holds none; whoever reads its settings says why.
+    """
+    added = {}
+    with suppress(ConfigError):
+        added = _read_toml(settings_file()).get(ENVIRONMENT, {})
+    added = {name: value for name, value in added.items() if not carried(os.environ).get(name)}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def network_variables(env_file: Path | None) -> dict[str, str]:
+    """Proxies, certificates and tokens of this process and of an Immich `.env` file."""
+    return carried({**gather({}, env_file), **os.environ})
+
+
+def named_by_caller(env: Mapping[str, str] | None = None) -> Path | None:
+    """The settings file that `--config` or the environment names."""
+    named = (os.environ if env is None else env).get(CONFIG_VARIABLE)
+    return Path(named).expanduser() if named else None
+
+
 def settings_file(env: Mapping[str, str] | None = None) -> Path | None:
     """The settings file in force without `--config`, if there is one."""
-    if named := (os.environ if env is None else env).get(CONFIG_VARIABLE):
-        return Path(named).expanduser()
+    if (named := named_by_caller(env)) is not None:
+        return named
     try:
         default = DEFAULT_FILE.expanduser()
         return default if default.exists() else None
@@ -140,10 +175,13 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"{path} is not TOML: {exc}") from exc
     for name in values:
-        if name not in Settings.model_fields:
-            raise ConfigError(
-                f"unknown setting {name!r} in {path}{_hint(name, Settings.model_fields)}"
-            )
+        if name not in (known := (*Settings.model_fields, ENVIRONMENT)):
+            raise ConfigError(f"unknown setting {name!r} in {path}{_hint(name, known)}")
+    table = values.get(ENVIRONMENT, {})
+    for name, value in (table if isinstance(table, dict) else {"": table}).items():
+        if name not in CARRIED or not isinstance(value, str):
+            hint = _hint(name, CARRIED) or f"; it holds texts of {', '.join(CARRIED)}"
+            raise ConfigError(f"{ENVIRONMENT}.{name} in {path} is not understood{hint}")
     return values
 
 

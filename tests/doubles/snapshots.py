@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from immich_ml_metal.cli import main
+from immich_ml_metal.system.network_settings import CARRIED
 
 FOLDER = Path(__file__).parents[1] / "cli" / "snapshots"
 ENVIRONMENT = {"COLUMNS": "100", "LINES": "50", "NO_COLOR": "1", "TERM": "dumb", "ML_OFFLINE": "1"}
@@ -26,7 +27,8 @@ def run(words: Sequence[str], env: Mapping[str, str], typed: str = "") -> str:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith(("ML_", "MACHINE_LEARNING_", "IMMICH_", "HF_", "FORCE_")):
+            is_ours = name.startswith(("ML_", "MACHINE_LEARNING_", "IMMICH_", "HF_", "FORCE_"))
+            if is_ours or name.upper() in CARRIED:
                 patch.delenv(name)
         for name, value in {**ENVIRONMENT, **env}.items():
             patch.setenv(name, value)

@@ -27,6 +27,7 @@ from immich_ml_metal.service.choose import choose_manager
 from immich_ml_metal.service.launchd import Launchd
 from immich_ml_metal.service.log_files import log_folder, new_text, tail
 from immich_ml_metal.service.plan import (
+    JOB,
     ServiceFailed,
     ServicePlan,
     find_program,
@@ -102,9 +103,8 @@ def test_without_an_installed_program_this_python_is_used(tmp_path: Path) -> Non
 def test_the_plan_names_the_files_and_copies_no_secret(tmp_path: Path) -> None:
     settings = Settings(immich_api_key="tell-nobody")  # type: ignore[arg-type]
     config = tmp_path / "c.toml"
-    plan = make_plan(settings, ("x",), tmp_path, config_file=config, env_file=tmp_path / ".env")
-    env_file = str(tmp_path / ".env")
-    assert plan.command == ("x", "serve", "--config", str(config), "--env-file", env_file)
+    plan = make_plan(settings, ("x",), tmp_path, config_file=config)
+    assert plan.command == ("x", "serve", "--config", str(config))
     assert "tell-nobody" not in repr(plan)
     assert plan.stderr_file == tmp_path / "service.stderr"
 
@@ -317,20 +317,6 @@ def test_each_system_gets_its_manager() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A home with a `systemctl` of its own that writes down what it was asked."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    program = tools / "systemctl"
-    program.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
-        'case "$2" in show) echo ActiveState=active; echo MainPID=99;; esac\n'
-    )
-    program.chmod(0o755)
-    return tmp_path
-
-
 def run(home: Path, *args: str, **env: str) -> Any:
     path = f"{home / 'tools'}:{os.defpath}"
     return CliRunner(env={"HOME": str(home), "PATH": path, **env}).invoke(app, ["service", *args])
@@ -401,6 +387,15 @@ def test_a_wrong_setting_ends_the_service_for_good_and_a_taken_address_does_not(
     assert exit_code(CannotListen("x")) == 1
 
 
+def test_launchd_which_restarts_what_fails_is_told_that_a_wrong_setting_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XPC_SERVICE_NAME", JOB)
+    assert (exit_code(ConfigError("x")), exit_code(CannotListen("x"))) == (0, 1)
+    monkeypatch.setenv("XPC_SERVICE_NAME", "application.com.apple.Terminal.1")
+    assert exit_code(ConfigError("x")) == 2
+
+
 @linux
 def test_an_installed_service_is_started_stopped_and_restarted(home: Path) -> None:
     run(home, "install")
@@ -436,13 +431,12 @@ def test_status_notices_an_old_process_still_serving(
         return JSONResponse({"version": version})
 
     url = loopback(Starlette(routes=[Route("/", root), Route("/health", health)]))
-    run(home, "install")
-    port = url.rpartition(":")[2]
-    result = run(home, "status", ML_PORT=port)
+    run(home, "install", ML_PORT=url.rpartition(":")[2])
+    result = run(home, "status", ML_PORT="1")  # the caller's is not the service's
     assert result.exit_code == code, result.output
     assert "running, process 99" in result.stdout
     assert ("is still serving" in result.stdout) == bool(code)
-    report = json.loads(run(home, "status", "--json", ML_PORT=port).stdout)
+    report = json.loads(run(home, "status", "--json").stdout)
     assert (report["serving"], report["installed"]) == (version, __version__)
 
 

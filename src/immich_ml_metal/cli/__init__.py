@@ -75,10 +75,11 @@ def _config_option() -> Any:
 
 def _use_config(context: typer.Context, path: Path | None) -> None:
     """For the command, and what it starts, the file is as if `ML_CONFIG_FILE` named it."""
-    from immich_ml_metal.settings_sources import named_file
+    from immich_ml_metal.settings_sources import named_file, variables_of_file
 
     if path is not None:
         context.with_resource(named_file(path))
+    context.with_resource(variables_of_file())
 
 
 ConfigOption = Annotated[

@@ -1,6 +1,5 @@
 """`config init|show|check`: write a commented settings file, show what is in force, validate."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,15 +8,14 @@ import typer
 from immich_ml_metal.cli.output import JsonOption, print_json
 from immich_ml_metal.logs import check_log_file
 from immich_ml_metal.setting_kinds import hide_passwords
-from immich_ml_metal.settings import SECRET, Settings, env_names, grouped
-from immich_ml_metal.settings_sources import DEFAULT_FILE, Resolved, resolve
+from immich_ml_metal.settings import SECRET, Settings, grouped
+from immich_ml_metal.settings_sources import DEFAULT_FILE, resolve
+from immich_ml_metal.settings_text import render
 from immich_ml_metal.system.listen import check_address
 from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.system.owner import hand_over, make_folder
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
-
-_UNITS = {"_s": "seconds", "_bytes": "bytes", "_px": "pixels", "_pixels": "pixels"}
 
 _ALWAYS_SHOWN = ("Service", "Answers")
 
@@ -36,7 +34,8 @@ def init(
     path = path.expanduser()
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists; --force replaces it")
-    write_private(path, render_toml(resolve(env_file=env_file)))
+    resolved = resolve(env_file=env_file)
+    write_private(path, render(resolved.settings, resolved.set_names()))
     typer.echo(f"Wrote {path}")
     if path == DEFAULT_FILE.expanduser():
         typer.echo("Every command finds it there by itself.")
@@ -87,35 +86,6 @@ def write_private(path: Path, text: str) -> None:
     if is_new:
         hand_over(path, path.parent)
     path.write_text(text, encoding="utf-8")
-
-
-def render_toml(resolved: Resolved) -> str:
-    """A settings file with every setting explained; those that are not defaults are in force."""
-    settings, origin, _ = resolved
-    blocks = ["# Settings of immich-ml-metal. A line that starts with '#' is the default."]
-    for name, field in Settings.model_fields.items():
-        head = f"# {field.description}"
-        unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), None)
-        about = [f"unit: {unit}"] if unit else []
-        about.append("environment: " + ", ".join(env_names(field)))
-        value = _toml_value(getattr(settings, name))
-        line = f"{name} = {value}" if value is not None else f'{name} = ""  # not set'
-        commented = origin[name] == "default"
-        blocks.append(f"{head}\n# {'; '.join(about)}\n{'# ' if commented else ''}{line}")
-    return "\n\n".join(blocks) + "\n"
-
-
-def _toml_value(value: Any) -> str | None:
-    """One value in TOML; None when there is none. A JSON string is a TOML string but for DEL."""
-    if value is None:
-        return None
-    if hasattr(value, "get_secret_value"):
-        value = value.get_secret_value()
-    if isinstance(value, bool | int | float):
-        return json.dumps(value)
-    if isinstance(value, tuple):
-        return "[" + ", ".join(filter(None, map(_toml_value, value))) + "]"
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def plain_value(settings: Settings, name: str) -> Any:

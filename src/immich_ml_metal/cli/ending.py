@@ -69,9 +69,15 @@ def explain(exc: Exception) -> str:
 
 
 def exit_code(exc: Exception) -> Exit:
-    """What scripts and service managers are told: a wrong setting ends a service for good."""
-    is_final = isinstance(exc, ConfigError) and not isinstance(exc, CannotListen)
-    return Exit.USAGE if is_final else Exit.FINDING
+    """What scripts and service managers are told: a wrong setting ends a service for good.
+
+    launchd starts again whatever does not end with 0, and names its job to it.
+    """
+    if not isinstance(exc, ConfigError) or isinstance(exc, CannotListen):
+        return Exit.FINDING
+    from immich_ml_metal.service.plan import JOB  # a library of its own, for a failure only
+
+    return Exit.OK if os.environ.get("XPC_SERVICE_NAME") == JOB else Exit.USAGE
 
 
 def debugging() -> bool:

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli.config import render_toml, write_private
-from immich_ml_metal.cli.output import Exit, JsonOption, print_json
+from immich_ml_metal.cli.config import write_private
+from immich_ml_metal.cli.output import Exit, JsonOption, print_error, print_json
 from immich_ml_metal.errors import ServiceError
-from immich_ml_metal.setting_kinds import hide_passwords
-from immich_ml_metal.settings import SECRET
 
 if TYPE_CHECKING:
     from immich_ml_metal.service.plan import Manager, ServicePlan
     from immich_ml_metal.settings import Settings
-    from immich_ml_metal.settings_sources import Resolved
 
 app = typer.Typer(
     help="Start at boot (launchd on macOS, systemd on Linux), stop, see, read the logs.",
@@ -38,66 +35,60 @@ def install(
     show: Annotated[bool, typer.Option("--print", help="Show it; change nothing.")] = False,
 ) -> None:
     """Start the service now and at every boot; run it again after an upgrade."""
+    from immich_ml_metal.service.traces import keep_in_file
     from immich_ml_metal.settings_sources import resolve
+    from immich_ml_metal.settings_text import shown
+    from immich_ml_metal.worker.compose import check_start
 
     resolved = resolve(env_file=env_file)
     settings = resolved.settings
-    file, content = _in_force(resolved)
+    check_start(settings)
+    file, content, is_new = keep_in_file(resolved, env_file)
     manager = _manager(daemon=daemon)
-    plan = _plan(settings, file, None)
-    text = manager.render(plan)
-    if problem := manager.validate(text):
-        typer.echo(f"immich-ml-metal: {problem}", err=True)
-        raise typer.Exit(Exit.FINDING)
+    plan = _plan(settings, file)
+    text = _rendered(manager, plan)
     if content:
-        typer.echo(f"# {file}: what is set now\n{_shown(content)}")
+        typer.echo(f"# {file}: what is set\n{shown(content)}")
     if show:
         typer.echo(f"# {manager.definition}\n{text}")
         return
     _warn_of_privacy(settings, file)
-    with _undone_on_failure(manager, file if content else None):
-        if file is not None and content:
+    with _undone_on_failure(manager, file if is_new else None):
+        if file is not None and is_new:
             write_private(file, content)
         manager.install(plan)
-    _tell_installed(manager, plan)
-    _explain(daemon=daemon)
+    _tell_installed(manager, plan, daemon=daemon)
 
 
-def _tell_installed(manager: "Manager", plan: "ServicePlan") -> None:
+def _rendered(manager: "Manager", plan: "ServicePlan") -> str:
+    text = manager.render(plan)
+    if problem := manager.validate(text):
+        print_error(problem)
+        raise typer.Exit(Exit.FINDING)
+    return text
+
+
+def _tell_installed(manager: "Manager", plan: "ServicePlan", *, daemon: bool) -> None:
+    import platform
+
     typer.echo(f"Wrote {manager.definition}")
     typer.echo(f"It runs {' '.join(plan.command)}, now and at every boot.")
     typer.echo(f"Logs: {plan.log_file}")
-
-
-def _in_force(resolved: "Resolved") -> tuple[Path | None, str]:
-    """The settings file of the service, and its new content where the environment adds to it."""
-    from immich_ml_metal.settings_sources import DEFAULT_FILE, settings_file
-
-    file = settings_file()
-    kept = ("default", str(file))
-    if all(source in kept for source in resolved.origin.values()):
-        return file, ""
-    return file or DEFAULT_FILE.expanduser(), render_toml(resolved)
-
-
-def _shown(content: str) -> str:
-    """The lines that set something, secrets and passwords blotted out."""
-    lines = [line for line in content.splitlines() if line and not line.startswith("#")]
-    secret = [f"{name} =" for name in SECRET]
-    return "\n".join(
-        f"{line.partition('=')[0]}= ***" if line.startswith(tuple(secret)) else hide_passwords(line)
-        for line in lines
-    )
+    if platform.system() == "Linux":
+        typer.echo("To run without being logged in: loginctl enable-linger")
+    elif not daemon:
+        typer.echo("It starts when you log in. For a Mac that nobody logs in to: --daemon.")
 
 
 @contextmanager
 def _undone_on_failure(manager: "Manager", file: Path | None) -> Iterator[None]:
-    """Put both files back as they were when the body fails; a unit that was not there goes."""
+    """When the body fails, all is as before: files, their folders, and the service that ran."""
     touched = [manager.definition, *([file] if file else [])]
     before = {path: path.read_bytes() if path.exists() else None for path in touched}
+    new = [folder for path in touched for folder in path.parents if not folder.exists()]
     try:
         yield
-    except (ServiceError, OSError):
+    except BaseException:
         with suppress(ServiceError, OSError):
             if before[manager.definition] is None:
                 manager.uninstall()
@@ -106,6 +97,12 @@ def _undone_on_failure(manager: "Manager", file: Path | None) -> Iterator[None]:
                 path.write_bytes(content)
             else:
                 path.unlink(missing_ok=True)
+        with suppress(ServiceError, OSError):
+            if before[manager.definition] is not None:
+                manager.reload()
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 
@@ -125,12 +122,25 @@ def _warn_of_privacy(settings: "Settings", file: Path | None) -> None:
 
 
 @app.command("uninstall")
-def uninstall(daemon: DaemonOption = False) -> None:
-    """Stop the service and forget it. Models, settings and logs stay."""
+def uninstall(
+    daemon: DaemonOption = False,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Also remove settings, logs and what it remembers.")
+    ] = False,
+) -> None:
+    """Stop the service and forget it. Models stay; settings and logs too without --purge."""
+    from immich_ml_metal.service import traces
+
     manager = _manager(daemon=daemon)
+    settings = traces.settings_of(manager)
+    config = traces.config_of(manager.command())
     manager.uninstall()
     typer.echo(f"Removed {manager.definition}")
-    _release()
+    _release(settings)
+    for removed in traces.purge(settings) if purge else ():
+        typer.echo(f"Removed {removed}")
+    for left in traces.what_stays(settings, config) if purge else ():
+        typer.echo(f"Left: {left}")
 
 
 @app.command("start")
@@ -144,11 +154,12 @@ def start(daemon: DaemonOption = False) -> None:
 def stop(daemon: DaemonOption = False) -> None:
     """Stop it, once what is in flight is answered, until the next start or boot."""
     from immich_ml_metal.immich.release import paused_by_us
-    from immich_ml_metal.settings_sources import load_settings
+    from immich_ml_metal.service.traces import settings_of
 
-    _installed(daemon=daemon).stop()
+    manager = _installed(daemon=daemon)
+    manager.stop()
     typer.echo("Stopped.")
-    if queues := paused_by_us(load_settings()):
+    if queues := paused_by_us(settings_of(manager)):
         typer.echo(
             f"Immich's queues {', '.join(queues)} stay paused, so that no job is lost, until the "
             "service starts again.\nTo let them go on without it: immich-ml-metal immich release"
@@ -172,10 +183,11 @@ def status(
     Exit code: 0 running and current, 1 not running, or an old version is still serving.
     """
     from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
-    from immich_ml_metal.settings_sources import load_settings
+    from immich_ml_metal.service.traces import settings_of
 
-    url = local_url(load_settings())
-    state = _manager(daemon=daemon).status()
+    manager = _manager(daemon=daemon)
+    state = manager.status()
+    url = local_url(settings_of(manager))
     try:
         serving = ask_health(url).version
     except NotServing:
@@ -195,17 +207,16 @@ def status(
 def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines of each file.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
+    daemon: DaemonOption = False,
 ) -> None:
     """Print the end of the logs: gateway, worker, and what could not be logged."""
-    from immich_ml_metal.logs import file_of
-    from immich_ml_metal.service.log_files import tail
-    from immich_ml_metal.settings_sources import load_settings
+    from immich_ml_metal.service.log_files import log_files, tail
+    from immich_ml_metal.service.traces import settings_of
 
-    plan = _plan(load_settings(), None, None)
-    files = [plan.log_file, file_of(plan.log_file, "worker"), plan.stderr_file]
+    files = log_files(settings_of(_manager(daemon=daemon)))
     present = [file for file in files if file.is_file()]
     if not present:
-        typer.echo(f"immich-ml-metal: no log yet at {plan.log_file}", err=True)
+        print_error(f"no log yet at {files[0]}")
         raise typer.Exit(Exit.FINDING)
     for file in present:
         typer.echo(f"==> {file} <==")
@@ -214,24 +225,21 @@ def logs(
         _follow(present)
 
 
-def _release() -> None:
+def _release(settings: "Settings") -> None:
     """Nobody of ours comes back: let Immich's queues go on, or say how."""
     from contextlib import closing
 
-    from immich_ml_metal.errors import ServiceError
     from immich_ml_metal.immich.api import connect
     from immich_ml_metal.immich.records import Records
     from immich_ml_metal.immich.release import release, state_folder
-    from immich_ml_metal.settings_sources import load_settings
 
     try:
-        settings = load_settings()
         if not Records.load(state_folder(settings)).paused:
             return
         with closing(connect(settings.immich_url, settings.immich_api_key)) as api:
             done = release(api, state_folder(settings), everything=False)
     except ServiceError as exc:
-        typer.echo(f"immich-ml-metal: Immich's queues may still be paused: {exc}", err=True)
+        print_error(f"Immich's queues may still be paused: {exc}")
         typer.echo("Resume them later: immich-ml-metal immich release, or in Immich under Jobs.")
         raise typer.Exit(Exit.FINDING) from exc
     if done.resumed:
@@ -250,14 +258,14 @@ def _follow(files: list[Path]) -> None:
         time.sleep(0.5)
 
 
-def _plan(settings: "Settings", config: Path | None, env_file: Path | None) -> "ServicePlan":
+def _plan(settings: "Settings", config: Path | None) -> "ServicePlan":
     import sys
 
     from immich_ml_metal.service.log_files import log_folder
     from immich_ml_metal.service.plan import find_program, make_plan
 
     command = find_program(sys.argv[0])
-    return make_plan(settings, command, log_folder(), config_file=config, env_file=env_file)
+    return make_plan(settings, command, log_folder(), config_file=config)
 
 
 def _manager(*, daemon: bool) -> "Manager":
@@ -270,7 +278,7 @@ def _manager(*, daemon: bool) -> "Manager":
 def _installed(*, daemon: bool) -> "Manager":
     manager = _manager(daemon=daemon)
     if not manager.definition.exists():
-        typer.echo("immich-ml-metal: not installed; run: immich-ml-metal service install", err=True)
+        print_error("not installed; run: immich-ml-metal service install")
         raise typer.Exit(Exit.FINDING)
     return manager
 
@@ -290,12 +298,3 @@ def _serving_words(url: str, serving: str | None) -> str:
         return f"{url} answers: version {serving}"
     old = f"version {serving or 'unknown'} is still serving, {__version__} is installed"
     return f"{url} answers: {old}\n  immich-ml-metal service restart"
-
-
-def _explain(*, daemon: bool) -> None:
-    import platform
-
-    if platform.system() == "Linux":
-        typer.echo("To run without being logged in: loginctl enable-linger")
-    elif not daemon:
-        typer.echo("It starts when you log in. For a Mac that nobody logs in to: --daemon.")

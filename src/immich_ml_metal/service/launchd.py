@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from immich_ml_metal.service.plan import THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
+from immich_ml_metal.service.plan import JOB, THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
 from immich_ml_metal.system.programs import RunProgram
 
-LABEL = "immich-ml-metal.service"
 DAEMONS = Path("/Library/LaunchDaemons")
 # launchctl's codes for a job that is gone (ESRCH, its own) or still on its way out (EINPROGRESS).
 _GONE = frozenset({0, 3, 36, 113})
@@ -30,7 +29,7 @@ class Launchd:
         self._is_daemon = daemons is not None
         self._domain = "system" if self._is_daemon else f"gui/{uid}"
         folder = daemons if daemons is not None else home / "Library" / "LaunchAgents"
-        self._definition = folder / f"{LABEL}.plist"
+        self._definition = folder / f"{JOB}.plist"
 
     @property
     def definition(self) -> Path:
@@ -39,12 +38,12 @@ class Launchd:
 
     @property
     def _target(self) -> str:
-        return f"{self._domain}/{LABEL}"
+        return f"{self._domain}/{JOB}"
 
     def render(self, plan: ServicePlan) -> str:
         """The property list as text."""
         job: dict[str, Any] = {  # Any: a property list
-            "Label": LABEL,
+            "Label": JOB,
             "ProgramArguments": list(plan.command),
             "EnvironmentVariables": dict(plan.environment),
             "RunAtLoad": True,
@@ -62,6 +61,13 @@ class Launchd:
             job["UserName"] = self._user
         return plistlib.dumps(job, sort_keys=False).decode()
 
+    def command(self) -> tuple[str, ...]:
+        """What the property list on disk runs; empty when there is none that can be read."""
+        try:
+            return tuple(plistlib.loads(self._definition.read_bytes())["ProgramArguments"])
+        except (OSError, ValueError, KeyError, plistlib.InvalidFileException):
+            return ()
+
     def validate(self, text: str) -> str:
         """Read the text back, and ask `plutil` where there is one."""
         try:
@@ -77,8 +83,7 @@ class Launchd:
         if self._is_daemon:  # made by root, written by the user
             shutil.chown(plan.log_file.parent, self._user)
         self._write(self.render(plan))
-        self._unload()
-        self._load()
+        self.reload()
 
     def _write(self, text: str) -> None:
         try:
@@ -105,6 +110,10 @@ class Launchd:
         self._unload()
 
     def restart(self) -> None:
+        """Let the process end and load the job again."""
+        self.reload()
+
+    def reload(self) -> None:
         """Unload the job, which lets the process answer what it has, and load it again.
 
         Not `kickstart -k`: it kills, and is not documented to give the process time to end.
@@ -137,7 +146,7 @@ class Launchd:
         deadline_s = time.monotonic() + _UNLOAD_TIMEOUT_S
         while self._run("launchctl", "print", self._target).code == 0:
             if time.monotonic() > deadline_s:
-                raise ServiceFailed(f"{LABEL} does not end within {_UNLOAD_TIMEOUT_S:.0f} s")
+                raise ServiceFailed(f"{JOB} does not end within {_UNLOAD_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
     def _must(self, *args: str) -> None:

@@ -13,6 +13,7 @@ from immich_ml_metal.logs import stderr_of
 from immich_ml_metal.settings import Settings
 
 PROGRAM = "immich-ml-metal"
+JOB = "immich-ml-metal.service"  # what both managers call it
 # A service in a crash loop must not heat the Mac all night.
 THROTTLE_S = 10
 # The gateway keeps its drain limit; killed within it, answers would be lost.
@@ -68,12 +69,20 @@ class Manager(Protocol):
         """The text of the definition."""
         ...
 
+    def command(self) -> tuple[str, ...]:
+        """What the definition on disk runs; empty when nothing is installed."""
+        ...
+
     def validate(self, text: str) -> str:
         """What the system's own checker says against the text; empty when nothing."""
         ...
 
     def install(self, plan: ServicePlan) -> None:
         """Write the definition, replace a running service by it, start at boot."""
+        ...
+
+    def reload(self) -> None:
+        """Run what the definition on disk says, in place of what runs."""
         ...
 
     def uninstall(self) -> None:
@@ -126,14 +135,11 @@ def make_plan(
     log_folder: Path,
     *,
     config_file: Path | None = None,
-    env_file: Path | None = None,
 ) -> ServicePlan:
     """The plan for these settings; a settings file is named, its values are not copied."""
     arguments = ["serve"]
     if config_file is not None:
         arguments += ["--config", str(config_file.expanduser().absolute())]
-    if env_file is not None:
-        arguments += ["--env-file", str(env_file.expanduser().absolute())]
     log_file = settings.log_file.expanduser() if settings.log_file else log_folder / "service.log"
     return ServicePlan(
         command=(*command, *arguments),

@@ -1,12 +1,12 @@
 """systemd: a unit of the user's own manager."""
 
+import shlex
 import tempfile
 from pathlib import Path
 
-from immich_ml_metal.service.plan import THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
+from immich_ml_metal.service.plan import JOB, THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
 from immich_ml_metal.system.programs import Completed, RunProgram
 
-UNIT = "immich-ml-metal.service"
 _NOT_FOUND = 127
 
 
@@ -16,7 +16,7 @@ class Systemd:
     def __init__(self, run: RunProgram, config_home: Path) -> None:
         """`config_home` is `~/.config`."""
         self._run = run
-        self._definition = config_home / "systemd" / "user" / UNIT
+        self._definition = config_home / "systemd" / "user" / JOB
 
     @property
     def definition(self) -> Path:
@@ -51,49 +51,63 @@ NoNewPrivileges=yes
 WantedBy=default.target
 """
 
+    def command(self) -> tuple[str, ...]:
+        """What the unit on disk runs; empty when there is none that can be read."""
+        try:
+            lines = self._definition.read_text(encoding="utf-8").splitlines()
+            started = next(line for line in lines if line.startswith("ExecStart="))
+            words = shlex.split(started.removeprefix("ExecStart="))
+        except (OSError, ValueError, StopIteration):
+            return ()
+        return tuple(word.replace("%%", "%").replace("$$", "$") for word in words)
+
     def validate(self, text: str) -> str:
         """What `systemd-analyze verify` says; empty where there is no such program."""
         with tempfile.TemporaryDirectory() as folder:
-            unit = Path(folder) / UNIT
+            unit = Path(folder) / JOB
             unit.write_text(text, encoding="utf-8")
             # Not --user: that needs a session's run-time folder, and nothing in the unit differs.
             done = self._run("systemd-analyze", "verify", str(unit))
         if done.code == _NOT_FOUND:
             return ""
-        return "\n".join(line for line in done.err.splitlines() if UNIT in line)
+        return "\n".join(line for line in done.err.splitlines() if JOB in line)
 
     def install(self, plan: ServicePlan) -> None:
         """Write the unit, enable it and start it afresh."""
         plan.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._definition.parent.mkdir(parents=True, exist_ok=True)
         self._definition.write_text(self.render(plan), encoding="utf-8")
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the unit again, enable it and start it afresh."""
         self._must("daemon-reload")
-        self._must("enable", UNIT)
-        self._must("restart", UNIT)
+        self._must("enable", JOB)
+        self._must("restart", JOB)
 
     def uninstall(self) -> None:
         """Stop and disable the unit, and remove it."""
-        self._ctl("disable", "--now", UNIT)
+        self._ctl("disable", "--now", JOB)
         self._definition.unlink(missing_ok=True)
         self._ctl("daemon-reload")
 
     def start(self) -> None:
         """Start the unit."""
-        self._must("start", UNIT)
+        self._must("start", JOB)
 
     def stop(self) -> None:
         """Stop the unit until the next boot or start."""
-        self._must("stop", UNIT)
+        self._must("stop", JOB)
 
     def restart(self) -> None:
         """Restart the unit."""
-        self._must("restart", UNIT)
+        self._must("restart", JOB)
 
     def status(self) -> ServiceStatus:
         """What systemd says of the unit."""
         if not self._definition.exists():
             return ServiceStatus("none")
-        done = self._ctl("show", UNIT, "--property=ActiveState,MainPID,Result,ExecMainStatus")
+        done = self._ctl("show", JOB, "--property=ActiveState,MainPID,Result,ExecMainStatus")
         pairs = (line.partition("=") for line in done.out.splitlines())
         facts = {name: value for name, _, value in pairs}
         running = facts.get("ActiveState") in ("active", "activating", "reloading")

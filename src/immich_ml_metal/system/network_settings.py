@@ -14,9 +14,11 @@ from urllib.request import getproxies_environment, proxy_bypass
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _PROXY_SCHEMES = frozenset({"http", "https", "socks5", "socks5h"})
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # Hugging Face's library reads these as whole numbers while it is imported.
 _WHOLE_NUMBERS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
+# What a program needs of its owner's environment to reach the network as he does.
+CARRIED = (*_PROXIES, "NO_PROXY", *_CERTIFICATES, *TOKENS, "HF_TOKEN_PATH", "HF_HOME")
 _TOKEN = re.compile(r"[\x21-\x7e]*")
 
 
@@ -24,6 +26,12 @@ def network_troubles(environ: Mapping[str, str] | None = None) -> list[str]:
     """A sentence for each variable that keeps programs from the network; never its password."""
     env = os.environ if environ is None else environ
     return [*_proxies(env), *_certificates(env), *_tokens(env), *_numbers(env)]
+
+
+def carried(environ: Mapping[str, str]) -> dict[str, str]:
+    """Those that tell of proxies, certificates and tokens; a proxy in small letters goes first."""
+    found = {name: environ.get(name.lower()) or environ.get(name, "") for name in CARRIED}
+    return {name: value for name, value in found.items() if value}
 
 
 def explain(exc: BaseException) -> str:
@@ -72,7 +80,7 @@ def _certificates(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def _tokens(env: Mapping[str, str]) -> Iterator[str]:
-    for name in _TOKENS:
+    for name in TOKENS:
         if not _TOKEN.fullmatch(env.get(name, "").strip()):
             yield f"{name} is not a token: it has characters that none has"
 
