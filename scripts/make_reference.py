@@ -76,7 +76,7 @@ def _default(name: str, field: FieldInfo) -> str:
         return "unset"
     if isinstance(value, bool):
         return code(str(value).lower())
-    if name.endswith("_bytes") and value:
+    if name.endswith("_bytes") and isinstance(value, int) and value:
         return code(f"{value // 2**20}MB")
     return code(f"{value:g}" if isinstance(value, float) else str(value))
 
