@@ -64,7 +64,7 @@ fmt: $(DEV)  ## Format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random (about 10 minutes)
+soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random, attacks (about an hour)
 	$(BIN)/pytest -m soak
 
 apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon; ends with a report to share
