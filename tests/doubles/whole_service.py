@@ -1,4 +1,4 @@
-"""A whole service, gateway and worker, in processes of their own, and good callers beside others."""
+"""A whole service, gateway and worker, in processes of their own, and callers beside others."""
 
 import json
 import os
