@@ -64,7 +64,7 @@ fmt: $(DEV)  ## Format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random, attacks (about an hour)
+soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random (about 10 minutes)
 	$(BIN)/pytest -m soak
 
 apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon; ends with a report to share
@@ -72,6 +72,9 @@ apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon; ends with a 
 
 release-check: $(DEV)  ## Do all of a release but the publishing: build, look inside, install, try
 	@$(BIN)/python scripts/release_check.py
+
+try-install: $(DEV)  ## Try the README's lines in an empty Debian (root, debootstrap; 10 minutes)
+	$(BIN)/python scripts/try_install.py
 
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
@@ -82,4 +85,5 @@ reference: $(DEV)  ## Write docs/reference.md from the code
 pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
 	$(BIN)/python scripts/make_pictures.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple release-check lock reference pictures
+.PHONY: help setup serve demo bench test check fmt soak apple release-check try-install \
+	lock reference pictures
