@@ -64,7 +64,7 @@ fmt: $(DEV)  ## Format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random (about 10 minutes)
+soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random, attacks (about an hour)
 	$(BIN)/pytest -m soak
 
 mutants: $(DEV)  ## Plant small faults (ROOM=tasks N=30 SEED=0) and list those that no test notices
@@ -76,7 +76,7 @@ apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon; ends with a 
 release-check: $(DEV)  ## Do all of a release but the publishing: build, look inside, install, try
 	@$(BIN)/python scripts/release_check.py
 
-try-install: $(DEV)  ## Try the README's lines in an empty Debian (root, debootstrap; 10 minutes)
+try-install: $(DEV)  ## Try the README's lines in an empty Debian (root, debootstrap; 5 minutes)
 	$(BIN)/python scripts/try_install.py
 
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
