@@ -76,6 +76,9 @@ release-check: $(DEV)  ## Do all of a release but the publishing: build, look in
 try-install: $(DEV)  ## Try the README's lines in an empty Debian (root, debootstrap; 5 minutes)
 	$(BIN)/python scripts/try_install.py
 
+run-docs: $(DEV)  ## Run every command of the pages as written, in a scene of its own (Linux)
+	$(BIN)/python scripts/run_docs.py
+
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
 
@@ -85,5 +88,5 @@ reference: $(DEV)  ## Write docs/reference.md from the code
 pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
 	$(BIN)/python scripts/make_pictures.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple release-check try-install \
+.PHONY: help setup serve demo bench test check fmt soak apple release-check try-install run-docs \
 	lock reference pictures
