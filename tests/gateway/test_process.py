@@ -98,12 +98,16 @@ async def test_the_gateway_is_small(tmp_path: Path) -> None:
 
 
 async def test_more_requests_wait_than_launchd_allows_open_files(tmp_path: Path) -> None:
-    (tmp_path / "slow").write_text("1")
+    (tmp_path / "held").touch()
     async with gateway_process(tmp_path, open_files=64) as gateway:
-        answers = await asyncio.gather(
+        answers = asyncio.gather(
             *(gateway.client.post("/predict", content=b"%d" % i) for i in range(100))
         )
-    assert {answer.status_code for answer in answers} == {200}
+        queue = {"waiting": 0, "running": 0}
+        while queue["waiting"] + queue["running"] < 100:
+            queue = (await gateway.client.get("/health")).json()["queue"]
+        (tmp_path / "held").unlink()
+        assert {answer.status_code for answer in await answers} == {200}
 
 
 def test_the_gateway_imports_no_model_library_and_no_web_framework() -> None:
