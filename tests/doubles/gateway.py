@@ -8,8 +8,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,14 @@ class Service:
             yield
         finally:
             looking.cancel()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """No request with `[busy]` is answered before the block ends."""
+        busy = self.folder / "busy"
+        busy.touch()
+        yield
+        busy.unlink()
 
     def stop_when_idle(self) -> bool:
         return self.gateway.dispatcher.stop_if_idle(Order("idle", again=False))

@@ -156,8 +156,8 @@ async def test_a_kill_while_the_queues_are_paused_leaves_none_paused(house: Hous
 async def test_a_second_sigterm_is_an_end_that_nobody_planned(house: House) -> None:
     async with house.service() as gateway:
         await guard_is(gateway, "on")
-        long = asyncio.create_task(gateway.client.post("/predict", content=b"[sleep 5]"))
-        await asyncio.sleep(0.5)
+        long = asyncio.create_task(gateway.client.post("/predict", content=b"[hang]"))
+        await until(lambda: gateway.journal("start"), "a request at the worker")
         gateway.process.send_signal(signal.SIGTERM)
         await until(lambda: house.immich.paused == QUEUES, "three paused queues")
         await stop(gateway)
