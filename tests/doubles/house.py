@@ -90,6 +90,8 @@ async def guard_is(gateway: GatewayProcess, state: str) -> dict[str, Any]:
     return guard  # type: ignore[no-any-return]
 
 
-async def stop(gateway: GatewayProcess, number: signal.Signals = signal.SIGTERM) -> None:
+async def stop(gateway: GatewayProcess, number: signal.Signals = signal.SIGTERM) -> float:
+    started_s = time.monotonic()
     gateway.process.send_signal(number)
     await gateway.process.wait()
+    return time.monotonic() - started_s
