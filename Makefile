@@ -70,11 +70,17 @@ fmt: $(DEV)  ## Format and fix
 soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random, attacks (about an hour)
 	$(BIN)/pytest -m soak
 
+mutants: $(DEV)  ## Plant small faults (ROOM=tasks N=30 SEED=0) and list those that no test notices
+	@$(BIN)/python scripts/mutants.py $(if $(ROOM),--room $(ROOM)) -n $(or $(N),30) --seed $(or $(SEED),0)
+
 apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon; ends with a report to share
 	$(BIN)/pytest -m apple
 
 release-check: $(DEV)  ## Do all of a release but the publishing: build, look inside, install, try
 	@$(BIN)/python scripts/release_check.py
+
+try-install: $(DEV)  ## Try the README's lines in an empty Debian (root, debootstrap; 5 minutes)
+	$(BIN)/python scripts/try_install.py
 
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
@@ -85,4 +91,5 @@ reference: $(DEV)  ## Write docs/reference.md from the code
 pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
 	$(BIN)/python scripts/make_pictures.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple release-check lock reference pictures
+.PHONY: help setup serve demo bench test check fmt soak mutants apple release-check try-install \
+	lock reference pictures

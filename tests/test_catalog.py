@@ -93,6 +93,19 @@ def test_a_clean_name_cannot_leave_a_folder_and_stays_clean(raw: str) -> None:
     assert clean_name(name) == name
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("vit-b-32", "ViT-B-32__openai"),
+        ("siglip2", "ViT-B-16-SigLIP2__webli"),
+        ("Bufalo_L", "buffalo_l"),
+    ],
+)
+def test_near_names_are_found_whatever_the_case_and_from_a_part(typed: str, meant: str) -> None:
+    with pytest.raises(UnknownModel, match=f"near names: .*{meant}"):
+        find_by_name(typed)
+
+
 def test_an_unknown_name_is_refused_with_near_names_and_the_name_as_sent() -> None:
     with pytest.raises(UnknownModel, match=r"'ViT-B-32:openai'.*ViT-B-32__openai"):
         find_model("ViT-B-32:openai", Task.CLIP, Part.VISUAL)

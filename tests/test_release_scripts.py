@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import release_check
 import yaml  # type: ignore[import-untyped]
+from doc_blocks import lines_of
 from release_notes import notes_of
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +54,12 @@ def test_the_workflow_refuses_what_is_undecided_and_publishes_without_a_token() 
     assert jobs["test"]["needs"] == "build"
     assert jobs["publish"]["permissions"]["id-token"] == "write"
     assert "password" not in text
+
+
+def test_the_readme_leads_from_the_start_to_the_way_back() -> None:
+    lines = lines_of("README.md", "## Start")
+    steps = ("make serve", "make demo", "doctor", "service install --print", "uninstall")
+    assert [step for step in steps if not any(line.endswith(step) for line in lines)] == []
+    uv, pipx, *from_lock = lines_of("docs/start.md", "## As a program of its own")
+    assert (uv.split()[0], pipx.split()[0]) == ("uv", "pipx")
+    assert "--require-hashes -r requirements.lock" in " ".join(from_lock)

@@ -146,10 +146,18 @@ def find_by_name(raw_name: str) -> ModelSpec:
     name = clean_name(raw_name)
     spec = get_model(name)
     if spec is None:
-        close = difflib.get_close_matches(name, list(_catalog()), n=3)
-        hint = f"; near names: {', '.join(close)}" if close else ""
+        near = _near_names(name)
+        hint = f"; near names: {', '.join(near)}" if near else ""
         raise UnknownModel(f"unknown model {raw_name!r}{hint}")
     return spec
+
+
+def _near_names(name: str) -> list[str]:
+    """At most three names that somebody may have meant: spelt alike, else with this in them."""
+    names = {known.lower(): known for known in _catalog()}
+    close = difflib.get_close_matches(name.lower(), names, n=3)
+    close += [known for known in names if name and name.lower() in known]
+    return [names[known] for known in dict.fromkeys(close)][:3]
 
 
 def find_model(raw_name: str, task: Task, part: Part) -> ModelSpec:

@@ -132,7 +132,7 @@ STATUS: Mapping[type[ServiceError], int] = MappingProxyType(
 CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 # What may pass by itself. A network comes back: the gateway asks again for as long as it may hold.
 RETRY_AFTER_S: Mapping[type[ServiceError], int] = MappingProxyType(
-    {DownloadFailed: 5, Busy: 5, Overloaded: 30}
+    {DownloadFailed: 5, Busy: 1, Overloaded: 30}
 )
 
 

@@ -22,6 +22,20 @@ def _parse_size(value: Any) -> Any:
     return value
 
 
+def format_bytes(size_bytes: float) -> str:
+    """A size as a person reads it, in powers of 1000 as disks and hubs count.
+
+    >>> format_bytes(351_400_000)
+    '351 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000 or unit == "GB":
+            digits = 1 if unit == "GB" or (size_bytes < 10 and unit != "B") else 0
+            return f"{size_bytes:.{digits}f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
 def _split(value: Any) -> Any:
     """`a, b` → (a, b)."""
     if isinstance(value, str):

@@ -33,6 +33,10 @@ class StateDamaged(StateUnusable):
     """A document is there and is not what was written: it may be set aside."""
 
 
+class StateNewer(StateUnusable):
+    """A document was written by a newer release: it is left alone."""
+
+
 class StateFolder:
     """Documents by name. Reading never creates anything; the folder is made at the first write."""
 
@@ -58,7 +62,7 @@ class StateFolder:
         if not isinstance(document, dict) or not isinstance(found, int):
             raise StateDamaged(f"{path} is damaged (no version); delete it to start afresh")
         if found > version:
-            raise StateUnusable(
+            raise StateNewer(
                 f"{path} was written by a newer release (version {found}, this one reads {version})"
             )
         return document
@@ -67,9 +71,16 @@ class StateFolder:
         """Replace the document `name` as a whole: a power cut leaves the old or the new one.
 
         Raises:
-            StateUnusable: the folder cannot be written, or the disk is full.
+            StateUnusable: the folder cannot be written, the disk is full, or a newer release wrote
+                what is there.
         """
         path = self._path(name)
+        try:
+            self.read(name, version)
+        except StateNewer:
+            raise
+        except StateUnusable:  # what is damaged may be replaced, and the rest fails again below
+            pass
         text = json.dumps({"version": version, **document}, indent=1, sort_keys=True)
         try:
             make_folder(path.parent)

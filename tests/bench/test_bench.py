@@ -140,11 +140,11 @@ def printed(ours: Measured, other: Measured | None, others_share: float = 0.02) 
 def test_the_report_shows_medians_spread_and_ratios_of_rounds() -> None:
     ours, other = measured("http://ours", 6.0, 9.0, 5.0), measured("http://other", 4.0, 3.0, 5.0)
     ours.first_answer_s, ours.resident_bytes = 1.25, 300 * 2**20
-    ours.idle_private_bytes, ours.busy_private_bytes = 110 * 2**20, 260 * 2**20
+    ours.idle_private_bytes, ours.busy_private_bytes = 110_000_000, 260_000_000
     text = printed(ours, other)
     for part in (
         "on a machine, 2 cores, 3 pictures, each request another one; medians of 3 rounds",
-        "First answer 1.2 s after the start; memory of its own 110 MiB when idle, 260 MiB under",
+        "First answer 1.2 s after the start; memory of its own 110 MB when idle, 260 MB under",
         "Its memory and processor time are not seen from here.",
         "The machine was quiet",
     ):

@@ -7,7 +7,6 @@ from pydantic import SecretStr
 
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
 from immich_ml_metal.doctor.facts import (
-    GIB,
     EngineChoice,
     EngineTest,
     Facts,
@@ -20,7 +19,8 @@ from immich_ml_metal.immich.advice import Advice
 from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.settings import Settings
 
-MAC = Machine("Darwin", "arm64", False, "15.2", (3, 12, 4), 24 * GIB, 12 * GIB, sleep_min=0)
+GB = 10**9
+MAC = Machine("Darwin", "arm64", False, "15.2", (3, 12, 4), 24 * GB, 12 * GB, sleep_min=0)
 MODELS = tuple(ModelFact(name, True) for name in ("ViT-B-32__openai", "buffalo_l"))
 HEALTHY = Facts(
     version="0.1.0",
@@ -32,7 +32,7 @@ HEALTHY = Facts(
     ),
     port=Port(3003, "ours", version="0.1.0", health={"guard": {"why_off": ""}, "troubles": []}),
     packages={"mlx": "0.32.4", "onnxruntime": "1.32.0"},
-    disk_free_bytes=100 * GIB,
+    disk_free_bytes=100 * GB,
     models=MODELS,
     tests=(EngineTest("clip", "mlx", "ViT-B-32__openai"),),
     addresses=("192.168.1.20",),
@@ -87,15 +87,15 @@ BROKEN: dict[str, tuple[Facts, str, str, str]] = {
         "config check",
     ),
     "no memory": (
-        replace(with_machine(memory_free_bytes=GIB // 2), tests=ENGINE_DOWN),
+        replace(with_machine(memory_free_bytes=GB // 2), tests=ENGINE_DOWN),
         "memory",
-        "0.5 of 24 GiB",
+        "500 MB of 24.0 GB",
         "smaller models",
     ),
     "disk full": (
-        replace(HEALTHY, disk_free_bytes=GIB // 4, models=MISSING, models_dir_error="disk full"),
+        replace(HEALTHY, disk_free_bytes=GB // 4, models=MISSING, models_dir_error="disk full"),
         "disk",
-        "0.2 GiB",
+        "250 MB",
         "models_dir",
     ),
     "read-only model folder": (
@@ -254,11 +254,11 @@ def test_a_healthy_set_up_has_nothing_to_fix() -> None:
         (replace(HEALTHY, hub="timed out"), "hub", "all configured models are here"),
         (replace(HEALTHY, models=MISSING), "models", "fetched at first use: ViT-B-32__openai"),
         (with_machine(sleep_min=10), "sleep", "sleeps after 10 min"),
-        (with_machine(memory_free_bytes=2 * GIB), "memory", "2.0 of 24"),
-        (replace(HEALTHY, disk_free_bytes=3 * GIB), "disk", "3.0 GiB"),
+        (with_machine(memory_free_bytes=2 * GB), "memory", "2.0 GB of 24"),
+        (replace(HEALTHY, disk_free_bytes=3 * GB), "disk", "3.0 GB"),
         (replace(HEALTHY, clock_skew_s=90), "clock", "+90 s"),
         (replace(HEALTHY, service="none"), "start at boot", "does not start"),
-        (replace(HEALTHY, logs_bytes=2**30), "logs", "1024.0 MiB"),
+        (replace(HEALTHY, logs_bytes=2**30), "logs", "1.1 GB"),
         (replace(HEALTHY, immich=(Advice("raise it to 8"),)), "immich", "raise it to 8"),
     ],
 )
@@ -275,7 +275,7 @@ def test_the_address_to_type_is_given_for_both_families() -> None:
 
 
 def test_a_full_disk_does_not_matter_once_the_models_are_here() -> None:
-    assert result_of(replace(HEALTHY, disk_free_bytes=GIB), "disk").level is Outcome.WARN
+    assert result_of(replace(HEALTHY, disk_free_bytes=GB), "disk").level is Outcome.WARN
 
 
 def test_skipped_self_tests_say_why() -> None:

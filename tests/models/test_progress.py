@@ -5,7 +5,8 @@ from doubles.timing import Clock
 
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import DownloadFailed
-from immich_ml_metal.models.progress import Downloads, Phase, Tracker, format_bytes
+from immich_ml_metal.models.progress import Downloads, Phase, Tracker
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.types import Part, Task
 
 KEY = model_key("buffalo_l", Task.FACES, Part.RECOGNITION)

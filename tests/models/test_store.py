@@ -8,7 +8,13 @@ from doubles.hub import FakeHub, Fault, add_clip, add_faces, external_onnx, onnx
 from immich_ml_metal.catalog import model_key
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable, UnknownModel
 from immich_ml_metal.metrics import Metrics
-from immich_ml_metal.models.manifest import load_manifest, sha256_of
+from immich_ml_metal.models.manifest import (
+    NAME,
+    Manifest,
+    load_manifest,
+    save_manifest,
+    sha256_of,
+)
 from immich_ml_metal.models.progress import DownloadProgress, Phase
 from immich_ml_metal.models.remote import Retry
 from immich_ml_metal.models.store import ModelStore
@@ -256,3 +262,14 @@ def test_a_folder_that_cannot_be_written_is_named(hub: FakeHub, tmp_path: Path) 
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DownloadFailed, match=f"cannot write {tmp_path}/file"):
         make_store(hub, tmp_path / "file").ensure(DETECTOR)
+
+
+def test_a_manifest_of_a_newer_release_is_left_alone_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = '{"version": 99, "files": {"model.onnx": {"a": 1}}}'
+    (tmp_path / NAME).write_text(text)
+    assert not load_manifest(tmp_path).files
+    save_manifest(tmp_path, Manifest())
+    assert (tmp_path / NAME).read_text() == text
+    assert "written by a newer release (version 99, this one reads 1)" in caplog.text

@@ -76,6 +76,21 @@ def test_a_header_that_breaks_off_is_left_to_the_decoder(name: str) -> None:
             decode(data, LIMITS)
 
 
+@pytest.mark.parametrize("size", [(13_378, 13_378), (65_536, 40)])
+def test_a_picture_over_the_limits_asks_for_no_room(size: tuple[int, int]) -> None:
+    png = bytearray(COMMON["PNG"])
+    png[16:24] = struct.pack(">II", *size)
+    assert count_pixels(bytes(png)) == 0
+    with pytest.raises(ImageTooLarge):
+        decode(bytes(png), ImageLimits())
+
+
+def test_the_largest_picture_asks_for_room() -> None:
+    png = bytearray(COMMON["PNG"])
+    png[16:24] = struct.pack(">II", 13_377, 13_377)
+    assert count_pixels(bytes(png)) == 13_377**2
+
+
 def test_a_gif_whose_frame_is_larger_than_its_screen_tells_what_is_decoded() -> None:
     gif = bytearray(encode("GIF"))
     gif[6:10] = struct.pack("<HH", 1, 1)

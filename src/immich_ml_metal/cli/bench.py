@@ -29,10 +29,10 @@ from immich_ml_metal.cli.output import (
     OcrOption,
     print_json,
 )
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings_sources import load_settings
 
 CLIENTS = (1, 2, 8)
-MIB = 2**20
 _COLUMNS = ("", "in flight", "per s", "p50 ms", "p95 ms", "cpu ms", "service/raw")
 Photos = Annotated[
     list[Path] | None,
@@ -135,9 +135,9 @@ def _memory_line(measured: Measured) -> str:
     first_s = measured.first_answer_s
     start = "" if first_s is None else f"First answer {first_s:.1f} s after the start; "
     return (
-        f"{start}memory of its own {measured.idle_private_bytes / MIB:.0f} MiB when idle, "
-        f"{(measured.busy_private_bytes or 0) / MIB:.0f} MiB under load; "
-        f"with mapped models {(measured.resident_bytes or 0) / MIB:.0f} MiB"
+        f"{start}memory of its own {format_bytes(measured.idle_private_bytes)} when idle, "
+        f"{format_bytes(measured.busy_private_bytes or 0)} under load; "
+        f"with mapped models {format_bytes(measured.resident_bytes or 0)}"
     )
 
 

@@ -16,16 +16,17 @@ from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.index_guard.guard import IndexGuard
 from immich_ml_metal.index_guard.recipe import JOBS
 from immich_ml_metal.models import prune as waste
-from immich_ml_metal.models.advice import reads
+from immich_ml_metal.models.advice import Here, reads
 from immich_ml_metal.models.advice import recommend as suitable
 from immich_ml_metal.models.importing import export_models, find_models, import_model, open_tree
 from immich_ml_metal.models.manifest import load_manifest
-from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.shelf import FileState, PartStatus, Shelf
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.plan import remembered_choices
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.types import Task
 from immich_ml_metal.worker.preload import preload_keys
 
 app = typer.Typer(help="Get, check, keep, move and choose models.", no_args_is_help=True)
@@ -49,7 +50,7 @@ def _language_code(text: str) -> str:
 @app.command("list")
 def list_models(
     here: Annotated[bool, typer.Option("--here", help="Only models on this disk.")] = False,
-    task: Annotated[str | None, typer.Option(help="clip, facial-recognition or ocr.")] = None,
+    task: Annotated[Task | None, typer.Option(help="Only models for it.")] = None,
     language: Annotated[
         str | None, typer.Option(help="Only models that read it: de, zh.", parser=_language_code)
     ] = None,
@@ -230,10 +231,13 @@ def recommend(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Models that suit this machine's memory and your users' languages."""
+    """Models that suit this machine's memory and speed, and your users' languages."""
+    settings, store = _open(None)
     engine = "mlx" if sys.platform == "darwin" else "cpu"
-    memory = psutil.virtual_memory().total
-    show.print_advice(suitable(memory, language or ["en"], engine), memory, as_json=as_json)
+    measured_ms = remembered_choices(settings, store).picture_ms()
+    now = clean_name(settings.clip_model)
+    here = Here(psutil.virtual_memory().total, engine, measured_ms, now)
+    show.print_advice(suitable(here, language or ["en"]), here.memory_bytes, as_json=as_json)
 
 
 def _open(models_dir: Path | None) -> tuple[Settings, ModelStore]:

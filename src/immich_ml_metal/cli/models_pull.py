@@ -16,9 +16,10 @@ from rich.progress import (
 
 from immich_ml_metal.catalog import ModelSpec
 from immich_ml_metal.errors import ModelError
-from immich_ml_metal.models.progress import DownloadProgress, Listener, Phase, format_bytes
+from immich_ml_metal.models.progress import DownloadProgress, Listener, Phase
 from immich_ml_metal.models.shelf import FileState, PartStatus
 from immich_ml_metal.models.store import ModelStore
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.types import ModelKey
 
 

@@ -13,13 +13,13 @@ from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
 from immich_ml_metal.cli.output import print_json
 from immich_ml_metal.errors import ModelError
 from immich_ml_metal.index_guard.guard import IndexFinding
-from immich_ml_metal.models.advice import Recommendation, memory_bytes
+from immich_ml_metal.models.advice import LIMITED, Recommendation, memory_bytes
 from immich_ml_metal.models.importing import Imported
 from immich_ml_metal.models.manifest import FileRecord
-from immich_ml_metal.models.progress import format_bytes
 from immich_ml_metal.models.prune import Waste
 from immich_ml_metal.models.shelf import FileState, PartStatus
 from immich_ml_metal.qualification.plan import Choices
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import ModelKey, Task
 
@@ -118,11 +118,15 @@ def print_advice(
 ) -> None:
     """The recommended models and why."""
     if as_json:
-        print_json([{"model": item.spec.name, "reason": item.reason} for item in advice])
+        specs = [{"model": item.spec.name, "licence": item.spec.licence} for item in advice]
+        why = [{"reason": item.reason, "notes": item.notes} for item in advice]
+        print_json([spec | told for spec, told in zip(specs, why, strict=True)])
         return
     typer.echo(f"For this machine with {format_bytes(memory_total_bytes)} of memory:")
     for item in advice:
-        typer.echo(f"  {item.spec.name}: {item.reason} (licence {item.spec.licence})")
+        typer.echo(f"  {item.spec.name}: {item.reason} (licence {_licence(item.spec)})")
+        for note in item.notes:
+            typer.echo(f"    {note}")
     names = " ".join(item.spec.name for item in advice)
     typer.echo(f"Fetch them with: immich-ml-metal models pull {names}")
     typer.echo("Then choose them in Immich: Administration, Settings, Machine Learning.")
@@ -290,9 +294,14 @@ def _facts(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str, str]:
         "input": f"{spec.input_px} px, {spec.resize_mode or 'letterbox'}" if spec.input_px else "",
         "tokenizer": f"{spec.tokenizer}, {spec.context_length} tokens" if spec.tokenizer else "",
         "languages": ", ".join(spec.languages),
-        "licence": spec.licence,
+        "licence": _licence(spec),
     }
     return {label: value for label, value in facts.items() if value}
+
+
+def _licence(spec: ModelSpec) -> str:
+    limit = LIMITED.get(spec.licence)
+    return f"{spec.licence}, {limit}" if limit else spec.licence
 
 
 def _files_table(statuses: Sequence[PartStatus], records: Mapping[str, FileRecord]) -> Table:

@@ -134,8 +134,9 @@ def uninstall(
     manager = _manager(daemon=daemon)
     settings = traces.settings_of(manager)
     config = traces.config_of(manager.command())
+    was_there = manager.definition.exists()
     manager.uninstall()
-    typer.echo(f"Removed {manager.definition}")
+    typer.echo(f"Removed {manager.definition}" if was_there else "No service was installed.")
     _release(settings)
     for removed in traces.purge(settings) if purge else ():
         typer.echo(f"Removed {removed}")

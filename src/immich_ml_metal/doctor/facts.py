@@ -11,8 +11,6 @@ from immich_ml_metal.immich.advice import Advice
 from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.settings import Settings
 
-GIB = 2**30
-
 
 @dataclass(frozen=True, slots=True)
 class Machine:

@@ -1,14 +1,15 @@
 """Checks of the machine, the installation and the disk. Each answers (outcome, finding, fix)."""
 
-from immich_ml_metal.doctor.facts import GIB, Answer, Facts, Outcome
+from immich_ml_metal.doctor.facts import Answer, Facts, Outcome
 from immich_ml_metal.gateway import remedies
+from immich_ml_metal.setting_kinds import format_bytes
 
 MIN_PYTHON = (3, 11)
 MIN_MACOS = 14  # MLX's wheels
-MIN_FREE_MEMORY_BYTES = 1 * GIB  # the default models on the CPU hold 2.1 GB at their peak
-GOOD_FREE_MEMORY_BYTES = 3 * GIB
-MIN_FREE_DISK_BYTES = 2 * GIB  # the default models are about 1 GB
-GOOD_FREE_DISK_BYTES = 5 * GIB
+MIN_FREE_MEMORY_BYTES = 1_000_000_000  # the default models on the CPU hold 2.1 GB at their peak
+GOOD_FREE_MEMORY_BYTES = 3_000_000_000
+MIN_FREE_DISK_BYTES = 2_000_000_000  # the default models are about 1 GB
+GOOD_FREE_DISK_BYTES = 5_000_000_000
 
 
 def check_architecture(facts: Facts) -> Answer:
@@ -68,9 +69,9 @@ def check_settings(facts: Facts) -> Answer:
 def check_memory(facts: Facts) -> Answer:
     """There is room for the models."""
     free, total = facts.machine.memory_free_bytes, facts.machine.memory_bytes
-    shown = f"{free / GIB:.1f} of {total / GIB:.0f} GiB free"
+    shown = f"{format_bytes(free)} of {format_bytes(total)} free"
     if free < MIN_FREE_MEMORY_BYTES:
-        needed = f"{MIN_FREE_MEMORY_BYTES / GIB:.0f} GiB"
+        needed = format_bytes(MIN_FREE_MEMORY_BYTES)
         return (
             Outcome.FAIL,
             f"{shown}, needs {needed}",
@@ -83,11 +84,11 @@ def check_memory(facts: Facts) -> Answer:
 
 def check_disk(facts: Facts) -> Answer:
     """There is room to download models."""
-    shown = f"{facts.disk_free_bytes / GIB:.1f} GiB free for models"
+    shown = f"{format_bytes(facts.disk_free_bytes)} free for models"
     if facts.disk_free_bytes < MIN_FREE_DISK_BYTES and not _all_present(facts):
-        return Outcome.FAIL, f"{shown}, needs {MIN_FREE_DISK_BYTES / GIB:.0f} GiB", remedies.DISK
+        return Outcome.FAIL, f"{shown}, needs {format_bytes(MIN_FREE_DISK_BYTES)}", remedies.DISK
     if facts.disk_free_bytes < GOOD_FREE_DISK_BYTES:
-        return Outcome.WARN, shown, "the largest search models need up to 10 GiB"
+        return Outcome.WARN, shown, "the largest search models need up to 8 GB"
     return Outcome.OK, shown, ""
 
 

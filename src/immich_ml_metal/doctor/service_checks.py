@@ -5,9 +5,9 @@ from immich_ml_metal.gateway import remedies
 from immich_ml_metal.gateway.companions import NO_KEY
 from immich_ml_metal.logs import FILE_BYTES, FILES_KEPT
 from immich_ml_metal.service import mac_privacy
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.system.network import url_host
 
-MIB = 2**20
 SKEW_WARN_S = 60.0
 SKEW_FAIL_S = 300.0  # certificates and tokens begin to fail
 LOGS_WARN_FACTOR = 2
@@ -177,13 +177,13 @@ def check_sleep(facts: Facts) -> Answer:
 
 def check_logs(facts: Facts) -> Answer:
     """The logs stay within their cap."""
-    shown = f"{facts.logs_bytes / MIB:.1f} MiB"
+    shown = format_bytes(facts.logs_bytes)
     limit_bytes = 2 * FILE_BYTES * (FILES_KEPT + 1)  # of two processes
     if facts.logs_bytes > LOGS_WARN_FACTOR * limit_bytes:
         fix = "immich-ml-metal service restart empties the capture of standard error"
         return (
             Outcome.WARN,
-            f"{shown}, more than the cap of {limit_bytes / MIB:.0f} MiB",
+            f"{shown}, more than the cap of {format_bytes(limit_bytes)}",
             fix,
         )
     return Outcome.OK, shown, ""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from immich_ml_metal.gateway.asked import TASKS
 from immich_ml_metal.gateway.history import History, Kind, Total
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.network import urls_of
 
@@ -89,8 +90,8 @@ def _downloads(settings: Settings, here: Mapping[str, list[str]]) -> str:
         return f"nothing to download: Immich's usual ones are in {settings.models_dir}"
     from immich_ml_metal.catalog import find_by_name  # brings NumPy, for a terminal only
 
-    sizes = [(name, find_by_name(name).size_bytes / 1e6) for name in missing]
-    names = ", ".join(f"{name} ({size:.0f} MB)" for name, size in sizes)
+    sizes = [format_bytes(find_by_name(name).size_bytes) for name in missing]
+    names = ", ".join(f"{name} ({size})" for name, size in zip(missing, sizes, strict=True))
     if settings.offline:
         return f"not in {settings.models_dir}, and offline is set: {names}"
     return f"downloaded when Immich first asks, into {settings.models_dir}: {names}"

@@ -17,7 +17,7 @@ from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.file_lock import hold, patiently
 from immich_ml_metal.models.manifest import describe_file, load_manifest, save_manifest
 from immich_ml_metal.models.paddle import list_pinned
-from immich_ml_metal.models.progress import Tracker, format_bytes
+from immich_ml_metal.models.progress import Tracker
 from immich_ml_metal.models.remote import (
     Listing,
     RemoteFile,
@@ -27,6 +27,7 @@ from immich_ml_metal.models.remote import (
 )
 from immich_ml_metal.models.shelf import GRAPH, FileState, Shelf, check_part
 from immich_ml_metal.models.transfer import Transfer, Transient, network, partial_path, pause
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.types import ModelKey

@@ -3,15 +3,20 @@
 Kept beside the model as `.immich-ml-metal.json`; without it the files count as placed by hand.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-NAME = ".immich-ml-metal.json"
+log = logging.getLogger(__name__)
+
+NAME, VERSION = ".immich-ml-metal.json", 1
 _CHUNK = 2**20
 
 
@@ -55,18 +60,36 @@ class Manifest:
 
 
 def load_manifest(root: Path) -> Manifest:
-    """Read the manifest of the model in `root`; an absent or unreadable one knows no files."""
+    """Read the manifest of the model in `root`; an absent or unreadable one knows no files.
+
+    One that a newer release wrote counts as unreadable, which is told once.
+    """
     try:
         data = json.loads((root / NAME).read_text(encoding="utf-8"))
+        if (version := int(data["version"])) > VERSION:
+            _tell_newer(root / NAME, version)
+            return Manifest()
         return Manifest({path: FileRecord(**row) for path, row in data["files"].items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Manifest()  # its files then count as unverified, which is what we know
 
 
+@functools.cache
+def _tell_newer(path: Path, version: int) -> None:
+    log.warning(
+        "%s was written by a newer release (version %s, this one reads %d): it is left alone, and "
+        "the files count as placed by hand",
+        *(path, version, VERSION),
+    )
+
+
 def save_manifest(root: Path, manifest: Manifest) -> None:
-    """Write the manifest, replacing the old one in one step."""
+    """Write the manifest, replacing the old one in one step; never a newer release's."""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        if int(json.loads((root / NAME).read_bytes())["version"]) > VERSION:
+            return
     data = {
-        "version": 1,
+        "version": VERSION,
         "files": {path: asdict(manifest.files[path]) for path in sorted(manifest.files)},
     }
     write_atomically(root / NAME, json.dumps(data, indent=1).encode())

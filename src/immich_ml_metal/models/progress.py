@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from immich_ml_metal.errors import DownloadFailed
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.types import ModelKey
 
 logger = logging.getLogger(__name__)
@@ -215,17 +216,3 @@ class Downloads:
         with self._lock:
             trackers = list(self._trackers)
         return tuple(tracker.snapshot() for tracker in trackers)
-
-
-def format_bytes(size_bytes: float) -> str:
-    """A size as a person reads it, in powers of 1000 as disks and hubs count.
-
-    >>> format_bytes(351_400_000)
-    '351 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000 or unit == "GB":
-            digits = 1 if unit == "GB" or (size_bytes < 10 and unit != "B") else 0
-            return f"{size_bytes:.{digits}f} {unit}"
-        size_bytes /= 1000
-    raise AssertionError("unreachable")

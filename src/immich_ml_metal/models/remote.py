@@ -12,7 +12,7 @@ from pathlib import Path
 
 from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.manifest import git_sha1_of, sha256_of
-from immich_ml_metal.models.progress import format_bytes
+from immich_ml_metal.setting_kinds import format_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.onnx_files.references import weight_files
+from immich_ml_metal.setting_kinds import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -219,4 +220,4 @@ def _rename(staging: Path, target: Path) -> None:
 
 def _require_room(folder: Path, wanted_bytes: int) -> None:
     if shutil.disk_usage(folder).free < wanted_bytes:
-        raise OSError(f"less than {wanted_bytes / 2**20:.0f} MiB free on {folder}")
+        raise OSError(f"less than {format_bytes(wanted_bytes)} free on {folder}")

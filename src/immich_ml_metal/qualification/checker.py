@@ -23,17 +23,17 @@ from immich_ml_metal.qualification.order import CHECK, Order
 from immich_ml_metal.qualification.plan import NO_FILES, Choices
 from immich_ml_metal.qualification.record import Entry, name_of
 from immich_ml_metal.qualification.verdict import Judged, Outcome, Verdict
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.types import ModelKey
 
 log = logging.getLogger(__name__)
 
-MIB = 2**20
 # How long one probe of a check may take. Vision's first request after an update of macOS has taken
 # up to 201 s in public reports, with 15 to 58 s the rule; compiling for the Neural Engine minutes.
 LIMITS_S: Mapping[str, float] = MappingProxyType({"vision": 130.0, "mlx": 300.0, "coreml": 900.0})
 # A probe needs the candidate's weights and, after it, the reference's; converting holds both forms.
 _WEIGHT_FACTOR = 2.5
-_LIBRARIES_BYTES = 500 * MIB
+_LIBRARIES_BYTES = 500_000_000
 # And this much of the machine must stay free beside it, so that nothing else is swapped out.
 _SHARE_LEFT_FREE = 0.1
 # A hang may be a cold cache of the system's, an end by a signal the kernel's want of memory: such a
@@ -120,8 +120,8 @@ class Checker:
         has_room = available - needed >= total * _SHARE_LEFT_FREE
         if not has_room:
             log.info(
-                "a check waits for memory model=%s needed_mb=%d available_mb=%d",
-                *(key, needed // MIB, available // MIB),
+                "a check waits for memory model=%s needed=%s available=%s",
+                *(key, format_bytes(needed), format_bytes(available)),
             )
         return has_room
 

@@ -31,7 +31,7 @@ from immich_ml_metal.qualification.environment import Environment, settings_fact
 from immich_ml_metal.qualification.record import Entry, Record, name_of
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
-from immich_ml_metal.types import SLOTS, ModelFiles, ModelKey, Part, Slot
+from immich_ml_metal.types import SLOTS, ModelFiles, ModelKey, Part, Slot, Task
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,18 @@ class Choices:
         """Who would answer a model if nobody had before."""
         slot, entry = (key.task, key.part), replace(self.entry(key), chosen=None)
         return decide(slot, self.rule(slot), entry, self.facts(key, entry)).candidate
+
+    def picture_ms(self) -> dict[str, float]:
+        """What was measured of those search models that are chosen, per picture, by name."""
+        pictures = name_of(ModelKey(Task.CLIP, Part.VISUAL, ""))
+        found = {}
+        for name, entry in self._entries.items():
+            judged = entry.judged.get(entry.chosen or REFERENCE)
+            if judged is not None and name.startswith(pictures):
+                figures = judged.verdict.figures
+                if (ms := figures.batch_ms or figures.alone_ms) is not None:
+                    found[name.removeprefix(pictures)] = ms
+        return found
 
     @property
     def made(self) -> Mapping[ModelKey, Choice]:

@@ -9,9 +9,9 @@ from immich_ml_metal import __version__
 from immich_ml_metal.qualification.comparison import Compared
 from immich_ml_metal.qualification.environment import Environment
 from immich_ml_metal.qualification.verdict import Judged
+from immich_ml_metal.setting_kinds import format_bytes
 
 _HEAD = ("engine", "numbers", "cosine", "first s", "ms alone", "ms in batch", "MB", "verdict")
-GIB = 2**30
 
 
 def render_report(environment: Environment, found: Sequence[Compared]) -> str:
@@ -20,11 +20,11 @@ def render_report(environment: Environment, found: Sequence[Compared]) -> str:
     versions = ", ".join(
         f"{name} {known[name]}" for name in ("mlx", "onnxruntime") if known.get(name)
     )
-    memory = psutil.virtual_memory().total / GIB
+    memory = format_bytes(psutil.virtual_memory().total)
     lines = [
         f"# Engines measured by immich-ml-metal {__version__}",
         "",
-        f"{known['chip']}, {memory:.0f} GiB, {known['system']}, Python "
+        f"{known['chip']}, {memory}, {known['system']}, Python "
         f"{platform.python_version()}, {versions}",
     ]
     for compared in found:

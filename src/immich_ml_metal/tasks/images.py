@@ -112,17 +112,19 @@ def decode_other(data: bytes, limits: ImageLimits) -> Picture:
 
 
 def count_pixels(data: bytes) -> int | None:
-    """Pixels that a file's header announces; 0 where it cannot be read, which `decode` explains.
+    """Pixels that `decode` will write, by the file's header; 0 where it refuses the file unread.
 
     None for formats that this process does not decode.
     """
     try:
         header = read_header(data)
-    except InvalidImage:
+        size = header.size or (0, 0)
+        _check_size(size, ImageLimits())
+    except (InvalidImage, ImageTooLarge):
         return 0
     if data and not header.is_common:
         return None
-    return math.prod(header.size or (0, 0))
+    return math.prod(size)
 
 
 def _decode(data: bytes, limits: ImageLimits, formats: tuple[str, ...]) -> Picture:

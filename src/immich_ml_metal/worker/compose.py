@@ -23,6 +23,7 @@ from immich_ml_metal.qualification.plan import (
     this_machine,
 )
 from immich_ml_metal.qualification.record import Record
+from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.state import StateFolder
 from immich_ml_metal.worker.guarded_store import GuardedStore
@@ -131,13 +132,13 @@ def _report_models(choices: Choices) -> None:
         if not missing:
             log.info("model is here model=%s", spec.name)
             continue
-        size_mib = sum(spec.part_bytes[part] for part in missing) / 2**20
+        size = format_bytes(sum(spec.part_bytes[part] for part in missing))
         log.warning(
-            "model is missing model=%s parts=%s size_mib=%.0f: it is %s; to get it now, run "
+            "model is missing model=%s parts=%s size=%s: it is %s; to get it now, run "
             "immich-ml-metal models pull %s",
             spec.name,
             ",".join(missing),
-            size_mib,
+            size,
             "not fetched while offline" if settings.offline else "fetched when first asked for",
             spec.name,
         )
