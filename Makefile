@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SERVE := $(VENV)/.serve-$(shell cksum requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 DEV := $(VENV)/.dev-$(shell cksum requirements-dev.lock pyproject.toml | cksum | cut -d' ' -f1)
 
+# The tests wait for processes more than they compute, so more of them at once than there are cores.
+TEST_PROCESSES ?= 3
+
 # What is told when no Python fits: how to get one on each system.
 NO_PYTHON = "Python 3.11 to 3.14 is needed, with its venv module. On the path is: $$(python3 --version 2>&1)." \
 	"  macOS with Homebrew:  brew install python@3.13" \
@@ -50,7 +53,7 @@ bench: $(SERVE)  ## Measure the service against the raw engine, in one run
 	@$(BIN)/immich-ml-metal bench
 
 test: $(DEV)  ## Run the tests
-	@$(BIN)/coverage run -m pytest -m "not soak and not apple"
+	@$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not soak and not apple"
 	@$(BIN)/coverage report
 
 check: $(DEV)  ## Check format, lint, types and the macOS dependency set; changes nothing
@@ -66,6 +69,9 @@ fmt: $(DEV)  ## Format and fix
 
 soak: $(DEV)  ## Run the long tests: kills, restarts, downloads cut at random, attacks (about an hour)
 	$(BIN)/pytest -m soak
+
+mutants: $(DEV)  ## Plant small faults (ROOM=tasks N=30 SEED=0) and list those that no test notices
+	@$(BIN)/python scripts/mutants.py $(if $(ROOM),--room $(ROOM)) -n $(or $(N),30) --seed $(or $(SEED),0)
 
 apple: $(DEV)  ## Run the tests that need a Mac with Apple Silicon; ends with a report to share
 	$(BIN)/pytest -m apple
@@ -88,5 +94,5 @@ reference: $(DEV)  ## Write docs/reference.md from the code
 pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
 	$(BIN)/python scripts/make_pictures.py
 
-.PHONY: help setup serve demo bench test check fmt soak apple release-check try-install run-docs \
-	lock reference pictures
+.PHONY: help setup serve demo bench test check fmt soak mutants apple release-check try-install \
+	run-docs lock reference pictures

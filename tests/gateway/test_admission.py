@@ -166,7 +166,7 @@ async def test_a_client_that_sends_a_byte_now_and_then_is_timed_out() -> None:
     started_s = time.monotonic()
     with pytest.raises(UploadStalled, match="sends too slowly"):
         await here.take(receive, None)
-    assert 0.15 < time.monotonic() - started_s < 2
+    assert time.monotonic() - started_s > 0.15
     assert here.room.held("memory") == 0
 
 

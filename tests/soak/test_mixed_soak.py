@@ -138,8 +138,12 @@ def size(pid: int) -> tuple[float, int]:
 
 
 def told(name: str, sizes: list[tuple[float, int]]) -> tuple[float, float]:
-    """Print a process's sizes over time; gives how much its memory and descriptors grew."""
+    """Print a process's sizes over time; gives how much its memory and descriptors grew.
+
+    The first quarter is left out: a heap takes some minutes to reach its size.
+    """
     sys.stdout.write(f"\n    {name}: " + ", ".join(f"{mb:.0f} MB {n}" for mb, n in sizes))
+    sizes = sizes[len(sizes) // 4 :]
     third = max(1, len(sizes) // 3)
     ends = [sizes[:third], sizes[-third:]]
     memory, descriptors = (

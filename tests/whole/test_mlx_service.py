@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from doubles.gateway import free_port
 from doubles.live import ALL, TEXTUAL, predict
 from doubles.tiny_models import draw_text
 
@@ -59,8 +60,7 @@ def service(
     folder: Path, models: Path, *options: str
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`serve` on loopback with MLX for every task; gives its URL and its process."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     engines = "".join(f'{name} = "{engine}"\n' for name, engine in EVERYTHING_ON_MLX.items())
     config = folder / "settings.toml"
     config.write_text(f"models_dir = {str(own(folder, models))!r}\noffline = true\n{engines}")
