@@ -7,6 +7,7 @@ stand-in. Nothing of it touches the machine that it runs on, and there is no way
 """
 
 import asyncio
+import importlib
 import os
 import shutil
 import signal
@@ -226,8 +227,8 @@ def serve_immich() -> None:
     """Stand for Immich: its settings name our service, its queues have numbers and do not work."""
     sys.path.insert(0, str(ROOT / "tests"))
     import uvicorn
-    from doubles import immich
 
+    immich = importlib.import_module("doubles.immich")
     immich.KEY = IMMICH_KEY
     double = immich.ImmichDouble(f"http://{MINE}:3003")
     double.upload(320)
