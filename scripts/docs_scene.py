@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -228,7 +229,7 @@ def serve_immich() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import uvicorn
 
-    immich = importlib.import_module("doubles.immich")
+    immich: Any = importlib.import_module("doubles.immich")  # its key is changed
     immich.KEY = IMMICH_KEY
     double = immich.ImmichDouble(f"http://{MINE}:3003")
     double.upload(320)
