@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SERVE := $(VENV)/.serve-$(shell cksum requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 DEV := $(VENV)/.dev-$(shell cksum requirements-dev.lock pyproject.toml | cksum | cut -d' ' -f1)
 
+# The tests wait for processes more than they compute, so more of them at once than there are cores.
+TEST_PROCESSES ?= 3
+
 # What is told when no Python fits: how to get one on each system.
 NO_PYTHON = "Python 3.11 to 3.14 is needed, with its venv module. On the path is: $$(python3 --version 2>&1)." \
 	"  macOS with Homebrew:  brew install python@3.13" \
@@ -50,7 +53,7 @@ bench: $(SERVE)  ## Measure the service against the raw engine, in one run
 	@$(BIN)/immich-ml-metal bench
 
 test: $(DEV)  ## Run the tests
-	@$(BIN)/coverage run -m pytest -m "not soak and not apple"
+	@$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not soak and not apple"
 	@$(BIN)/coverage report
 
 check: $(DEV)  ## Check format, lint, types and the macOS dependency set; changes nothing
@@ -79,6 +82,9 @@ release-check: $(DEV)  ## Do all of a release but the publishing: build, look in
 try-install: $(DEV)  ## Try the README's lines in an empty Debian (root, debootstrap; 5 minutes)
 	$(BIN)/python scripts/try_install.py
 
+run-docs: $(DEV)  ## Run every command of the pages as written, in a scene of its own (Linux)
+	$(BIN)/python scripts/run_docs.py
+
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
 
@@ -89,4 +95,4 @@ pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
 	$(BIN)/python scripts/make_pictures.py
 
 .PHONY: help setup serve demo bench test check fmt soak mutants apple release-check try-install \
-	lock reference pictures
+	run-docs lock reference pictures

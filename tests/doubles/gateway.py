@@ -1,15 +1,16 @@
 """Runs a gateway with the fake worker: real sockets, a real child process, this event loop."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Service:
     async def ready(self) -> None:
         await until(lambda: self.state == "ready", "a ready worker")
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def watched_closely(self) -> AsyncIterator[None]:
         """Look at the worker all the time instead of once a second."""
 
@@ -115,6 +116,14 @@ class Service:
         finally:
             looking.cancel()
 
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """No request with `[busy]` is answered before the block ends."""
+        busy = self.folder / "busy"
+        busy.touch()
+        yield
+        busy.unlink()
+
     def stop_when_idle(self) -> bool:
         return self.gateway.dispatcher.stop_if_idle(Order("idle", again=False))
 
@@ -122,7 +131,7 @@ class Service:
         os.kill(self.worker_pid, number)
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def running_gateway(
     folder: Path,
     *,
@@ -176,11 +185,14 @@ class GatewayProcess:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+    """A port that stays free until it is used: the system never gives one of these away itself."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def gateway_process(
     folder: Path,
     *,

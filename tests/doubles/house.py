@@ -45,7 +45,7 @@ class House:
             "immich_url": self.url,
             "immich_api_key": KEY,
             "state_dir": self.folder / "state",
-            "drain_limit_s": 10,
+            "drain_limit_s": 1000,  # a stop that waits for its limit fails a test
             **changes,
         }
         async with gateway_process(

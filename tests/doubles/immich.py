@@ -97,6 +97,8 @@ class ImmichDouble:
         self.started: list[tuple[str, dict[str, Any]]] = []
         self.commands: list[tuple[str, str]] = []
         self.hangs_s = 0.0
+        self.commanded = 0  # how many commands are open now
+        self.most_commanded = 0
         self.fails: dict[str, int] = {}  # `resume ocr`, or `GET`, → the status it is answered
         routes = [
             Route("/api/server/version", self.version),
@@ -203,6 +205,14 @@ class ImmichDouble:
         return JSONResponse({name: queue.counts() for name, queue in self.queues.items()})
 
     async def command(self, request: Request) -> Response:
+        self.commanded += 1
+        self.most_commanded = max(self.most_commanded, self.commanded)
+        try:
+            return await self._obey(request)
+        finally:
+            self.commanded -= 1
+
+    async def _obey(self, request: Request) -> Response:
         if refusal := await self.refusal(request, "job.create"):
             return refusal
         name, body = request.path_params["name"], await request.json()

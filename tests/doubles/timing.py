@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PATIENCE_S = 30.0
@@ -26,3 +27,11 @@ async def until(
     while not condition():
         assert time.monotonic() < end_s, f"{what} did not come about in {patience_s:g} s"
         await asyncio.sleep(0.002)
+
+
+@contextmanager
+def work_of_at_most(limit_s: float) -> Iterator[None]:
+    """Seconds that this thread may compute in the block, whatever else the machine has to do."""
+    started_s = time.thread_time()
+    yield
+    assert time.thread_time() - started_s < limit_s

@@ -2,9 +2,10 @@
 
 It answers a `/predict` with the SHA-256 of the body it got. Words in the body make it misbehave:
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
+`[busy]` is worked on for as long as there is a file `busy` in the folder;
 `[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
-`slow` (holding seconds), `stubborn`; what `health.json` holds is told on `/health`; `broken-clip`
+`held` (until it is gone), `stubborn`; what `health.json` holds is told on `/health`; `broken-clip`
 (or another task) holds the name of the failure that every request of that task gets. It writes what
 it does into `journal` there.
 Run as `python worker.py FOLDER SOCKET`.
@@ -24,7 +25,7 @@ from typing import Any
 
 from immich_ml_metal.worker.process import EXIT_BAD_SETTINGS, read_settings, serve
 
-_WORD = re.compile(rb"\[(abort|hang|block|burn|sleep|leak|status|bye|later) ?([\d.]*)\]")
+_WORD = re.compile(rb"\[(abort|hang|busy|block|burn|sleep|leak|status|bye|later) ?([\d.]*)\]")
 
 _AGAIN = (b"retry-after", b"0")
 BROKEN: dict[str, tuple[int, list[tuple[bytes, bytes]]]] = {
@@ -102,6 +103,9 @@ class FakeWorker:
                 return None
             if word == b"sleep":
                 await asyncio.sleep(float(value))
+            elif word == b"busy":
+                while (self.folder / "busy").exists():
+                    await asyncio.sleep(0.005)
             elif word == b"leak":
                 self.leaked.append(b"x" * int(value) * 2**20)
             elif word == b"status":
@@ -158,8 +162,8 @@ def main() -> None:
     if (folder / "stubborn").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         worker.note(f"helper {subprocess.Popen(['sleep', '3600']).pid}")
-    if (folder / "slow").exists():
-        time.sleep(float((folder / "slow").read_text()))
+    while (folder / "held").exists():
+        time.sleep(0.005)
     serve(worker, socket)
 
 

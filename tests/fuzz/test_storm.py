@@ -9,11 +9,11 @@ from doubles.whole_service import Beside, health, whole_service, worker_ends
 from fuzz.storm import mutated_forms, storm
 
 
-def weather(port: int, kind: str, count: int, *, ping_s: float, search_s: float) -> None:
-    """Let a storm pass, and look at what it left."""
+def weather(port: int, kind: str, count: int, slack: float = 1.0) -> None:
+    """Let a storm pass, and look at what it left; `slack` multiplies what may take how long."""
     before = health(port)
     beside = Beside(port)
-    report = storm(port, kind, count)
+    report = storm(port, kind, count, slack)
     beside.end()
     after = health(port)
     pings = sorted(beside.pings)
@@ -28,8 +28,8 @@ def weather(port: int, kind: str, count: int, *, ping_s: float, search_s: float)
     assert report.bad == []
     assert sum(report.statuses.values()) == count
     assert {status for status, _ in beside.searches} <= {200}
-    assert slowest_search_s < search_s
-    assert ping_p99_s < ping_s
+    assert slowest_search_s < 1.5 * slack
+    assert ping_p99_s < 0.1 * slack
     assert after["worker"]["pid"] == before["worker"]["pid"]
     assert worker_ends(after) == worker_ends(before) == 0
     assert grown < 20 * 2**20
@@ -45,7 +45,7 @@ def port(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int
 def test_no_mutated_request_is_a_failure_a_delay_or_a_restart(
     port: int, kind: str, count: int
 ) -> None:
-    weather(port, kind, count, ping_s=0.5, search_s=3)  # a developer's machine is busy
+    weather(port, kind, count, slack=10)  # other tests run beside it
 
 
 @pytest.mark.soak
@@ -54,7 +54,7 @@ def test_no_mutated_request_is_a_failure_a_delay_or_a_restart(
     ("kind", "count"), [("forms", 100_000), ("pictures", 20_000), ("heads", 50_000)]
 )
 def test_nor_are_a_hundred_thousand(port: int, kind: str, count: int) -> None:
-    weather(port, kind, count, ping_s=0.1, search_s=1.5)
+    weather(port, kind, count)
 
 
 def test_the_same_seed_makes_the_same_requests() -> None:

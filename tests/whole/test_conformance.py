@@ -23,7 +23,7 @@ from PIL import Image
 
 from immich_ml_metal.client.own_service import running_service
 
-pytestmark = [pytest.mark.shared, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.shared, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,6 @@ def test_the_service_conforms_to_the_recorded_answers(shared: Path, url: str) ->
         [sys.executable, tool, "--url", url, "--cosine", "0.99999"],
         capture_output=True,
         text=True,
-        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,9 +89,7 @@ def test_a_live_node_client_gets_its_four_answers(shared: Path, url: str) -> Non
     if node is None:
         pytest.skip("node is not installed")
     script, image = shared / "tools" / "immich_client.mjs", shared / "images" / "portrait.jpg"
-    done = subprocess.run(
-        [node, script, url, image], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([node, script, url, image], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[:2] for line in lines] == [

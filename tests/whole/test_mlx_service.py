@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from doubles.gateway import free_port
 from doubles.live import ALL, TEXTUAL, predict
 from doubles.tiny_models import draw_text
 
@@ -59,8 +60,7 @@ def service(
     folder: Path, models: Path, *options: str
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`serve` on loopback with MLX for every task; gives its URL and its process."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     engines = "".join(f'{name} = "{engine}"\n' for name, engine in EVERYTHING_ON_MLX.items())
     config = folder / "settings.toml"
     config.write_text(f"models_dir = {str(own(folder, models))!r}\noffline = true\n{engines}")
@@ -133,7 +133,7 @@ def test_the_worker_process_ends_with_zero_after_mlx_ran(
 
 
 @pytest.mark.shared
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(IS_TOO_SLOW, reason="minutes too slow without OpenBLAS")
 def test_mlx_conforms_to_the_recorded_answers_through_the_gateway(
     shared: Path, shared_models: Path, tmp_path: Path
@@ -141,7 +141,7 @@ def test_mlx_conforms_to_the_recorded_answers_through_the_gateway(
     tool = shared / "tools" / "conform.py"
     with service(tmp_path, shared_models) as (url, process):
         command = [sys.executable, str(tool), "--url", url, "--cosine", "0.9999"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert stop(process) == 0
     assert re.search(r"^\d\d+ passed, 0 failed", done.stdout, re.MULTILINE)

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,18 +11,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from doubles.gateway import free_port
 from doubles.live import ALL, TEXTUAL, predict
 from doubles.tiny_models import draw_text
 
 PATIENCE_S = 90.0  # under strace, beside other work
 FIRST_REPORT_S = 12.0  # ONNX Runtime's first report leaves nine seconds after its first session
 ADDRESS = re.compile(r'sin6?_port=htons\((\d+)\).*?(?:inet_addr\("|inet_pton\(AF_INET6, ")([^"]+)')
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def whole_run(folder: Path, models: Path, *watcher: str, linger_s: float = 0.0) -> None:

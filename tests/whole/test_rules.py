@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml  # type: ignore[import-untyped]
-from doubles.gateway import GatewayProcess, gateway_process
+from doubles.gateway import GatewayProcess, free_port, gateway_process
 from doubles.timing import PATIENCE_S
 
 RULES = Path(__file__).parents[2] / "deploy" / "prometheus-alerts.yml"
@@ -101,8 +100,7 @@ async def prometheus(folder: Path, target: str) -> AsyncIterator[httpx.AsyncClie
         "scrape_configs": [{"job_name": "j", "static_configs": [{"targets": [target]}]}],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(
         str(PROMETHEUS),
         f"--config.file={folder / 'prometheus.yml'}",

@@ -132,7 +132,7 @@ def test_every_answer_is_the_undisturbed_one_and_the_count_is_right(
 
         def client(number: int) -> int:
             turn = number
-            while time.monotonic() < end_s:
+            while turn < number + 3 or time.monotonic() < end_s:
                 which = turn % len(questions)
                 answer = predict(url, **questions[which])
                 assert answer.status_code == 200, answer.text
@@ -143,7 +143,7 @@ def test_every_answer_is_the_undisturbed_one_and_the_count_is_right(
         with ThreadPoolExecutor(CLIENTS) as threads:
             done = sum(threads.map(client, range(CLIENTS)))
         after = httpx.get(f"{url}/metrics").text
-    assert done > CLIENTS
+    assert done >= 3 * CLIENTS
     assert nuisance.errors > 0
     assert count(after, "engine_failures", engine="mlx", cause="error") == nuisance.errors
     assert (

@@ -4,7 +4,6 @@ import asyncio
 import io
 import struct
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,21 +77,17 @@ async def test_a_refusal_of_the_child_is_ours(others: OtherFormats) -> None:
 
 async def test_a_decoder_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     others = OtherFormats(wall_limit_s=1.0)
-    started_s = time.monotonic()
     with pytest.raises(InvalidImage, match="cannot be decoded within 1 s"):
         await others.decode(tiff_of_tiny_tiles(2500))
-    assert time.monotonic() - started_s < 4
     assert children() == 0
     others.close()
 
 
 async def test_the_system_ends_a_decoder_that_nobody_watches() -> None:
     limit = "import immich_ml_metal.worker.other_formats_child as c; c.CPU_LIMIT_S = 1; c.main()"
-    others = OtherFormats(command=(sys.executable, "-c", limit), wall_limit_s=60)
-    started_s = time.monotonic()
+    others = OtherFormats(command=(sys.executable, "-c", limit), wall_limit_s=1e9)
     with pytest.raises(InvalidImage, match="cannot be decoded within"):
         await others.decode(tiff_of_tiny_tiles(2500))
-    assert time.monotonic() - started_s < 30
     others.close()
 
 
