@@ -91,8 +91,9 @@ lock: $(DEV)  ## Resolve the dependencies again and write the locks
 reference: $(DEV)  ## Write docs/reference.md from the code
 	$(BIN)/python scripts/make_reference.py
 
-pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
+pictures: $(DEV)  ## Photograph the page and the commands for README and docs, with Chromium
 	$(BIN)/python scripts/make_pictures.py
+	$(BIN)/python scripts/make_terminal_pictures.py
 
 .PHONY: help setup serve demo bench test check fmt soak mutants apple release-check try-install \
 	run-docs lock reference pictures

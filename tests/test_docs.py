@@ -184,6 +184,16 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(there), f"{place or page.name} has no heading for #{anchor}"
 
 
+def test_every_picture_is_shown_and_has_words_for_those_who_do_not_see_it() -> None:
+    text = "\n".join(map(text_of, LIVE))
+    told = {name: words for words, name in re.findall(r"!\[([^\]]*)\]\(.*?([\w-]+\.png)\)", text)}
+    told |= dict(re.findall(r'([\w-]+\.png)" alt="([^"]*)"', text))
+    there = {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert {name for name in there if not name.endswith("-dark.png")} == set(told)
+    assert all(f"pictures/{name}" in text for name in there)
+    assert all(len(words) > 20 for words in told.values())
+
+
 def test_every_page_can_be_reached_from_the_readme() -> None:
     reached, todo = set(), [ROOT / "README.md"]
     while todo:

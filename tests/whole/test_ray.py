@@ -95,9 +95,12 @@ def test_a_replica_that_is_killed_under_load_costs_no_request(cluster: tuple[str
         return predict(url, entries, image=image).status_code
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        early = [pool.submit(ask, number) for number in range(40)]
-        early[8].result()  # some were answered, eight are in flight, the others wait
+        asked = [pool.submit(ask, number) for number in range(200)]
+        asked[20].result()
+        victim.suspend()  # in the middle of what it has taken on
+        time.sleep(3)
+        assert not all(one.done() for one in asked)
         victim.kill()
-        statuses = Counter(one.result() for one in early)
-    assert statuses == {200: 40}
+        statuses = Counter(one.result() for one in asked)
+    assert statuses == {200: 200}
     assert other.is_running()
