@@ -253,6 +253,7 @@ def test_a_healthy_set_up_has_nothing_to_fix() -> None:
         (replace(HEALTHY, addresses=()), "address", "no network address"),
         (replace(HEALTHY, hub="timed out"), "hub", "all configured models are here"),
         (replace(HEALTHY, models=MISSING), "models", "fetched at first use: ViT-B-32__openai"),
+        (replace(HEALTHY, state_dir_error="read-only file system"), "state folder", "read-only"),
         (with_machine(sleep_min=10), "sleep", "sleeps after 10 min"),
         (with_machine(memory_free_bytes=2 * GB), "memory", "2.0 GB of 24"),
         (replace(HEALTHY, disk_free_bytes=3 * GB), "disk", "3.0 GB"),

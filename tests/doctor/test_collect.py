@@ -126,10 +126,10 @@ def test_a_missing_model_is_not_called_damaged(tmp_path: Path) -> None:
 
 def test_a_model_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    error, free_bytes = collect.read_models_dir(Settings(models_dir=tmp_path / "file" / "models"))
+    error, free_bytes = collect.read_folder(tmp_path / "file" / "models")
     assert error
     assert free_bytes > 0
-    assert collect.read_models_dir(Settings(models_dir=tmp_path / "new" / "deep"))[0] == ""
+    assert collect.read_folder(tmp_path / "new" / "deep")[0] == ""
 
 
 @pytest.mark.parametrize(
@@ -388,3 +388,10 @@ def test_the_bundle_is_written_by_the_command(tmp_path: Path) -> None:
     with zipfile.ZipFile(bundle) as opened:
         checks = json.loads(opened.read("doctor.json"))
     assert [c["name"] for c in checks] == [c["name"] for c in report["checks"]]
+
+
+def test_a_shared_report_does_not_say_where_the_service_remembers() -> None:
+    settings = Settings(state_dir=Path("/srv/jane/memory"))
+    shared = anonymise("cannot write /srv/jane/memory/index.json", known_private(settings))
+    assert "jane" not in shared
+    assert "STATE/index.json" in shared

@@ -52,6 +52,7 @@ CHECKS = (
     Check("memory", machine.check_memory),
     Check("disk", machine.check_disk),
     Check("model folder", machine.check_models_dir, after=("settings", "disk")),
+    Check("state folder", machine.check_state_dir, after=("settings",)),
     Check("model names", machine.check_names, after=("settings",)),
     Check("hub", machine.check_hub, after=("settings", "clock")),
     Check("models", machine.check_models, after=("settings", "model folder", "disk", "hub")),

@@ -48,7 +48,7 @@ _APPLE_SILICON = ("mlx", "pyobjc-framework-Vision", "pyobjc-framework-CoreML")
 def collect_facts(run: RunProgram, *, env_file: Path | None, digests: bool) -> Facts:
     """All facts but the self-test's; `digests` reads every model file to its end."""
     settings, config_error = _read_settings(env_file)
-    folder_error, free_bytes = read_models_dir(settings)
+    folder_error, free_bytes = read_folder(settings.models_dir.expanduser())
     server, immich, immich_error = ask_immich(settings)
     hub, skew_s = _ask_hub(settings, config_error)
     return Facts(
@@ -59,6 +59,7 @@ def collect_facts(run: RunProgram, *, env_file: Path | None, digests: bool) -> F
         packages=read_packages(machine),
         config_error=config_error,
         models_dir_error=folder_error,
+        state_dir_error=read_folder(settings.state_folder)[0],
         unreadable=tuple(ModelStore(settings).shelf.unreadable()),
         disk_free_bytes=free_bytes,
         names=(names := _names(settings, server)),
@@ -210,9 +211,8 @@ def _holder(port: int, run: RunProgram) -> str:
     return ""
 
 
-def read_models_dir(settings: Settings) -> tuple[str, int]:
-    """Why the model folder cannot be written (empty when it can), and the free bytes around it."""
-    folder = settings.models_dir.expanduser()
+def read_folder(folder: Path) -> tuple[str, int]:
+    """Why a folder cannot be written (empty when it can), and the free bytes around it."""
     existing = next(path for path in (folder, *folder.parents) if _exists(path))
     try:
         free_bytes = psutil.disk_usage(str(existing)).free

@@ -93,6 +93,7 @@ class Facts:
         config_error: why the settings are refused; empty when they are not.
         packages: needed package → installed version; None when missing.
         models_dir_error: why the model folder cannot be written; empty when it can.
+        state_dir_error: why nothing can be remembered between starts; empty when it can.
         unreadable: each folder of models that cannot be read, and why.
         names: the models that are asked for: Immich's, where it could be asked.
         hub: "" reachable, "offline" switched off, else why it is not reachable.
@@ -114,6 +115,7 @@ class Facts:
     packages: Mapping[str, str | None] = field(default_factory=dict)
     config_error: str = ""
     models_dir_error: str = ""
+    state_dir_error: str = ""
     unreadable: tuple[str, ...] = ()
     disk_free_bytes: int = 0
     models: tuple[ModelFact, ...] = ()

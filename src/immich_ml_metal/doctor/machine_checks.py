@@ -103,6 +103,15 @@ def check_models_dir(facts: Facts) -> Answer:
     return Outcome.OK, str(facts.settings.models_dir), ""
 
 
+def check_state_dir(facts: Facts) -> Answer:
+    """What is remembered between starts can be written."""
+    folder = facts.settings.state_folder
+    if facts.state_dir_error:
+        told = f"{folder}: {facts.state_dir_error}; the service runs, and remembers nothing"
+        return Outcome.WARN, told, f"chown or chmod {folder}, or set state_dir (ML_STATE_DIR)"
+    return Outcome.OK, str(folder), ""
+
+
 def check_names(facts: Facts) -> Answer:
     """Every model that is asked for is an official one: no hub has another."""
     unknown = [f"{model.name}: {model.problem}" for model in facts.models if model.is_unknown]

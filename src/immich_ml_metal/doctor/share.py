@@ -71,6 +71,7 @@ def known_private(settings: Settings) -> dict[str, str]:
         host.partition(".")[0]: "HOST",
         getpass.getuser(): "USER",
         str(settings.models_dir.expanduser()): "MODELS",
+        str(settings.state_folder): "STATE",
     }
     for url in (settings.immich_url, settings.hub_endpoint):
         if url is not None and (name := urlsplit(url).hostname):

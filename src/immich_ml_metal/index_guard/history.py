@@ -29,6 +29,7 @@ class History:
         self._state = state
         self._only_reads = only_reads
         self._lock = threading.Lock()
+        self._told = ""  # the last reason why nothing can be read
 
     def names(self) -> list[str]:
         """Every model that is remembered."""
@@ -108,7 +109,9 @@ class History:
         try:
             return self._state.read(name, _VERSION) or {}
         except StateUnusable as exc:
-            log.warning("what made the index is not known: %s", exc)
+            if str(exc) != self._told:
+                log.warning("what made the index is not known: %s", exc)
+            self._told = str(exc)
             return {}
 
     def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
