@@ -21,8 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from immich_ml_metal.errors import ModelUnavailable
 from immich_ml_metal.index_guard.guard import IndexFinding, IndexGuard
+from immich_ml_metal.index_guard.history import History
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.state import StateFolder
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 from immich_ml_metal.worker.compose import build_app
 
@@ -369,3 +371,14 @@ def test_commands_read_the_memory_and_write_nothing_into_it(shelf: Path) -> None
     command(shelf, "models", "info", CLIP)
     command(shelf, "demo", revision="v2")  # starts a service of its own
     assert (shelf.parent / "state" / "index.json").read_bytes() == before
+
+
+def test_one_reason_why_nothing_is_remembered_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    history = History(StateFolder(tmp_path / "file"))
+    assert [history.recall("clip/a"), history.recall("clip/b")] == [None, None]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"what made the index is not known: cannot read {tmp_path}/file/index.json: Not a directory"
+    ]
