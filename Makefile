@@ -82,14 +82,18 @@ release-check: $(DEV)  ## Do all of a release but the publishing: build, look in
 try-install: $(DEV)  ## Try the README's lines in an empty Debian (root, debootstrap; 5 minutes)
 	$(BIN)/python scripts/try_install.py
 
+run-docs: $(DEV)  ## Run every command of the pages as written, in a scene of its own (Linux)
+	$(BIN)/python scripts/run_docs.py
+
 lock: $(DEV)  ## Resolve the dependencies again and write the locks
 	$(BIN)/python scripts/lock.py
 
 reference: $(DEV)  ## Write docs/reference.md from the code
 	$(BIN)/python scripts/make_reference.py
 
-pictures: $(DEV)  ## Photograph the page for README and docs, with Chromium
+pictures: $(DEV)  ## Photograph the page and the commands for README and docs, with Chromium
 	$(BIN)/python scripts/make_pictures.py
+	$(BIN)/python scripts/make_terminal_pictures.py
 
 .PHONY: help setup serve demo bench test check fmt soak mutants apple release-check try-install \
-	lock reference pictures
+	run-docs lock reference pictures

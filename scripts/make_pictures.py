@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Page, Route, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    FilePayload,
+    Page,
+    Playwright,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 from immich_ml_metal.client.calls import TEXT, ImmichClient, configured_names
 from immich_ml_metal.client.own_service import running_service
@@ -33,17 +41,22 @@ PATIENCE_MS = 60_000
 
 def main() -> None:
     """Write docs/pictures/*.png."""
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser_path is None:
-        sys.exit("Chromium is needed: apt install chromium, or brew install --cask chromium")
     FOLDER.mkdir(parents=True, exist_ok=True)
     with service() as url, sync_playwright() as playwright:
+        browser = find_browser(playwright)
         keep_busy(url)
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         for scheme in ("light", "dark"):
             show_state(browser, url, scheme)
             show_text(browser, url, scheme)
         browser.close()
+
+
+def find_browser(playwright: Playwright) -> Browser:
+    """The system's Chromium; ends the script where there is none."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        sys.exit("Chromium is needed: apt install chromium, or brew install --cask chromium")
+    return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
 
 @contextmanager

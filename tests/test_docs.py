@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from doc_blocks import blocks, commands
 from doubles.live import VISUAL, predict
 from doubles.tiny_models import draw_faces
+from run_docs import NOT_HERE, RUN, agrees
 
 from immich_ml_metal.client.own_service import running_service
 from immich_ml_metal.settings import Settings, env_names
@@ -89,6 +91,24 @@ def test_no_page_names_a_command_or_option_that_is_gone() -> None:
             assert gone == set(), f"{name_of(page)}: {name} has no {sorted(gone)}"
 
 
+def test_what_pages_let_people_type_stands_in_blocks_that_run_docs_runs() -> None:
+    typed = re.compile(r"^\$? ?(immich-ml-metal|make|python|uv|pipx) ", re.MULTILINE)
+    found = [block for page in LIVE for block in blocks(page) if block.kind not in RUN]
+    assert [block for block in found if typed.search(block.text)] == []
+
+
+def test_what_run_docs_leaves_out_is_on_a_page_with_a_reason() -> None:
+    shown = [line for page in LIVE for b in blocks(page) if b.kind == "sh" for line in commands(b)]
+    assert set(NOT_HERE) - set(shown) == set()
+    assert all(NOT_HERE.values())
+
+
+def test_an_output_that_differs_in_more_than_measures_does_not_agree() -> None:
+    assert agrees("4 lines in 5 ms\n ...\n end", "4 lines in 77 ms\nmore\nand more\nend\n")
+    for other in ("5 lines in 5 ms\nx\nend", "4 lines in 5 ms\nend", "4 lines in 5 ms\nx\nend x"):
+        assert not agrees("4 lines in 5 ms\n...\nend", other)
+
+
 def options_of(command: Any) -> set[str]:
     return {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
 
@@ -162,6 +182,16 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert there.exists(), f"{target} is not there"
         if anchor:
             assert anchor in anchors(there), f"{place or page.name} has no heading for #{anchor}"
+
+
+def test_every_picture_is_shown_and_has_words_for_those_who_do_not_see_it() -> None:
+    text = "\n".join(map(text_of, LIVE))
+    told = {name: words for words, name in re.findall(r"!\[([^\]]*)\]\(.*?([\w-]+\.png)\)", text)}
+    told |= dict(re.findall(r'([\w-]+\.png)" alt="([^"]*)"', text))
+    there = {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert {name for name in there if not name.endswith("-dark.png")} == set(told)
+    assert all(f"pictures/{name}" in text for name in there)
+    assert all(len(words) > 20 for words in told.values())
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

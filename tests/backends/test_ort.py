@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from doubles.tiny_models import CLIP, FLOAT, Net, make_textual, make_visual
+from doubles.tiny_models import CLIP, FACES, FLOAT, OCR, Net, make_textual, make_visual
 from onnx import TensorProto
 
+from immich_ml_metal.backends.ort.adaptive import PATIENCE, AdaptiveGraph
 from immich_ml_metal.backends.ort.engine import OrtEngine
 from immich_ml_metal.backends.ort.session import OrtGraph, disabled_optimizers, session_options
 from immich_ml_metal.catalog import model_key
@@ -142,6 +143,28 @@ def test_the_setting_chooses_the_threads_of_one_inference(
     model = engine.load(model_key(CLIP, Task.CLIP, Part.VISUAL), files)
     assert model._graph.threads == expected  # type: ignore[attr-defined]
     model.close()
+    engine.device.close()
+
+
+def test_a_lone_text_keeps_all_cores_beside_pictures_and_pictures_share_theirs(
+    models: Path,
+) -> None:
+    engine = OrtEngine(Settings(intra_op_threads=2))
+
+    def load(task: Task, part: Part, name: str, folder: str) -> AdaptiveGraph:
+        files = ModelFiles(models / folder / "model.onnx", models / folder, models)
+        graph = engine.load(model_key(name, task, part), files)._graph  # type: ignore[attr-defined]
+        assert isinstance(graph, AdaptiveGraph)
+        return graph
+
+    text = load(Task.OCR, Part.DETECTION, OCR, f"ocr/{OCR}/detection")
+    faces = load(Task.FACES, Part.DETECTION, FACES, f"facial-recognition/{FACES}/detection")
+    with load(Task.CLIP, Part.VISUAL, CLIP, f"clip/{CLIP}/visual")._load.enter():
+        for graph, side_px in ((text, 32), (faces, 640)):
+            (name,) = (spec.name for spec in graph.inputs)
+            for _ in range(PATIENCE):
+                graph.run({name: np.zeros((1, 3, side_px, side_px), np.float32)})
+    assert (text.threads, faces.threads) == (2, 1)
     engine.device.close()
 
 

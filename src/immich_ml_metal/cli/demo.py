@@ -54,7 +54,7 @@ def demo(
     options = {"--models-dir": str(settings.models_dir), "--log-level": "warning"}
     options["--no-gateway"] = ""  # here a download that fails is to be told, not waited out
     with running_service(options) as own:
-        is_shown = show_demo(settings, own.url, image, output, Console(), pull=pull)
+        is_shown = show_demo(settings, own.url, image, output, Console(highlight=False), pull=pull)
     if not is_shown:
         print_error("nothing could be shown: no model is here; --pull fetches what is missing")
         raise typer.Exit(Exit.FINDING)

@@ -20,7 +20,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #8885; }
-th:first-child, td:first-child, td.note { text-align: left; }
+th:first-child, td:first-child, th:last-child, td.note { text-align: left; }
+td:first-child { white-space: nowrap; }
 .verdict { padding: .8rem 1rem; border-left: .4rem solid; font-size: 1.3rem; }
 .level0 { border-color: #1a9850; } .level1 { border-color: #d9a400; }
 .level2 { border-color: #d73027; } .level3 { border-color: #888; }

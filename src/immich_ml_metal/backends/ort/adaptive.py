@@ -20,7 +20,7 @@ PATIENCE = 8  # inferences of the other kind before the session is changed
 
 
 class CoreLoad:
-    """Counts the inferences that run now, of all graphs of one engine."""
+    """Counts the inferences that run now, of all graphs of one class of work."""
 
     def __init__(self) -> None:
         self._running = 0

@@ -43,9 +43,8 @@ class OrtEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._cores = settings.intra_op_threads or inference_cores()
-        searches, others = CoreLoad(), CoreLoad()
-        # A search is alone when no other search runs: it need not share cores with the rest.
-        self._loads = {one: searches if one is Urgency.SEARCH else others for one in Urgency}
+        # Alone in its class is alone: the more urgent class takes the cores that it wants.
+        self._loads = {one: CoreLoad() for one in Urgency}
         self.device = Device("cpu", width=inference_cores(), has_lanes=True)
 
     def load(self, key: ModelKey, files: ModelFiles | None) -> AnyModel:
