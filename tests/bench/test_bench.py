@@ -129,11 +129,13 @@ def measured(url: str, *rates: float, cpu_ms: float | None = 90.0) -> Measured:
     return Measured(url, [row("clip image", 1), row("clip image", 2), row(SEARCH, 1)])
 
 
-def printed(ours: Measured, other: Measured | None, others_share: float = 0.02) -> str:
+def printed(
+    ours: Measured, other: Measured | None, others_share: float = 0.02, width: int = 160
+) -> str:
     words = io.StringIO()
     raw = [RawRate("clip image", "ViT-B-32__openai", 8.0)]
     report = BenchReport("a machine", 2, "1.0", 3, 3, raw, ours, other, others_share)
-    print_report(report, Console(file=words, width=160))
+    print_report(report, Console(file=words, width=width))
     return words.getvalue()
 
 
@@ -156,6 +158,14 @@ def test_the_report_shows_medians_spread_and_ratios_of_rounds() -> None:
     assert "4.0 (3.0-5.0)" in other_table
     assert ratio_table.count("1.50 (1.00-3.00)") == 2, "6/4, 9/3 and 5/5, not 6/4 of medians alone"
     assert SEARCH not in ratio_table, "its rate is the pace of the one who searches"
+
+
+def test_a_narrow_terminal_cuts_no_figure() -> None:
+    ours, other = measured("http://ours", 6.1, 911.2, 5.1), measured("http://other", 4.1, 3.1, 5.1)
+    text = printed(ours, other, width=80)
+    assert "…" not in text
+    for part in ("911.2)", "1822.4)", "service/raw", "(1.00-293.94)"):
+        assert part in text
 
 
 def test_a_busy_machine_is_told() -> None:

@@ -27,6 +27,7 @@ from immich_ml_metal.cli.output import (
     FolderOption,
     JsonOption,
     OcrOption,
+    make_table,
     print_json,
 )
 from immich_ml_metal.setting_kinds import format_bytes
@@ -102,19 +103,16 @@ def print_report(report: BenchReport, console: Console) -> None:
 
 
 def _raw_table(report: BenchReport) -> Table:
-    table = Table(title="Raw engine: ONNX Runtime alone, all cores, one inference at a time")
-    table.add_column("graph")
-    table.add_column("model")
-    table.add_column("inferences/s", justify="right")
+    table = make_table("graph", "model", "inferences/s", right=("inferences/s",))
+    table.title = "Raw engine: ONNX Runtime alone, all cores, one inference at a time"
     for rate in report.raw:
         table.add_row(rate.task, rate.model, f"{rate.per_s:.1f}")
     return table
 
 
 def _load_table(measured: Measured, raw: dict[str, float]) -> Table:
-    table = Table(title=measured.url)
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name else "left")
+    table = make_table(*_COLUMNS, right=_COLUMNS[1:])
+    table.title = measured.url
     for row in measured.rows:
         rate = row.figure("per_s")
         table.add_row(
@@ -142,9 +140,8 @@ def _memory_line(measured: Measured) -> str:
 
 
 def _ratio_table(ours: Measured, other: Measured) -> Table:
-    table = Table(title=f"Ours / {other.url}, answers per second, round by round")
-    for name in ("", "in flight", "ratio"):
-        table.add_column(name, justify="right" if name else "left")
+    table = make_table("", "in flight", "ratio", right=("in flight", "ratio"))
+    table.title = f"Ours / {other.url}, answers per second, round by round"
     for mine, theirs in zip(ours.rows, other.rows, strict=True):
         if _is_paced(mine):
             continue

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from immich_ml_metal.cli.output import JsonOption, print_json
+from immich_ml_metal.cli.output import JsonOption, make_table, print_json
 from immich_ml_metal.logs import check_log_file
 from immich_ml_metal.setting_kinds import hide_passwords
 from immich_ml_metal.settings import SECRET, Settings, grouped
@@ -99,9 +99,8 @@ def plain_value(settings: Settings, name: str) -> Any:
 
 def _print_table(settings: Settings, origin: dict[str, str], *, everything: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("setting", "value", "from", box=None, header_style="bold")
+    table = make_table("setting", "value", "from")
     hidden = 0
     for group, names in grouped().items():
         shown = [

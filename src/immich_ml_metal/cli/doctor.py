@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from immich_ml_metal.cli.output import Exit, JsonOption, print_json
+from immich_ml_metal.cli.output import Exit, JsonOption, make_table, print_json
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
 from immich_ml_metal.doctor.collect import collect_facts
 from immich_ml_metal.doctor.selftest import run_self_test
@@ -74,7 +73,7 @@ def _print(findings: Sequence[Finding], cause: Finding | None) -> None:
         if cause.fix:
             console.print(Text(f"  {cause.fix}", style="bold"))
         console.print()
-    table = Table(box=None, show_header=False, padding=(0, 1))
+    table = make_table("", "", "")
     for finding in findings:
         text = Text(finding.text)
         if finding.follows:

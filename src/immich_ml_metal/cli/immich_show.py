@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from immich_ml_metal.cli.output import make_table
 from immich_ml_metal.immich.overview import FAILED_IS_ZERO, Overview, QueueView
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def queue_table(overview: Overview, most: "dict[str, int] | None" = None) -> Ren
     With `most` (jobs at the beginning, by task) a bar shows what is done of them.
     """
     names = ("task", "Immich's model", "at once", "active", "waiting", "per s", "left", "")
-    table = Table(*names, box=None)
+    table = make_table(*names)
     for view in overview.queues:
         bar = _bar(view, most) if most is not None else ""
         table.add_row(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from immich_ml_metal.catalog import MULTILINGUAL, ModelSpec
-from immich_ml_metal.cli.output import print_json
+from immich_ml_metal.cli.output import make_table, print_json
 from immich_ml_metal.errors import ModelError
 from immich_ml_metal.index_guard.guard import IndexFinding
 from immich_ml_metal.models.advice import LIMITED, Recommendation, memory_bytes
@@ -183,7 +183,7 @@ def _engines(spec: ModelSpec, choices: Choices) -> dict[str, str]:
 
 
 def _facts_table(facts: Mapping[str, str]) -> Table:
-    table = Table(show_header=False, box=None)
+    table = make_table("", "")
     for label, value in facts.items():
         table.add_row(f"[bold]{label}[/]", value)
     return table
@@ -232,9 +232,7 @@ def _cells(spec: ModelSpec, statuses: Sequence[PartStatus]) -> dict[str, str]:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
-    table = Table(box=None)
-    for column in columns:  # a name that is cut short cannot be told from its neighbours
-        table.add_column(column, no_wrap=column in ("model", "dim", "size"), overflow="fold")
+    table = make_table(*columns, whole=("model", "dim", "size"))
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     return table
@@ -306,7 +304,7 @@ def _licence(spec: ModelSpec) -> str:
 
 def _files_table(statuses: Sequence[PartStatus], records: Mapping[str, FileRecord]) -> Table:
     states = {path: state for status in statuses for path, state in status.files.items()}
-    table = Table("file", "state", "size", "from", "verified", box=None)
+    table = make_table("file", "state", "size", "from", "verified")
     for path, state in list(states.items())[:_MOST_FILES]:
         record = records.get(path)
         if record is None:

@@ -4,11 +4,15 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:  # it takes longer to load than most commands to run
+    from rich.table import Table
 
 
 class Exit(IntEnum):
@@ -31,6 +35,27 @@ OcrOption = Annotated[str | None, typer.Option("--ocr-model", help="Text model t
 def print_json(value: Any) -> None:
     """Print one document; what is not ASCII is escaped, as a pipe may have any encoding."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def make_table(*columns: str, whole: Collection[str] = (), right: Collection[str] = ()) -> "Table":
+    """A table that cuts nothing short: what is wider than its column goes on below.
+
+    Args:
+        columns: the headings; none is shown where all are empty.
+        whole: columns that are never broken.
+        right: columns of numbers.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", show_header=any(columns))
+    for name in columns:
+        table.add_column(
+            name,
+            overflow="fold",
+            no_wrap=name in whole,
+            justify="right" if name in right else "left",
+        )
+    return table
 
 
 def print_error(reason: object) -> None:

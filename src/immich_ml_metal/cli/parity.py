@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from immich_ml_metal.cli.output import (
     ClipOption,
@@ -17,6 +16,7 @@ from immich_ml_metal.cli.output import (
     FaceOption,
     JsonOption,
     OcrOption,
+    make_table,
     print_error,
     print_json,
 )
@@ -141,7 +141,7 @@ def _print_json(report: ParityReport) -> None:
 def _print_table(report: ParityReport) -> None:
     console = Console(highlight=False)
     console.print(f"ours [bold]{report.ours}[/]  against [bold]{report.theirs}[/]")
-    table = Table("task", "compared", "min", "p5", "median", "speed", box=None, header_style="bold")
+    table = make_table("task", "compared", "min", "p5", "median", "speed")
     for summary in report.summaries:
         figures = (summary.minimum, summary.p5, summary.median)
         shown = ["-" if value is None else f"{value:.5f}" for value in figures]

@@ -8,11 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from immich_ml_metal.backends.makers import MAKERS
 from immich_ml_metal.catalog import OPEN_CLIP_PREFIX, find_by_name
-from immich_ml_metal.cli.output import Exit, FolderOption, JsonOption, print_error, print_json
+from immich_ml_metal.cli.output import (
+    Exit,
+    FolderOption,
+    JsonOption,
+    make_table,
+    print_error,
+    print_json,
+)
 from immich_ml_metal.doctor.share import anonymise, known_private
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.qualification.children import measure
@@ -110,10 +116,8 @@ def _report(choices: Choices, found: Sequence[Compared]) -> str:
 
 def _print(found: Sequence[Compared]) -> None:
     console = Console()
-    table = Table(box=None)
-    columns = ("model", "engine", "numbers", "cosine", "first s", "ms alone", "ms in batch")
-    for column in (*columns, "MB", "verdict"):
-        table.add_column(column, no_wrap=column != "verdict", overflow="fold")
+    columns = ("model", "engine", "numbers", "cosine", "first s", "ms alone", "ms in batch", "MB")
+    table = make_table(*columns, "verdict", whole=columns)
     for compared in found:
         for row in compared.rows:
             is_chosen = row.judged.candidate == compared.choice.candidate
