@@ -432,14 +432,6 @@ def test_lists_of_unequal_length_are_never_sent() -> None:
 # -- what a real client sends, and what the official service answered ------------------------------
 
 
-@pytest.fixture
-def shared() -> Path:
-    folder = Path(__file__).parents[3] / "shared"
-    if not folder.is_dir():
-        pytest.skip("the test material of ../shared is not here")
-    return folder
-
-
 @pytest.mark.shared
 @pytest.mark.parametrize("call", ["clip_visual", "clip_textual", "faces", "ocr"])
 def test_the_entries_of_a_recorded_request_are_understood(shared: Path, call: str) -> None:
