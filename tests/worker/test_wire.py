@@ -27,7 +27,7 @@ from immich_ml_metal.types import (
     TextRecognition,
     TextRegions,
 )
-from immich_ml_metal.worker.wire import parse_entries, render
+from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 CLIP, FACE, OCR = "ViT-B-32__openai", "buffalo_l", "PP-OCRv6_tiny"
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, CLIP)
@@ -355,6 +355,13 @@ def test_text_boxes_alone() -> None:
         b'{"ocr":{"boxes":[[[8.0,9.0],[40.0,9.0],[40.0,20.0],[8.0,20.0]]],"scores":[0.6]},'
         b'"imageHeight":32,"imageWidth":64}'
     )
+
+
+def test_an_answers_items_are_its_faces_and_its_lines() -> None:
+    found = RecognisedFaces(faces(2), floats([0.0], [1.0]))
+    assert count_items(Answer(size=(1, 1), faces=found)) == 2
+    assert count_items(Answer(size=(1, 1), faces=faces(1))) == 1
+    assert count_items(Answer(clip=floats(1.0))) == 0
 
 
 def test_several_tasks_in_one_answer() -> None:
