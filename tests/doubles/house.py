@@ -13,7 +13,7 @@ from typing import Any
 from doubles.gateway import GatewayProcess, free_port, gateway_process
 from doubles.immich import KEY, ImmichDouble
 from doubles.live import serve
-from doubles.timing import until
+from doubles.timing import PATIENCE_S, until
 
 QUEUES = {"smartSearch", "faceDetection", "ocr"}
 TIMES = {
@@ -81,7 +81,7 @@ async def health(gateway: GatewayProcess) -> dict[str, Any]:
 
 
 async def guard_is(gateway: GatewayProcess, state: str) -> dict[str, Any]:
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + PATIENCE_S
     while (guard := (await health(gateway))["guard"])["state"] != state or "asked yet" in guard.get(
         "why_off", ""
     ):

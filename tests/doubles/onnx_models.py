@@ -30,6 +30,10 @@ def randn(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def scalar(number: float) -> Array:
+    return np.array(number, np.float32)
+
+
 def ints(*values: int) -> Array:
     """An int64 vector."""
     return np.array(values, np.int64)

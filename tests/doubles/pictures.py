@@ -1,5 +1,8 @@
-"""Pictures of noise: every pixel counts, and the same in every run."""
+"""Pictures of noise, where every pixel counts, the same in every run; and their files."""
 
+import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -24,3 +27,14 @@ def grainy_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     base = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     grain = rng.integers(-40, 41, base.shape)
     return Image.fromarray((base + grain).clip(0, 255).astype(np.uint8))
+
+
+def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, body: bytes = b"") -> bytes:
+    """A piece of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -36,7 +36,7 @@ def whole_service(models: Path, folder: Path, **more: str) -> Iterator[int]:
     command = [sys.executable, "-m", "immich_ml_metal", "serve"]
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        until_s = time.monotonic() + 30
+        until_s = time.monotonic() + 60
         while True:
             try:
                 assert ask(port, GOOD)[0] == 200

@@ -8,24 +8,12 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from doubles.gateway import Service, gateway_process, right_answer, running_gateway
+from doubles.gateway import Service, gateway_process, right_answer
 from doubles.timing import PATIENCE_S, until
 
 from immich_ml_metal.gateway import patient
 from immich_ml_metal.gateway.patient import MAX_HEAD_BYTES, MAX_PIPELINED, MAX_URL_BYTES
 from immich_ml_metal.system.footprint import memory_bytes
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
-    async with running_gateway(tmp_path_factory.mktemp("heads")) as service:
-        await service.ready()
-        yield service
 
 
 @asynccontextmanager

@@ -1,20 +1,13 @@
 """What the page is told of the last hour."""
 
 import pytest
+from doubles.timing import Clock
 
 from immich_ml_metal.gateway.history import STEP_S, STEPS, History, Kind, kinds_of
 
 SEARCH = b'{"clip":{"textual":{"modelName":"m"}}}'
 PICTURE = b'{"clip":{"visual":{"modelName":"m"}}}'
 BOTH = b'{"facial-recognition":{"detection":{}},"ocr":{"detection":{}}}'
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.mark.parametrize(
@@ -31,7 +24,7 @@ def test_a_request_is_told_by_how_its_body_begins(head: bytes, kinds: tuple[Kind
 
 
 def test_answers_and_failures_are_counted_in_the_step_in_which_they_end() -> None:
-    clock = Clock()
+    clock = Clock(1000)
     history = History(clock)
     history.note(PICTURE, 200, 0.1)
     history.note(PICTURE, 500, 0.1)
@@ -46,7 +39,7 @@ def test_answers_and_failures_are_counted_in_the_step_in_which_they_end() -> Non
 
 
 def test_an_hour_is_kept_and_no_more() -> None:
-    clock = Clock()
+    clock = Clock(1000)
     history = History(clock)
     history.note(PICTURE, 200, 0.1)
     clock.now_s += STEP_S * (STEPS - 1)

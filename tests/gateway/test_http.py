@@ -11,11 +11,6 @@ LIMIT_BYTES = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     folder = tmp_path_factory.mktemp("gateway")
     async with running_gateway(folder, max_image_size_bytes=LIMIT_BYTES) as service:

@@ -1,29 +1,16 @@
 """The page over HTTP: who gets it, with which headers, and what it is told."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from doubles.gateway import Service, running_gateway
+from doubles.gateway import Service
 
 from immich_ml_metal.gateway.terminal import models_on_disk
 
 UI = Path(__file__).parents[2] / "src/immich_ml_metal/gateway/ui"
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 MAX_PAGE_BYTES = 100_000
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
-    async with running_gateway(tmp_path_factory.mktemp("page")) as service:
-        await service.ready()
-        yield service
 
 
 async def test_a_browser_is_sent_to_the_page_and_immich_gets_its_json(service: Service) -> None:

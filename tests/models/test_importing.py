@@ -201,14 +201,6 @@ def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         import_all(make_cache(tmp_path / "cache"), tmp_path / "m")
 
 
-@pytest.fixture
-def shared() -> Path:
-    folder = Path(__file__).parents[3] / "shared"
-    if not folder.is_dir():
-        pytest.skip("../shared is not here")
-    return folder
-
-
 @pytest.mark.shared
 @pytest.mark.soak
 def test_the_cache_of_make_cache_is_imported(shared: Path, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_the_graph_appears_last_because_the_official_service_takes_it_for_the_wh
 def test_a_slow_download_does_not_hold_up_another_model(hub: FakeHub, tmp_path: Path) -> None:
     add_clip(hub)
     add_faces(hub)
-    hub.fail("visual/model.onnx", Fault(stall_s=1.0))
+    hub.fail("visual/model.onnx", Fault(stall_s=5.0))
     store = make_store(hub, tmp_path)
     slow = threading.Thread(target=store.ensure, args=(VISUAL,))
     slow.start()

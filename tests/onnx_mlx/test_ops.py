@@ -18,6 +18,7 @@ from doubles.onnx_models import (
     run_ort,
     run_ours,
     save,
+    scalar,
     value,
 )
 from hypothesis import HealthCheck, given, settings
@@ -53,10 +54,6 @@ POSITIVE = np.abs(X) + 0.1
 WHOLE = np.arange(-12, 12, dtype=np.int32).reshape(2, 3, 4)
 BOOLS = X > 0
 f32 = np.float32
-
-
-def scalar(number: float) -> Array:
-    return np.array(number, np.float32)
 
 
 UNARY = [

@@ -20,14 +20,11 @@ from doubles.onnx_models import (
     run_ort,
     run_program,
     save,
+    scalar,
     value,
 )
 
 from immich_ml_metal.onnx_mlx.passes import PASSES
-
-
-def scalar(number: float) -> Array:
-    return np.array(number, np.float32)
 
 
 def ops(path: Path, *skip: str) -> Counter[str]:

@@ -6,18 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doubles.onnx_models import FLOAT, Array, ints, make_model, node, randn, save, value
+from doubles.onnx_models import FLOAT, ints, make_model, node, randn, save, scalar, value
 from onnx import NodeProto
 from typer.testing import CliRunner
 
 from immich_ml_metal.onnx_mlx.__main__ import app
 from immich_ml_metal.onnx_mlx.explain import explain
 from immich_ml_metal.onnx_mlx.passes import PASSES
-
-
-def scalar(number: float) -> Array:
-    return np.array(number, np.float32)
-
 
 NUMBERS = {
     "one": scalar(1),

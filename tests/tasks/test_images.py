@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from doubles.pictures import noise
+from doubles.pictures import chunk, encode, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
@@ -17,20 +17,8 @@ from immich_ml_metal.tasks.picture_header import read_header
 LIMITS = ImageLimits(max_pixels=178_956_970, max_side_px=65_535)
 
 
-def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def png(width: int, height: int, *, depth: int = 8, rows: bytes = b"") -> bytes:
     """A grey PNG made by hand, so that its header can lie."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
     return b"".join(
         [

@@ -1,11 +1,10 @@
 """What a file says before it is decoded, and what is refused there because it would take long."""
 
-import io
 import struct
-import zlib
 from collections.abc import Callable
 
 import pytest
+from doubles.pictures import chunk, encode
 from doubles.timing import work_of_at_most
 from PIL import Image
 
@@ -17,21 +16,18 @@ from immich_ml_metal.tasks.picture_header import Header, read_header
 LIMITS = ImageLimits()
 
 
-def encode(file_format: str, size: tuple[int, int] = (40, 24), **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.radial_gradient("L").resize(size).convert("RGB")
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
+def sample(file_format: str, size: tuple[int, int] = (40, 24), **options: object) -> bytes:
+    return encode(Image.radial_gradient("L").resize(size).convert("RGB"), file_format, **options)
 
 
 COMMON = {
-    "JPEG": encode("JPEG"),
-    "progressive JPEG": encode("JPEG", progressive=True),
-    "PNG": encode("PNG"),
-    "GIF": encode("GIF"),
-    "lossy WebP": encode("WEBP"),
-    "lossless WebP": encode("WEBP", lossless=True),
-    "WebP with an ICC profile": encode("WEBP", icc_profile=b"x" * 128),
+    "JPEG": sample("JPEG"),
+    "progressive JPEG": sample("JPEG", progressive=True),
+    "PNG": sample("PNG"),
+    "GIF": sample("GIF"),
+    "lossy WebP": sample("WEBP"),
+    "lossless WebP": sample("WEBP", lossless=True),
+    "WebP with an ICC profile": sample("WEBP", icc_profile=b"x" * 128),
 }
 
 
@@ -46,13 +42,13 @@ def test_the_formats_that_immich_sends_tell_their_size(name: str) -> None:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (encode("TIFF"), "TIFF"),
-        (encode("BMP"), "BMP"),
-        (encode("ICO"), "ICO"),
-        (encode("AVIF"), "AVIF"),
-        (encode("JPEG2000"), "JPEG 2000"),
-        (encode("QOI"), "QOI"),
-        (encode("PPM"), "Netpbm"),
+        (sample("TIFF"), "TIFF"),
+        (sample("BMP"), "BMP"),
+        (sample("ICO"), "ICO"),
+        (sample("AVIF"), "AVIF"),
+        (sample("JPEG2000"), "JPEG 2000"),
+        (sample("QOI"), "QOI"),
+        (sample("PPM"), "Netpbm"),
         (b"\0\0\0\x18ftypheic\0\0", "HEIF"),
         (b"\0\0\0\x18ftypisom\0\0", "ISO media"),
         (b"8BPS\0\1", "PSD"),
@@ -92,7 +88,7 @@ def test_the_largest_picture_asks_for_room() -> None:
 
 
 def test_a_gif_whose_frame_is_larger_than_its_screen_tells_what_is_decoded() -> None:
-    gif = bytearray(encode("GIF"))
+    gif = bytearray(sample("GIF"))
     gif[6:10] = struct.pack("<HH", 1, 1)
     assert read_header(bytes(gif)).size == (40, 24)
 
@@ -101,7 +97,7 @@ def test_a_gif_whose_frame_is_larger_than_its_screen_tells_what_is_decoded() -> 
 
 
 def jpeg_with(segments: int = 0, metadata: int = 0, junk: int = 0, scans: int = 0) -> bytes:
-    plain = encode("JPEG", progressive=True)
+    plain = sample("JPEG", progressive=True)
     more = b"\xff\xfe\0\2" * segments + (b"\xff\xe5\x80\0" + bytes(0x7FFE)) * (metadata // 0x8000)
     scan = plain[plain.index(b"\xff\xda") : -2]
     return plain[:20] + more + bytes(junk) + plain[20:-2] + scan * scans + plain[-2:]
@@ -114,10 +110,6 @@ def read_segments(jpeg: bytes) -> int:
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
         count += 1
     return count
-
-
-def chunk(kind: bytes, body: bytes = b"") -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png_with(side: int = 0, tiny: int = 0) -> bytes:
@@ -133,7 +125,7 @@ def gif_with(blocks: int = 0, junk: int = 0) -> bytes:
     return plain[:at] + bytes(junk) + comment + plain[at:]
 
 
-PLAIN_SEGMENTS = read_segments(encode("JPEG", progressive=True))
+PLAIN_SEGMENTS = read_segments(sample("JPEG", progressive=True))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +189,7 @@ def test_no_filling_takes_long(head: bytes, filling: bytes, count: int) -> None:
 @pytest.mark.parametrize("name", COMMON)
 def test_an_ordinary_preview_is_walked_in_next_to_no_time(name: str) -> None:
     file_format = {"p": "JPEG", "l": "WEBP", "W": "WEBP"}.get(name[0], name)
-    data = encode(file_format, (1440, 1080))
+    data = sample(file_format, (1440, 1080))
     with work_of_at_most(20 * 0.002):
         for _ in range(20):
             read_header(data)

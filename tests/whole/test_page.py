@@ -30,11 +30,6 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def chromium() -> AsyncIterator[Browser]:
     """Debian's Chromium: the browser comes from the distribution, never from a download."""
     if CHROMIUM is None:

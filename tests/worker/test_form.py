@@ -1,16 +1,21 @@
 """Taking the body of `/predict` apart."""
 
+from typing import Any
+
 import pytest
 from doubles.timing import work_of_at_most
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import ClientDisconnect, Request
 
 from immich_ml_metal.errors import ImageTooLarge, InvalidEntries
+from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.worker.form import (
     MAX_PART_HEAD_BYTES,
     MAX_PARTS,
     MAX_TEXT_BYTES,
     Form,
+    read_form,
     split_form,
 )
 
@@ -27,6 +32,21 @@ def split(*parts: bytes, kind: str = KIND, limit_bytes: int = 1000) -> Form:
 
 
 ENTRIES = part("entries", b"{}")
+
+
+async def test_a_caller_that_hangs_up_in_mid_upload_leaves_no_form() -> None:
+    messages = iter(
+        [{"type": "http.request", "body": ENTRIES, "more_body": True}, {"type": "http.disconnect"}]
+    )
+
+    async def receive() -> Any:
+        return next(messages)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    threads = CpuThreads(1)
+    with pytest.raises(ClientDisconnect):
+        await read_form(Request(scope, receive), threads, limit_bytes=1000)
+    threads.close()
 
 
 def test_a_form_as_immich_sends_it() -> None:

@@ -1,7 +1,6 @@
 """Pictures of rare formats, in a child that is really ended."""
 
 import asyncio
-import io
 import struct
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from doubles.live import VISUAL, predict, serve
+from doubles.pictures import encode
 from PIL import Image
 
 from immich_ml_metal.errors import Busy, ImageTooLarge, InvalidImage
@@ -26,12 +26,6 @@ def others() -> Iterator[OtherFormats]:
     others = OtherFormats()
     yield others
     others.close()
-
-
-def encode(image: Image.Image, file_format: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format)
-    return buffer.getvalue()
 
 
 def tiff_of_tiny_tiles(side: int) -> bytes:

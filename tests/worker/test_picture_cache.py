@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
+from doubles.timing import until
 from PIL import Image
 
 from immich_ml_metal.errors import InvalidImage
@@ -59,13 +60,6 @@ def threads() -> Iterator[CountedThreads]:
     threads = CountedThreads(2)
     yield threads
     threads.close()
-
-
-async def until(condition: object) -> None:
-    assert callable(condition)
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_a_picture_comes_back_without_decoding(

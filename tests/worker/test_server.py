@@ -409,7 +409,7 @@ async def health(client: httpx.AsyncClient) -> dict[str, Any]:
 async def until_health(
     client: httpx.AsyncClient, condition: Callable[[dict[str, Any]], bool]
 ) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition(await health(client)):
             await asyncio.sleep(0.005)
 

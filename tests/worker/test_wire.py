@@ -27,7 +27,7 @@ from immich_ml_metal.types import (
     TextRecognition,
     TextRegions,
 )
-from immich_ml_metal.worker.wire import parse_entries, render
+from immich_ml_metal.worker.wire import count_items, parse_entries, render
 
 CLIP, FACE, OCR = "ViT-B-32__openai", "buffalo_l", "PP-OCRv6_tiny"
 VISUAL = ModelKey(Task.CLIP, Part.VISUAL, CLIP)
@@ -357,6 +357,13 @@ def test_text_boxes_alone() -> None:
     )
 
 
+def test_an_answers_items_are_its_faces_and_its_lines() -> None:
+    found = RecognisedFaces(faces(2), floats([0.0], [1.0]))
+    assert count_items(Answer(size=(1, 1), faces=found)) == 2
+    assert count_items(Answer(size=(1, 1), faces=faces(1))) == 1
+    assert count_items(Answer(clip=floats(1.0))) == 0
+
+
 def test_several_tasks_in_one_answer() -> None:
     answer = Answer(
         size=(4, 3),
@@ -423,14 +430,6 @@ def test_lists_of_unequal_length_are_never_sent() -> None:
 
 
 # -- what a real client sends, and what the official service answered ------------------------------
-
-
-@pytest.fixture
-def shared() -> Path:
-    folder = Path(__file__).parents[3] / "shared"
-    if not folder.is_dir():
-        pytest.skip("the test material of ../shared is not here")
-    return folder
 
 
 @pytest.mark.shared
