@@ -207,3 +207,14 @@ def test_the_words_agree_with_plain_formatting_when_there_are_no_facts(
     words, facts = split_facts(message, (name, number, count))
     assert facts == {}
     assert words == (message % (name, number, count)).strip(" ,")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is full")
+def test_a_full_disk_under_the_log_file_is_one_line_and_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with logged(io.StringIO(), log_file=Path("/dev/full")):
+        for _ in range(3):
+            log.info("lost")
+    told = "the log file /dev/full lacks lines from here: No space left on device\n"
+    assert capsys.readouterr().err == told

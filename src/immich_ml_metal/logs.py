@@ -5,6 +5,7 @@ formatters here find those facts again, so the same call serves both outputs. Kn
 HTTP: the servers put a request's id into `request_id` with `request_scope`.
 """
 
+import contextlib
 import logging
 import logging.handlers
 import re
@@ -148,6 +149,29 @@ def _formatter(
     return TextFormatter(process, known, colour=colour)
 
 
+class _PatientFileHandler(logging.handlers.RotatingFileHandler):
+    """A file that may fill its disk: said once each time that begins, without a traceback."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        reason = sys.exc_info()[1]
+        if not isinstance(reason, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            why = reason.strerror or reason
+            sys.stderr.write(f"the log file {self.baseFilename} lacks lines from here: {why}\n")
+
+    def flush(self) -> None:
+        super().flush()
+        self._is_told = False
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what was lost is told
+            super().close()
+
+
 def _file_handler(
     settings: Settings, process: str, known: list[str], limit_bytes: int
 ) -> logging.Handler:
@@ -156,7 +180,7 @@ def _file_handler(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         cap_file(stderr_of(settings.log_file))
-        handler = logging.handlers.RotatingFileHandler(
+        handler = _PatientFileHandler(
             path, maxBytes=limit_bytes, backupCount=FILES_KEPT, encoding="utf-8"
         )
     except OSError as exc:

@@ -75,3 +75,23 @@ def test_a_folder_of_another_user_is_told_with_permission_denied(
     assert exits == ["exit 0", "exit 1", "exit 0", "exit 0"], done.stdout + done.stderr
     assert done.stderr.count(f"{tmp_path}/m/{place}: permission denied") == len(COMMANDS)
     assert (tmp_path / "m" / place).exists()
+
+
+def test_the_doctor_survives_a_home_that_may_not_be_entered(tmp_path: Path) -> None:
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root reads everything, and there is no setpriv to make it otherwise")
+    plain = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    home = tmp_path / "home"
+    home.mkdir(mode=0)
+    program = (sys.executable, "-m", "immich_ml_metal", "doctor", "--no-test")
+    done = subprocess.run(
+        [*(plain if os.geteuid() == 0 else ()), *program],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(SRC), "HOME": str(home), "ML_OFFLINE": "1", "ML_PORT": "1"},
+        check=False,
+    )
+    home.chmod(0o755)
+    assert "their folder may not be entered" in done.stdout, done.stdout + done.stderr
+    assert "Fix first: model folder" in done.stdout
+    assert " warn  state folder" in done.stdout

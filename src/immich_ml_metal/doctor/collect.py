@@ -1,5 +1,6 @@
 """Collect the facts of this machine. Asks the system, never changes it."""
 
+import contextlib
 import platform
 import socket
 import sys
@@ -125,7 +126,7 @@ def read_service(run: RunProgram) -> Literal["running", "stopped", "none"]:
     """Whether the service is installed to start at boot, and runs."""
     try:
         return choose_manager(run).status().state
-    except ServiceFailed:
+    except (ServiceFailed, OSError):  # the latter where HOME may not be entered
         return "none"
 
 
@@ -303,7 +304,9 @@ def clock_skew(date: str, now_s: float) -> float | None:
         return None
 
 
-def size_of_logs(files: Sequence[Path]) -> int:
-    """Bytes of the log files with their rotated ones."""
-    found = {path for file in files for path in file.parent.glob(f"{file.name}*")}
-    return sum(path.stat().st_size for path in found if path.is_file())
+def size_of_logs(files: Sequence[Path]) -> int | None:
+    """Bytes of the log files with their rotated ones; None where they may not be looked at."""
+    with contextlib.suppress(PermissionError):
+        found = {path for file in files for path in file.parent.glob(f"{file.name}*")}
+        return sum(path.stat().st_size for path in found if path.is_file())
+    return None

@@ -102,7 +102,7 @@ class Facts:
         immich: advice from the Immich server; None when no server is configured.
         immich_error: why the server could not be asked.
         clock_skew_s: our clock minus a server's; None unknown.
-        logs_bytes: size of all log files.
+        logs_bytes: size of all log files; None where they may not be looked at.
         index: what the index guard knows of each model.
         choices: who answers each configured model that is here, by what is remembered.
         closed: what the installed service uses and macOS keeps from jobs.
@@ -127,7 +127,7 @@ class Facts:
     immich: tuple[Advice, ...] | None = None
     immich_error: str = ""
     clock_skew_s: float | None = None
-    logs_bytes: int = 0
+    logs_bytes: int | None = 0
     index: tuple[IndexFinding, ...] = ()
     choices: tuple[EngineChoice, ...] = ()
     closed: tuple[Path, ...] = ()

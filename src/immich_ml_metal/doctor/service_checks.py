@@ -177,6 +177,8 @@ def check_sleep(facts: Facts) -> Answer:
 
 def check_logs(facts: Facts) -> Answer:
     """The logs stay within their cap."""
+    if facts.logs_bytes is None:
+        return Outcome.SKIP, "their folder may not be entered", ""
     shown = format_bytes(facts.logs_bytes)
     limit_bytes = 2 * FILE_BYTES * (FILES_KEPT + 1)  # of two processes
     if facts.logs_bytes > LOGS_WARN_FACTOR * limit_bytes:
