@@ -43,6 +43,22 @@ def test_the_answers_are_told_and_the_faces_drawn(
         assert drawn.getpixel((20, 400)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.jpg", "JPEG"), ("a.PNG", "PNG"), ("a", "PNG"), ("a.txt", "PNG")]
+)
+def test_the_drawing_is_of_the_kind_that_its_name_says(
+    name: str, kind: str, models: Path, service: str, tmp_path: Path
+) -> None:
+    show(small(models), service, draw_faces((160, 160)), tmp_path / name)
+    with Image.open(tmp_path / name) as drawn:
+        assert drawn.format == kind
+
+
+def test_a_folder_is_no_place_for_the_drawing(tmp_path: Path) -> None:
+    ended = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
+    assert (ended.exit_code, "directory" in ended.output) == (2, True)
+
+
 def test_the_lines_are_told_and_drawn(models: Path, service: str, tmp_path: Path) -> None:
     output = tmp_path / "demo.png"
     words = show(small(models), service, draw_text("abc", "cb"), output)

@@ -38,7 +38,9 @@ Picture = Annotated[
         exists=True, dir_okay=False, help="A picture of yours; one drawn by the project if none."
     ),
 ]
-Output = Annotated[Path, typer.Option(help="Where to save the picture with its boxes.")]
+Output = Annotated[
+    Path, typer.Option(dir_okay=False, help="Where to save the picture with its boxes.")
+]
 Pull = Annotated[bool, typer.Option("--pull", help="Download the models that are missing.")]
 
 
@@ -85,7 +87,7 @@ def show_demo(
             console.print()
     if sum(boxes):
         output.parent.mkdir(parents=True, exist_ok=True)
-        canvas.save(output)
+        canvas.save(output, Image.registered_extensions().get(output.suffix.lower(), "PNG"))
         console.print(f"{sum(boxes)} boxes drawn in [bold]{output}[/]")
     return bool(boxes)
 
