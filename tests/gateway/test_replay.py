@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,13 +49,18 @@ def test_searches_pass_the_limit_but_not_without_one_of_their_own() -> None:
     assert queue.take(2) == [pictures[2]], "searches take no place of the others"
 
 
-def test_text_overtakes_pictures_in_the_queue_but_not_for_ever() -> None:
+@pytest.mark.parametrize("are_searched", [False, True], ids=["import", "import and searches"])
+def test_text_overtakes_pictures_in_the_queue_but_not_for_ever(are_searched: bool) -> None:
     queue = JobQueue()
     pictures = make_jobs(2, queue)
     order: list[Job] = []
     for number in range(3 * OVERTAKINGS):
         make_urgent(Urgency.TEXT, 10 + number, queue)
         [job] = queue.take(1)
+        if are_searched:
+            search = make_urgent(Urgency.SEARCH, 100 + number, queue)
+            assert queue.take(1) == [search]
+            queue.remove(search)
         order.append(job)
         queue.remove(job)
     assert order.index(pictures[0]) == OVERTAKINGS

@@ -107,7 +107,9 @@ class JobQueue:
                 waiting = [job for job in waiting if not is_slow(job)]
             if not waiting:
                 break
-            job = waiting.pop(self._turns.choose([each.urgency for each in waiting]))
+            urgencies = [each.urgency for each in waiting]
+            # A search overtakes nobody here: counted as a turn, it would put off who waits longest.
+            job = waiting.pop(0 if are_searches else self._turns.choose(urgencies))
             slow_room -= is_slow(job)
             chosen.append(self._start(job))
         return chosen
