@@ -13,7 +13,7 @@ from immich_ml_metal.settings_sources import DEFAULT_FILE, resolve
 from immich_ml_metal.settings_text import render
 from immich_ml_metal.system.listen import check_address
 from immich_ml_metal.system.network_settings import network_troubles
-from immich_ml_metal.system.owner import hand_over, make_folder
+from immich_ml_metal.system.owner import make_folder, write_whole
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
 
@@ -80,12 +80,7 @@ def check(env_file: EnvFileOption = None) -> None:
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read: it may hold the Immich key."""
     make_folder(path.parent)
-    is_new = not path.exists()
-    path.touch(mode=0o600)
-    path.chmod(0o600)
-    if is_new:
-        hand_over(path, path.parent)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text.encode(), is_private=True)
 
 
 def plain_value(settings: Settings, name: str) -> Any:

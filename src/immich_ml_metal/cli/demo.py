@@ -1,5 +1,6 @@
 """`demo`: one picture and one text through every task, told as a person would want to read it."""
 
+import io
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from immich_ml_metal.drawing import draw_preview
 from immich_ml_metal.models.store import ModelStore
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.system.owner import write_whole
 from immich_ml_metal.tasks.images import ImageLimits, decode
 
 QUERIES = ("a portrait of a person", "a plate of spaghetti", "a sign with text on it")
@@ -87,7 +89,9 @@ def show_demo(
             console.print()
     if sum(boxes):
         output.parent.mkdir(parents=True, exist_ok=True)
-        canvas.save(output, Image.registered_extensions().get(output.suffix.lower(), "PNG"))
+        drawn = io.BytesIO()
+        canvas.save(drawn, Image.registered_extensions().get(output.suffix.lower(), "PNG"))
+        write_whole(output, drawn.getvalue())
         console.print(f"{sum(boxes)} boxes drawn in [bold]{output}[/]")
     return bool(boxes)
 

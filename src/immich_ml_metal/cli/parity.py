@@ -36,6 +36,7 @@ from immich_ml_metal.parity.report import render_html
 from immich_ml_metal.parity.run import TEXTS, compare, conclude, questions, warm_up
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.system.owner import write_whole
 
 _EXITS = (Exit.OK, Exit.FINDING, Exit.UNSAFE, Exit.FINDING)  # by Difference
 
@@ -81,7 +82,7 @@ def parity(
     with closing(first), closing(second):
         report = _examine(files, text or TEXTS, tasks, (first, second))
     if html is not None:
-        html.write_text(render_html(report), encoding="utf-8")
+        write_whole(html, render_html(report).encode())
         typer.echo(f"Wrote {html}", err=True)
     (_print_json if as_json else _print_table)(report)
     raise typer.Exit(_EXITS[report.verdict.level])

@@ -27,6 +27,7 @@ from immich_ml_metal.qualification.plan import Choices, remembered_choices
 from immich_ml_metal.qualification.record import name_of
 from immich_ml_metal.qualification.report import cells, render_report
 from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.system.owner import write_whole
 from immich_ml_metal.types import ModelKey
 
 Names = Annotated[
@@ -60,7 +61,7 @@ def qualify(
     keys = _keys(choices, names or ())
     found = asyncio.run(_compare(comparison, keys))
     if share is not None:
-        share.write_text(_report(choices, found), encoding="utf-8")
+        write_whole(share, _report(choices, found).encode())
         typer.echo(f"Wrote {share}; look into it before you post it.", err=True)
     if as_json:
         print_json([_as_dict(one) for one in found])

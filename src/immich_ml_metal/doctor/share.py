@@ -19,6 +19,7 @@ from immich_ml_metal.doctor.checks import Finding
 from immich_ml_metal.doctor.facts import Facts
 from immich_ml_metal.logs import redact
 from immich_ml_metal.settings import SECRET, Settings
+from immich_ml_metal.system.owner import write_whole
 
 LOG_LINES = 500
 _README = """Made by `immich-ml-metal doctor --share`.
@@ -59,7 +60,7 @@ def write_bundle(
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
         for name, text in members.items():
             bundle.writestr(name, anonymise(text, known, versions))
-    path.write_bytes(buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def known_private(settings: Settings) -> dict[str, str]:
