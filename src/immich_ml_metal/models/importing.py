@@ -6,6 +6,7 @@ half that is already usable is left as it is.
 
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _PACK_DETECTORS = {
     "det_500m.onnx": "buffalo_s",
     "scrfd_10g_bnkps.onnx": "antelopev2",
 }
+# What `zipfile` raises on a broken archive; RuntimeError for one with a password.
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OverflowError, RuntimeError)
 _REVISIONS = ("v2",)  # folders between a name and its halves, as Immich makes them
 _PACK_RECOGNISERS = {
     "w600k_r50.onnx": ("buffalo_l", "buffalo_m"),
@@ -77,7 +80,7 @@ def open_tree(source: Path) -> Iterator[dict[PurePosixPath, SourceFile]]:
     """The files of a folder or ZIP by path.
 
     Raises:
-        ModelUnavailable: it is neither.
+        ModelUnavailable: it is neither, or a damaged ZIP, which may show when a file is read.
     """
     if source.is_dir():
         yield {
@@ -86,12 +89,15 @@ def open_tree(source: Path) -> Iterator[dict[PurePosixPath, SourceFile]]:
             if path.is_file()
         }
     elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            yield {
-                PurePosixPath(source.stem, info.filename): _in_zip(archive, info)
-                for info in archive.infolist()
-                if not info.is_dir()
-            }
+        try:
+            with zipfile.ZipFile(source) as archive:
+                yield {
+                    PurePosixPath(source.stem, info.filename): _in_zip(archive, info)
+                    for info in archive.infolist()
+                    if not info.is_dir()
+                }
+        except _BAD_ZIP as exc:
+            raise ModelUnavailable(f"{source} is damaged: {exc}") from exc
     else:
         raise ModelUnavailable(f"{source} is neither a folder nor a ZIP file")
 

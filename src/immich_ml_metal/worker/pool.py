@@ -283,7 +283,7 @@ def _load_with(engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyMo
     """
     try:
         return engine.load(key, files)
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as exc:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as exc:
         where = f" in {files.folder}" if files is not None else ""
         reason = "nested too deeply" if isinstance(exc, RecursionError) else exc
         raise LoadFailed(f"{key}{where}: {type(exc).__name__}: {reason}") from exc
