@@ -217,6 +217,7 @@ REDUCE = [
     Case("CumSum", (X,), (np.array(1, np.int64),)),
     Case("CumSum", (WHOLE,), (np.array(2, np.int64),), {"reverse": 1, "exclusive": 1}),
     Case("TopK", (X,), (ints(2),), {"axis": -1}, outputs=2),
+    Case("TopK", (X,), (ints(2),), outputs=2),
     Case("TopK", (X,), (ints(2),), {"axis": 1, "largest": 0}, outputs=2),
     Case("GlobalAveragePool", (PICTURE,)),
     Case("GlobalMaxPool", (PICTURE,)),
@@ -292,6 +293,8 @@ WINDOW = [
     Case("Conv", (PICTURE,), (W,), {"strides": [2, 1], "pads": [1, 0, 1, 2], "dilations": [1, 2]}),
     Case("Conv", (PICTURE,), (W, BIAS), {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
     Case("Conv", (PICTURE,), (W, BIAS), {"auto_pad": "SAME_LOWER", "strides": [2, 2]}),
+    # Of even sides one pad is left over, and goes before instead of behind.
+    Case("Conv", (randn(1, 4, 8, 10),), (W, BIAS), {"auto_pad": "SAME_LOWER", "strides": [2, 2]}),
     Case("Conv", (PICTURE,), (randn(8, 1, 3, 3), randn(8)), {"group": 4, "pads": [1, 1, 1, 1]}),
     Case("Conv", (PICTURE,), (randn(6, 2, 1, 1),), {"group": 2}),
     Case("Conv", (PICTURE, W)),
