@@ -146,9 +146,13 @@ def is_noticed(mutant: Mutant, source: Path, tests: str) -> bool:
     place.write_text(mutant.text)
     own = [str(one) for one in (ROOT / "tests").rglob(f"test_{mutant.file.stem}.py")]
     try:
-        return any(_fails(source.parent, chosen) for chosen in (own, tests.split()) if chosen)
+        return (own != [] and _fails(source.parent, own)) or _fails(source.parent, _all(tests))
     finally:
         place.write_text(right)
+
+
+def _all(tests: str) -> list[str]:
+    return ["-n", "2", *tests.split()]  # they wait more than they compute
 
 
 def _fails(path: Path, tests: list[str]) -> bool:
@@ -178,6 +182,8 @@ def examine(room: str, count: int, seed: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, PACKAGE.name)
         shutil.copytree(ROOT / PACKAGE, source)
+        if _fails(source.parent, _all(tests)):  # else every fault would count as noticed
+            raise SystemExit(f"{room}: the tests fail without a fault")
         for mutant in chosen:
             if is_noticed(mutant, source, tests):
                 continue
