@@ -81,17 +81,24 @@ def test_only_the_newer_rules_honour_squash_and_interpolation(compat: str) -> No
         {"side_px": None},
         {"side_px": []},
         {"side_px": 0},
+        {"side_px": -1},
         {"side_px": "large"},
         {"mean": 0.5},
         {"mean": [0.5, 0.5]},
         {"mean": ["a", "b", "c"]},
         {"std": [0.5, 0, 0.5]},
+        {"std": [0.5, -0.1, 0.5]},
     ],
     ids=str,
 )
 def test_a_malformed_file_fails_the_load(changes: dict[str, Any]) -> None:
     with pytest.raises(LoadFailed, match=r"preprocess_cfg\.json"):
         config(**changes)
+
+
+def test_the_smallest_values_are_read() -> None:
+    read = config(side_px=1, std=[0.5, 1e-9, 0.5])
+    assert (read.side_px, read.std) == (1, (0.5, 1e-9, 0.5))
 
 
 # -- resize and crop (contract §4.1) ---------------------------------------------------------------

@@ -103,6 +103,12 @@ def jpeg_with(segments: int = 0, metadata: int = 0, junk: int = 0, scans: int = 
     return plain[:20] + more + bytes(junk) + plain[20:-2] + scan * scans + plain[-2:]
 
 
+def jpeg_with_junk_in_two_places(count: int) -> bytes:
+    plain = sample("JPEG", progressive=True)
+    first = count // 2
+    return plain[:20] + bytes(first) + b"\xff\xfe\0\2" + bytes(count - first) + plain[20:]
+
+
 def read_segments(jpeg: bytes) -> int:
     """Segments up to the first scan, that one included."""
     at, count = 2, 1
@@ -132,6 +138,7 @@ PLAIN_SEGMENTS = read_segments(sample("JPEG", progressive=True))
     ("make", "most"),
     [
         (lambda n: jpeg_with(junk=n), walk.MAX_JUNK_BYTES),
+        (jpeg_with_junk_in_two_places, walk.MAX_JUNK_BYTES),
         (lambda n: jpeg_with(metadata=n * 0x8000), walk.MAX_METADATA_BYTES // 0x8000 - 1),
         (lambda n: jpeg_with(segments=n), walk.MAX_SEGMENTS - PLAIN_SEGMENTS),
         (lambda n: png_with(side=n), walk.MAX_SIDE_CHUNKS - 2),
@@ -139,7 +146,16 @@ PLAIN_SEGMENTS = read_segments(sample("JPEG", progressive=True))
         (lambda n: gif_with(blocks=n), walk.MAX_SUB_BLOCKS),
         (lambda n: gif_with(junk=n), walk.MAX_JUNK_BYTES),
     ],
-    ids=["junk", "metadata", "segments", "chunks", "tiny chunks", "blocks", "gif junk"],
+    ids=[
+        "junk",
+        "junk in two places",
+        "metadata",
+        "segments",
+        "chunks",
+        "tiny chunks",
+        "blocks",
+        "gif junk",
+    ],
 )
 def test_a_structure_that_takes_long_is_refused_and_one_on_the_limit_is_not(
     make: Callable[[int], bytes], most: int
