@@ -278,6 +278,33 @@ def test_boxes_too_small_in_the_picture_are_dropped() -> None:
     assert len(find_regions(probability, size=(40, 20), min_score=0.1)) == 0  # 2 px high
 
 
+@pytest.mark.parametrize(("width", "count"), [(24, 0), (32, 1)])
+@pytest.mark.parametrize("is_upright", [False, True])
+def test_edges_of_three_pixels_are_too_short_and_of_four_are_not(
+    width: int, count: int, is_upright: bool
+) -> None:
+    # 100x20 grows by 26.7: rows 46.7 to 93.3 of 160; of 12 px they are 3.5..7, of 16 px 4.7..9.3
+    probability, size = text_map((50, 60, 100, 20)), (width, width // 2)
+    if is_upright:
+        probability, size = probability.T, (width // 2, width)
+    found = find_regions(probability, size=size, min_score=0.1)
+    assert len(found) == count
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("is_upright", [False, True])
+def test_a_score_counts_the_cells_at_the_maps_edge(is_last: bool, is_upright: bool) -> None:
+    probability = text_map((316 if is_last else 0, 60, 4, 20))
+    probability[60:80, 319 if is_last else 0] = 0.4
+    if is_upright:
+        probability = probability.T
+    size = (probability.shape[1], probability.shape[0])
+    (score,) = find_regions(probability, size=size, min_score=0.1).scores
+    # dilation by 2x2 adds an empty cell below, and one on the right where there is room
+    cells = (4 if is_last else 5) * 21
+    assert score == pytest.approx((0.4 + 3 * 0.9) * 20 / cells, abs=1e-5)
+
+
 def test_boxes_are_clipped_to_the_picture() -> None:
     found = find_regions(text_map((0, 0, 320, 40)), size=(320, 160), min_score=0.1)
     quad = found.quads[0]

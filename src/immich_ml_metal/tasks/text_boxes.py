@@ -205,10 +205,9 @@ def reading_order(quads: Floats) -> Tensor:
 
 def _mean_inside(probability: Floats, corners: Floats) -> float:
     """Mean of the map inside a rotated rectangle."""
-    height, width = probability.shape
-    low = np.floor(corners.min(axis=0)).astype(int).clip(0, (width - 1, height - 1))
-    high = np.ceil(corners.max(axis=0)).astype(int).clip(0, (width - 1, height - 1))
-    window = probability[low[1] : high[1] + 1, low[0] : high[0] + 1]
+    low = np.floor(corners.min(axis=0)).astype(int).clip(0)
+    high = np.ceil(corners.max(axis=0)).astype(int)
+    window = probability[low[1] : high[1] + 1, low[0] : high[0] + 1]  # ends where the map does
     mask = np.zeros(window.shape, dtype=np.uint8)
     cv2.fillPoly(mask, [(corners - low).astype(np.int32)], (1,))
     return float(cv2.mean(np.ascontiguousarray(window), mask)[0])
