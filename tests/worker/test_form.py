@@ -79,6 +79,7 @@ def test_text_is_utf_8_whatever_the_sender_says(charset: str) -> None:
         (b"--B\r\nno header", KIND, "cut off"),
         (b"--B\r\n\r\n--B--", KIND, "no header"),
         (b"--B\r\nContent-Type: a\r\n\r\nx\r\n--B--", KIND, "no name"),
+        (b"--B\r\n\r\n" + ENTRIES[5:] + b"--B--", KIND, "no name"),  # all of it the value
         (b"--B garbage\r\n", KIND, "text stands behind a boundary"),
         (b"no boundary", KIND, "boundary is not in it"),
         (ENTRIES, "multipart/form-data", "boundary is not named"),
@@ -113,6 +114,21 @@ def test_a_preamble_blanks_behind_boundaries_and_an_epilogue_are_passed_over() -
     assert split_form(body.replace(b"--B", b"--B B"), quoted, limit_bytes=1).entries == "{}"
 
 
+def test_a_preamble_may_be_empty() -> None:
+    assert split_form(b"\r\n" + ENTRIES + b"--B--", KIND, limit_bytes=1).entries == "{}"
+
+
+def test_nothing_but_blanks_may_stand_behind_a_boundary() -> None:
+    passed = []
+    for value in range(256):
+        try:
+            split(b"--B" + bytes([value]) + ENTRIES[3:])
+            passed.append(value)
+        except InvalidEntries:
+            continue
+    assert bytes(passed) == b"\t "
+
+
 def test_limits_are_inclusive() -> None:
     assert split(ENTRIES, part("image", bytes(1000))).image == bytes(1000)
     with pytest.raises(ImageTooLarge, match="1001 bytes, limit 1000"):
@@ -125,8 +141,26 @@ def test_limits_are_inclusive() -> None:
     assert split(*[ENTRIES] * MAX_PARTS).entries == "{}"
     with pytest.raises(InvalidEntries, match="over 64 fields"):
         split(*[ENTRIES] * (MAX_PARTS + 1))
+    spare = MAX_PART_HEAD_BYTES - len(part("entries", b"")) + len(b"--B\r\n" + b"\r\n")
+    assert split(part("entries", b"{}", "x" * spare)).entries == "{}"
     with pytest.raises(InvalidEntries, match="over 4096 bytes"):
-        split(part("entries", b"{}", "x" * MAX_PART_HEAD_BYTES))
+        split(part("entries", b"{}", "x" * (spare + 1)))
+
+
+def test_the_longest_boundary_has_seventy_bytes() -> None:
+    body = b"--" + b"B" * 70 + ENTRIES[3:] + b"--" + b"B" * 70 + b"--"
+    kind = "multipart/form-data; boundary=" + "B" * 70
+    assert split_form(body, kind, limit_bytes=1).entries == "{}"
+
+
+def test_limits_of_a_url_encoded_form_are_inclusive() -> None:
+    kind = "application/x-www-form-urlencoded"
+    more = b"&a=1" * (MAX_PARTS - 2)
+    longest = b"entries=%7B%7D" + more + b"&b="
+    longest += b"x" * (8 * MAX_TEXT_BYTES - len(longest))
+    assert split_form(longest, kind, limit_bytes=1).entries == "{}"
+    with pytest.raises(InvalidEntries, match=f"it has {8 * MAX_TEXT_BYTES + 1} bytes"):
+        split_form(longest + b"x", kind, limit_bytes=1)
 
 
 @pytest.mark.parametrize(
