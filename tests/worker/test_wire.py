@@ -429,6 +429,13 @@ def test_lists_of_unequal_length_are_never_sent() -> None:
         render(Answer(faces=RecognisedFaces(faces(2), np.ones((1, 512), np.float32))))
 
 
+@pytest.mark.parametrize(("corners", "message"), [(3, "shorter"), (5, "longer")])
+def test_a_box_that_has_not_four_numbers_is_never_sent(corners: int, message: str) -> None:
+    odd = Faces(np.zeros((1, corners), np.float32), floats(1), faces(1).landmarks)
+    with pytest.raises(ValueError, match=message):
+        render(Answer(faces=RecognisedFaces(odd, np.ones((1, 512), np.float32))))
+
+
 # -- what a real client sends, and what the official service answered ------------------------------
 
 
