@@ -103,6 +103,54 @@ async def test_at_the_end_the_machine_may_sleep_at_once() -> None:
     assert machine.held == []
 
 
+class FakeGuard:
+    """Guards until it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    async def run(self) -> None:
+        self.said.append("run")
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            self.said.append("run ended")
+
+    async def stop(self, *, is_planned: bool) -> bool:
+        self.said.append(f"stop {is_planned}")
+        return is_planned
+
+    async def close(self) -> None:
+        self.said.append("close")
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+async def test_at_the_end_the_guard_rests_then_pauses_then_is_closed(is_planned: bool) -> None:
+    guard: Any = FakeGuard()
+    companions = Companions(None, guard, tick_s=TICK_S)
+    running = asyncio.create_task(companions.run())
+    await until(lambda: guard.said == ["run"])
+    stopping = asyncio.create_task(companions.before_end(is_planned=is_planned))
+    await until(stopping.done, patience_s=5)
+    assert stopping.result() is is_planned
+    await companions.close()
+    assert guard.said == ["run", "run ended", f"stop {is_planned}", "close"]
+    running.cancel()
+    await asyncio.wait({running})
+
+
+async def test_a_guard_that_nobody_stopped_rests_before_it_is_closed() -> None:
+    guard: Any = FakeGuard()
+    companions = Companions(None, guard, tick_s=TICK_S)
+    running = asyncio.create_task(companions.run())
+    await until(lambda: guard.said == ["run"])
+    closing = asyncio.create_task(companions.close())
+    await until(closing.done, patience_s=5)
+    assert guard.said == ["run", "run ended", "close"]
+    running.cancel()
+    await asyncio.wait({running})
+
+
 def make(**settings: Any) -> Companions:
     own = OwnSide(
         port=lambda: 3003,
