@@ -49,6 +49,23 @@ def test_searches_pass_the_limit_but_not_without_one_of_their_own() -> None:
     assert queue.take(2) == [pictures[2]], "searches take no place of the others"
 
 
+SLOW = ("ocr", "broken")
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"), [(1, 1), (2, 1), (3, 1), (5, 1), (6, 2), (9, 3), (11, 3), (12, 4)]
+)
+def test_requests_for_a_model_that_fails_take_a_third_of_the_places(limit: int, most: int) -> None:
+    queue = JobQueue()
+    jobs = make_jobs(4 * limit, queue)
+    for job in jobs[: 2 * limit]:
+        job.kind = SLOW
+    taken = queue.take(limit, frozenset({SLOW}))
+    assert taken == [*jobs[:most], *jobs[2 * limit : 3 * limit - most]]
+    queue.remove(jobs[0])
+    assert queue.take(limit, frozenset({SLOW})) == [jobs[most]], "its place is for the next of them"
+
+
 @pytest.mark.parametrize("are_searched", [False, True], ids=["import", "import and searches"])
 def test_text_overtakes_pictures_in_the_queue_but_not_for_ever(are_searched: bool) -> None:
     queue = JobQueue()
