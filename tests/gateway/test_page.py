@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from doubles.gateway import Service
+from doubles.gateway import Service, running_gateway
 
 from immich_ml_metal.gateway.terminal import models_on_disk
+from immich_ml_metal.settings import Settings
 
 UI = Path(__file__).parents[2] / "src/immich_ml_metal/gateway/ui"
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -87,8 +88,24 @@ async def test_the_state_counts_what_was_answered(service: Service) -> None:
     assert state["totals"]["ocr"] == {"answered": 1, "failed": 1}
     assert state["history"]["kinds"]["ocr"]["answered"][-1] <= 1
     assert state["steps"] == {"asked": True, "model": True, "answered": True}
+    usual = Settings()
+    assert state["models"]["usual"] == {
+        "clip": usual.clip_model,
+        "facial-recognition": usual.face_model,
+        "ocr": usual.ocr_model,
+    }
     assert state["addresses"] == [f"http://127.0.0.1:{service.port}"]
     assert json.dumps(state).count("picture") == 0  # nothing of any request
+
+
+async def test_the_page_shows_the_engines_that_the_worker_told_of(tmp_path: Path) -> None:
+    (tmp_path / "health.json").write_text(json.dumps({"engines": {"ocr": "ort"}}))
+    async with running_gateway(tmp_path) as service:
+        assert (await service.client.get("/ui/state.json")).json()["engines"] == {}
+        await service.ready()
+        await service.client.get("/health")
+        state = (await service.client.get("/ui/state.json")).json()
+    assert state["engines"] == {"ocr": {"engine": "ort"}}
 
 
 def test_models_on_disk_are_those_with_a_graph(tmp_path: Path) -> None:
