@@ -226,7 +226,8 @@ async def test_health_tells_about_both_processes(tmp_path: Path) -> None:
     assert health["worker"]["health"]["progress"] == 1
     assert health["worker"]["memory_peak_bytes"] >= health["worker"]["memory_bytes"] > 10**6
     assert health["gateway"]["memory_peak_bytes"] >= health["gateway"]["memory_bytes"] > 10**7
-    assert health["requests"]["answered"] == 1
+    none = dict.fromkeys(("refused", "failed", "replayed", "cancelled"), 0)
+    assert health["requests"] == {"received": 1, "answered": 1} | none
     assert "a picture" not in json.dumps(health)
 
 
@@ -345,6 +346,26 @@ async def test_a_recycled_worker_finishes_its_requests_first(tmp_path: Path) -> 
         health = (await service.client.get("/health")).json()
     assert len(workers) == 2
     assert health["requests"]["replayed"] == 0
+
+
+async def test_a_drain_closes_the_port_while_requests_still_wait_for_their_answers(
+    tmp_path: Path,
+) -> None:
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+
+        def is_open() -> bool:
+            with socket.socket() as knocking:
+                return knocking.connect_ex(("127.0.0.1", service.port)) == 0
+
+        with service.busy():
+            waiting = asyncio.create_task(service.predict(b"[busy]"))
+            await service.started(1)
+            assert is_open()
+            service.server.begin_drain()
+            await until(lambda: not is_open(), "a closed port")
+            assert not service.server.should_exit
+        assert (await waiting).json() == right_answer(b"[busy]")
 
 
 async def test_both_families_of_addresses_are_served(tmp_path: Path) -> None:

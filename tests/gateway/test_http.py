@@ -7,7 +7,63 @@ import pytest
 from doubles.gateway import Service, right_answer, running_gateway
 from doubles.timing import until
 
+from immich_ml_metal.gateway import http
+
 LIMIT_BYTES = 1_000_000
+
+
+# -- a refusal, message by message -----------------------------------------------------------------
+
+
+async def refuse(receive: http.Receive) -> list[http.Message]:
+    sent: list[http.Message] = []
+
+    async def send(message: http.Message) -> None:
+        sent.append(message)
+
+    await http.reply_unread(receive, send, 413, "too large", (b"x-a", b"b"))
+    return sent
+
+
+REFUSAL: list[http.Message] = [
+    {
+        "type": "http.response.start",
+        "status": 413,
+        "headers": [
+            (b"content-type", b"application/json"),
+            (b"connection", b"close"),
+            (b"x-a", b"b"),
+            (b"content-length", b"%d" % len(b'{"detail": "too large"}')),
+        ],
+    },
+    {"type": "http.response.body", "body": b'{"detail": "too large"}', "more_body": True},
+    {"type": "http.response.body", "body": b""},
+]
+
+
+async def test_a_refused_client_may_finish_before_its_connection_is_closed() -> None:
+    rest = [{"type": "http.request", "body": b"x", "more_body": more} for more in (True, False)]
+
+    async def receive() -> http.Message:
+        return rest.pop(0)
+
+    assert await refuse(receive) == REFUSAL
+    assert rest == []
+
+
+async def test_a_refused_client_that_stops_sending_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "_LINGER_S", 0.01)
+
+    async def receive() -> http.Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    assert await refuse(receive) == REFUSAL
+
+
+# -- over a socket ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
