@@ -140,6 +140,13 @@ def test_the_minimum_score_is_on_immichs_scale() -> None:
     assert len(find(Double(Scene(faces=faces)), min_score=0.3)) == 3
 
 
+def test_a_face_just_at_the_minimum_score_is_kept() -> None:
+    faces = [FaceTruth((200, 300), 99, confidence=0.61)]
+    score = Calibration(FACE_KNOTS)(0.61)
+    assert len(find(Double(Scene(faces=faces)), min_score=score)) == 1
+    assert len(find(Double(Scene(faces=faces)), min_score=np.nextafter(score, 1))) == 0
+
+
 def test_no_face_is_an_empty_answer_without_a_second_request() -> None:
     double = Double(Scene())
     found = find(double)

@@ -127,6 +127,12 @@ def test_the_two_thresholds_of_text_are_separate() -> None:
     assert regions(lines, min_score=0.9) == ["sure"]
 
 
+def test_a_line_just_at_the_minimum_score_is_kept() -> None:
+    score = float(np.float32(Calibration(LINE_BOX_KNOTS)(0.5)))
+    assert regions([line("likely", 0.1, 0.3, 0.5)], min_score=score) == ["likely"]
+    assert regions([line("likely", 0.1, 0.3, 0.5)], min_score=np.nextafter(score, 1)) == []
+
+
 def test_immichs_face_threshold_keeps_the_faces_that_vision_is_fairly_sure_of() -> None:
     score = Calibration(FACE_KNOTS)
     assert score(0.61) >= 0.7 > score(0.59)
