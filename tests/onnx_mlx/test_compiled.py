@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -79,14 +80,22 @@ def test_a_compiled_function_gives_what_onnx_runtime_gives(path: Path) -> None:
     assert_close(graph.run({"image": IMAGES[:3]}), [np.concatenate(expected)])
 
 
-def test_the_oldest_shape_is_dropped_when_there_are_too_many(tmp_path: Path) -> None:
+def test_the_least_recently_used_shape_is_dropped_when_there_are_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(
         [node("Neg", "x", "y")], [value("x", FLOAT, [1, None])], [value("y", FLOAT, [1, None])]
     )
-    graph = MlxGraph(save(model, tmp_path), PLAIN)
-    for length in range(1, SHAPES + 5):
+    graph = MlxGraph(save(model, tmp_path), Options())
+    compiled = Mock(wraps=mx.compile)
+    monkeypatch.setattr(mx, "compile", compiled)
+    for length in [*range(1, SHAPES + 1), 1, SHAPES + 1]:  # 1 was used again: 2 is dropped
         graph.run({"x": randn(1, length)})
-    assert graph.shapes == SHAPES
+    assert (graph.shapes, compiled.call_count) == (SHAPES, SHAPES + 1)
+    graph.run({"x": randn(1, 1)})
+    assert compiled.call_count == SHAPES + 1
+    graph.run({"x": randn(1, 2)})
+    assert compiled.call_count == SHAPES + 2
 
 
 def test_a_graph_says_what_it_takes_and_gives(path: Path) -> None:
