@@ -135,6 +135,7 @@ async def test_an_worker_that_never_comes_costs_each_request_its_hold_and_no_les
     assert answers[0].headers["retry-after"] == "30"
     assert held_s >= 1.0
     assert (ping.status_code, health["status"]) == (503, "crash-loop")
+    assert ping.headers["retry-after"] == "30"
     assert health["failures"]["by_cause"]["worker ended: exit status 7"] >= 2
 
 
