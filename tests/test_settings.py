@@ -184,9 +184,9 @@ def test_settings_of_another_project_are_ignored_with_one_warning() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"A=1\n# Z\xfcrich\n", "is not UTF-8"),
+        (b"A=1\n# Z\xfcrich\n", "not UTF-8 \\(line 2, byte 8\\)"),
         ("\ufeffML_PORT=70000\n".encode(), "ML_PORT = '70000'"),
-        (None, "does not exist"),
+        (None, "some.env: No such file"),
     ],
 )
 def test_an_env_file_that_cannot_be_read_is_named(
@@ -236,7 +236,7 @@ def test_every_wrong_value_is_told_at_once() -> None:
     [
         (b"prot = 1", "unknown setting 'prot' in .*did you mean port"),
         (b"port = ", "is not TOML"),
-        (b"\xff", "is not TOML"),
+        (b"\xff", "is not UTF-8 \\(line 1, byte 1\\)"),
         (b"port = 'x'", "port"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_wrong_file_is_told_by_name(tmp_path: Path, content: bytes, words: str
 
 
 def test_an_env_file_that_is_not_there_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"env file /nowhere/\.env does not exist"):
+    with pytest.raises(ConfigError, match=r"cannot read the env file /nowhere/\.env: No such file"):
         load_settings(environ={}, env_file=Path("/nowhere/.env"))
 
 

@@ -6,6 +6,7 @@ HTTP: the servers put a request's id into `request_id` with `request_scope`.
 """
 
 import contextlib
+import errno
 import logging
 import logging.handlers
 import re
@@ -179,6 +180,7 @@ def _file_handler(
     path = file_of(settings.log_file, process)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_pipe(path)
         cap_file(stderr_of(settings.log_file))
         handler = _PatientFileHandler(
             path, maxBytes=limit_bytes, backupCount=FILES_KEPT, encoding="utf-8"
@@ -188,6 +190,12 @@ def _file_handler(
         raise ConfigError(f"cannot write the log file {path}: {reason} (ML_LOG_FILE)") from exc
     handler.setFormatter(_formatter(settings, process, known, colour=False))
     return handler
+
+
+def _refuse_pipe(path: Path) -> None:
+    """To open one for writing waits for somebody who reads."""
+    if path.is_fifo():
+        raise OSError(errno.ESPIPE, "it is a pipe")
 
 
 def split_facts(message: str, args: Any) -> tuple[str, dict[str, Any]]:

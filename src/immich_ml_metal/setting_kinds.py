@@ -1,9 +1,10 @@
 """The kinds of values that settings take, and how their text is read."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]?)i?b?\s*$", re.IGNORECASE)
 _PASSWORD = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")  # of an address, with its user
@@ -55,6 +56,17 @@ def _flag(value: Any) -> Any:
     )
 
 
+def _known_place(path: Path) -> Path:
+    """Refuse a path that no file can have; `~` stays as it is written."""
+    if "\0" in str(path):
+        raise ValueError("no path holds a NUL")
+    try:
+        path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no user {path.parts[0][1:]} here") from None
+    return path
+
+
 def hide_passwords(text: str) -> str:
     """The same text without the user and password that an address in it may carry."""
     return _PASSWORD.sub("***", text)
@@ -62,6 +74,7 @@ def hide_passwords(text: str) -> str:
 
 Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=1)]
 SizeOrZero = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
+Place = Annotated[Path, AfterValidator(_known_place)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Rewritings = Annotated[
     tuple[Literal["all", "off", "rows", "length", "gelu", "upscaling"], ...],

@@ -11,6 +11,7 @@ from immich_ml_metal.setting_kinds import (
     Flag,
     LogLevel,
     Names,
+    Place,
     Rewritings,
     Size,
     SizeOrZero,
@@ -58,13 +59,13 @@ class Settings(BaseModel):
     log_level: LogLevel = setting(
         "info", "ML_LOG_LEVEL", "IMMICH_LOG_LEVEL", help="error, warning, info or debug."
     )
-    models_dir: Path = setting(
+    models_dir: Place = setting(
         Path("~/.cache/immich_ml"),
         "ML_MODELS_DIR",
         "MACHINE_LEARNING_CACHE_FOLDER",
         help="Model folder, in the layout of Immich's own cache.",
     )
-    state_dir: Path | None = setting(
+    state_dir: Place | None = setting(
         None,
         "ML_STATE_DIR",
         help="Folder for what the service remembers between starts; unset is the platform's own.",
@@ -286,7 +287,7 @@ class Settings(BaseModel):
     no_color: Flag = setting(
         False, "ML_NO_COLOR", "NO_COLOR", help="Plain text on a terminal as well."
     )
-    log_file: Path | None = setting(
+    log_file: Place | None = setting(
         None, "ML_LOG_FILE", help="Write the log to this file; the worker's goes beside it."
     )
 

@@ -5,6 +5,7 @@ said in a warning. Knows names and texts, not types: `settings_sources` reads va
 """
 
 import difflib
+import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from dotenv import dotenv_values
 
 from immich_ml_metal.errors import ConfigError
 from immich_ml_metal.settings import Settings, env_names
+from immich_ml_metal.system.paths import read_settings_text
 
 CONFIG_VARIABLE = "ML_CONFIG_FILE"
 # Names that Immich's own service no longer reads, and what took their place.
@@ -64,16 +66,8 @@ def _strip(value: str) -> str:
 def _read_env_file(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
-    try:
-        with path.expanduser().open(encoding="utf-8-sig") as stream:
-            return {k: v for k, v in dotenv_values(stream=stream).items() if v is not None}
-    except FileNotFoundError as exc:
-        raise ConfigError(f"env file {path} does not exist") from exc
-    except OSError as exc:
-        raise ConfigError(f"cannot read the env file {path}: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        where = f"byte {exc.start + 1}"
-        raise ConfigError(f"env file {path} is not UTF-8 ({where}); save it as UTF-8") from exc
+    stream = io.StringIO(read_settings_text(path, "env file"))
+    return {k: v for k, v in dotenv_values(stream=stream).items() if v is not None}
 
 
 def _refuse_slips(env: Mapping[str, str]) -> None:

@@ -26,6 +26,7 @@ from immich_ml_metal.settings_environment import (
 )
 from immich_ml_metal.settings_text import ENVIRONMENT
 from immich_ml_metal.system.network_settings import CARRIED, carried
+from immich_ml_metal.system.paths import at_home, read_settings_text
 
 DEFAULT_FILE = Path("~/.config/immich-ml-metal/config.toml")
 
@@ -98,7 +99,7 @@ def resolve(
 def named_file(path: Path) -> Iterator[None]:
     """Let `path` be the settings file of this process, and of those it starts, in the body."""
     former = os.environ.get(CONFIG_VARIABLE)
-    os.environ[CONFIG_VARIABLE] = str(path.expanduser().absolute())
+    os.environ[CONFIG_VARIABLE] = str(at_home(path).absolute())
     try:
         yield
     finally:
@@ -134,7 +135,7 @@ def network_variables(env_file: Path | None) -> dict[str, str]:
 def named_by_caller(env: Mapping[str, str] | None = None) -> Path | None:
     """The settings file that `--config` or the environment names."""
     named = (os.environ if env is None else env).get(CONFIG_VARIABLE)
-    return Path(named).expanduser() if named else None
+    return at_home(Path(named)) if named else None
 
 
 def settings_file(env: Mapping[str, str] | None = None) -> Path | None:
@@ -169,10 +170,8 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(f"cannot read the settings file {path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        values = tomllib.loads(read_settings_text(path, "settings file"))
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise ConfigError(f"{path} is not TOML: {exc}") from exc
     for name in values:
         if name not in (known := (*Settings.model_fields, ENVIRONMENT)):
@@ -194,7 +193,8 @@ def _explain(exc: ValidationError, origin: Mapping[str, str]) -> str:
     lines = []
     for error in exc.errors():
         name = str(error["loc"][0])
-        reason = error["msg"][:1].lower() + error["msg"][1:]
+        reason = error["msg"].removeprefix("Value error, ")
+        reason = reason[:1].lower() + reason[1:]
         value = "***" if name in SECRET else hide_passwords(repr(error["input"]))
         lines.append(f"{origin.get(name, name)} = {value}: {reason} (setting {name})")
     return "; ".join(lines)

@@ -123,7 +123,7 @@ def test_a_service_that_cannot_start_is_reported_with_its_last_words(tmp_path: P
         (["--port", "70000"], {}, "command line = 70000"),
         ([], {"ML_PORT": "abc"}, "ML_PORT = 'abc'"),
         ([], {"ML_PROT": "3003"}, "unknown setting ML_PROT; did you mean ML_PORT?"),
-        (["--env-file", "/nowhere/.env"], {}, "/nowhere/.env does not exist"),
+        (["--env-file", "/nowhere/.env"], {}, "/nowhere/.env: No such file"),
         (["--config", "/nowhere.toml"], {}, "/nowhere.toml"),
         (["--log-level", "loud"], {}, "'loud'"),
     ],

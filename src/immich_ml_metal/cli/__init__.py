@@ -18,7 +18,14 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from immich_ml_metal import __version__
-from immich_ml_metal.cli.ending import close_streams, debugging, exit_code, explain, open_streams
+from immich_ml_metal.cli.ending import (
+    close_streams,
+    debugging,
+    ensure_home,
+    exit_code,
+    explain,
+    open_streams,
+)
 from immich_ml_metal.cli.output import print_error
 
 # Each command and the first sentence of its own help, in the order of `--help`.
@@ -88,6 +95,7 @@ ConfigOption = Annotated[
         "--config",
         callback=_use_config,
         expose_value=False,
+        readable=False,
         help="Settings file (TOML); else ML_CONFIG_FILE's, or the one `config init` wrote.",
     ),
 ]
@@ -162,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those of the process when None.
     """
     open_streams()
+    ensure_home()
     try:
         app(arguments, prog_name="immich-ml-metal")
     except SystemExit as end:

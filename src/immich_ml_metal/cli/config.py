@@ -1,27 +1,25 @@
 """`config init|show|check`: write a commented settings file, show what is in force, validate."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from immich_ml_metal.cli.output import JsonOption, make_table, print_json
+from immich_ml_metal.cli.output import EnvFileOption, JsonOption, make_table, print_json
 from immich_ml_metal.logs import check_log_file
 from immich_ml_metal.setting_kinds import hide_passwords
 from immich_ml_metal.settings import SECRET, Settings, grouped
 from immich_ml_metal.settings_sources import DEFAULT_FILE, resolve
 from immich_ml_metal.settings_text import render
-from immich_ml_metal.system.listen import check_address
+from immich_ml_metal.system.listen import CannotListen, check_address
 from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.system.owner import make_folder, write_whole
+from immich_ml_metal.system.paths import at_home
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
 
 _ALWAYS_SHOWN = ("Service", "Answers")
-
-EnvFileOption = Annotated[
-    Path | None, typer.Option("--env-file", help="An Immich .env file to read as well.")
-]
 
 
 @app.command("init")
@@ -31,7 +29,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented settings file; values set now (environment, --env-file) are written in."""
-    path = path.expanduser()
+    path = at_home(path)
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists; --force replaces it")
     resolved = resolve(env_file=env_file)
@@ -73,8 +71,21 @@ def check(env_file: EnvFileOption = None) -> None:
         typer.echo(warning)
     check_log_file(settings)
     check_start(settings)
-    check_address(settings.host, settings.port)
+    _check_address(settings)
     typer.echo("The settings are valid.")
+
+
+def _check_address(settings: Settings) -> None:
+    """A port that is taken by ourselves, running with these settings, is as it should be."""
+    from immich_ml_metal.client.own_service import NotServing, ask_health, local_url
+
+    try:
+        check_address(settings.host, settings.port)
+    except CannotListen:
+        with suppress(NotServing):
+            if ask_health(local_url(settings)).version:
+                return
+        raise
 
 
 def write_private(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from immich_ml_metal.cli.output import Exit, JsonOption, make_table, print_json
+from immich_ml_metal.cli.output import EnvFileOption, Exit, JsonOption, make_table, print_json
 from immich_ml_metal.doctor.checks import CHECKS, Finding, examine, first_cause
 from immich_ml_metal.doctor.collect import collect_facts
 from immich_ml_metal.doctor.selftest import run_self_test
@@ -26,7 +26,6 @@ _MARKS = MappingProxyType(
         "skip": "[dim]-   [/]",
     }
 )
-EnvFileOption = Annotated[Path | None, typer.Option(help="An Immich .env file.")]
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Read every model file and compare its digest.")
 ]

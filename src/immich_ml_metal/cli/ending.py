@@ -26,6 +26,17 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def ensure_home() -> None:
+    """Give a process whose user has no home folder the one that Docker gives it: `/`.
+
+    A container often runs as a number that no list of users knows; every `~` would end it.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
+
+
 def close_streams(code: Any) -> int:
     """Write out what is left; the exit code, which a full disk makes a failure.
 

@@ -26,6 +26,7 @@ from immich_ml_metal.qualification.plan import remembered_choices
 from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.settings_sources import load_settings
+from immich_ml_metal.system.paths import at_home
 from immich_ml_metal.types import Task
 from immich_ml_metal.worker.preload import preload_keys
 
@@ -164,7 +165,7 @@ def import_(
 ) -> None:
     """Copy models from an Immich cache, an InsightFace pack or an export."""
     _, store = _open(models_dir)
-    with open_tree(source.expanduser().absolute()) as tree:
+    with open_tree(at_home(source).absolute()) as tree:
         found = find_models(tree)
         if not found:
             raise ModelUnavailable(f"no official model found in {source}")
@@ -184,7 +185,7 @@ def export(
     """Copy models for another machine, which takes them with `models import`."""
     _, store = _open(models_dir)
     cleaned = [find_by_name(name).name for name in names]
-    files = export_models(store.shelf, cleaned, to.expanduser())
+    files = export_models(store.shelf, cleaned, at_home(to))
     if as_json:
         print_json({"to": str(to), "files": [path.as_posix() for path in files]})
         return

@@ -27,6 +27,9 @@ class Exit(IntEnum):
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 FolderOption = Annotated[Path | None, typer.Option("--models-dir", help="Model folder.")]
+EnvFileOption = Annotated[  # whoever reads it says why it cannot
+    Path | None, typer.Option("--env-file", readable=False, help="An Immich .env file.")
+]
 ClipOption = Annotated[str | None, typer.Option("--clip-model", help="CLIP model to ask for.")]
 FaceOption = Annotated[str | None, typer.Option("--face-model", help="Face model to ask for.")]
 OcrOption = Annotated[str | None, typer.Option("--ocr-model", help="Text model to ask for.")]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from immich_ml_metal.cli.output import EnvFileOption
 from immich_ml_metal.logs import configure_logging
 from immich_ml_metal.settings_sources import resolve
 from immich_ml_metal.system.network_settings import network_troubles
@@ -16,7 +17,6 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="TCP port; 0 picks one.")]
 Folder = Annotated[Path | None, typer.Option(help="Model folder, as Immich's.")]
 LogLevel = Annotated[str | None, typer.Option(help="error, warning, info or debug.")]
-EnvFile = Annotated[Path | None, typer.Option(help="An Immich .env file.")]
 Gateway = Annotated[
     bool,
     typer.Option(
@@ -34,7 +34,7 @@ def serve(
     port: Port = None,
     models_dir: Folder = None,
     log_level: LogLevel = None,
-    env_file: EnvFile = None,
+    env_file: EnvFileOption = None,
     gateway: Gateway = True,
     index_guard: IndexGuardOption = None,
 ) -> None:

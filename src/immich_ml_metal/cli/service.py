@@ -10,7 +10,7 @@ import typer
 
 from immich_ml_metal import __version__
 from immich_ml_metal.cli.config import write_private
-from immich_ml_metal.cli.output import Exit, JsonOption, print_error, print_json
+from immich_ml_metal.cli.output import EnvFileOption, Exit, JsonOption, print_error, print_json
 from immich_ml_metal.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ DaemonOption = Annotated[
 @app.command("install")
 def install(
     daemon: DaemonOption = False,
-    env_file: Annotated[Path | None, typer.Option(help="An Immich .env file.")] = None,
+    env_file: EnvFileOption = None,
     show: Annotated[bool, typer.Option("--print", help="Show it; change nothing.")] = False,
 ) -> None:
     """Start the service now and at every boot; run it again after an upgrade."""

@@ -70,7 +70,7 @@ def known_private(settings: Settings) -> dict[str, str]:
         str(Path.home()): "~",
         host: "HOST",
         host.partition(".")[0]: "HOST",
-        getpass.getuser(): "USER",
+        _user(): "USER",
         str(settings.models_dir.expanduser()): "MODELS",
         str(settings.state_folder): "STATE",
     }
@@ -80,6 +80,14 @@ def known_private(settings: Settings) -> dict[str, str]:
     if settings.immich_api_key is not None:
         words[settings.immich_api_key.get_secret_value()] = "***"
     return {word: stand_in for word, stand_in in words.items() if len(word) > 1}
+
+
+def _user() -> str:
+    """Who runs this; a container may run as a number that has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
 
 
 def anonymise(text: str, known: Mapping[str, str], keep: frozenset[str] = frozenset()) -> str:

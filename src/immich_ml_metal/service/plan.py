@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from immich_ml_metal.errors import ServiceError
 from immich_ml_metal.logs import stderr_of
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.paths import at_home
 
 PROGRAM = "immich-ml-metal"
 JOB = "immich-ml-metal.service"  # what both managers call it
@@ -139,7 +140,7 @@ def make_plan(
     """The plan for these settings; a settings file is named, its values are not copied."""
     arguments = ["serve"]
     if config_file is not None:
-        arguments += ["--config", str(config_file.expanduser().absolute())]
+        arguments += ["--config", str(at_home(config_file).absolute())]
     log_file = settings.log_file.expanduser() if settings.log_file else log_folder / "service.log"
     return ServicePlan(
         command=(*command, *arguments),

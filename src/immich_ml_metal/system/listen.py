@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -37,36 +38,35 @@ def listen(host: str, port: int) -> list[socket.socket]:
     machine has no IPv6: `localhost` may resolve to either.
 
     Raises:
-        ConfigError: the address is not ours or the port is taken.
+        CannotListen: the address is not ours or the port is taken.
+        ConfigError: no machine can have such a name.
     """
     try:
         if host in ANY_HOSTS:
             return [_listen_anywhere(port)]
         return _listen_on_all(host.strip("[]"), port)
+    except UnicodeError as exc:
+        raise ConfigError(f"cannot listen on {host} port {port}: not a name of a machine") from exc
     except OSError as exc:
         raise CannotListen(f"cannot listen on {host} port {port}: {_reason(exc)}") from exc
 
 
 def check_address(host: str, port: int) -> None:
-    """Try whether `listen` would succeed. A port that is taken may be so by ourselves, running.
+    """Try whether `listen` would succeed.
 
     Raises:
-        ConfigError: as `listen`, but for a port that is taken.
+        ConfigError: as `listen`.
     """
-    try:
-        sockets = listen(host, port)
-    except ConfigError as exc:
-        if getattr(exc.__cause__, "errno", None) != errno.EADDRINUSE:
-            raise
-    else:
-        for one in sockets:
-            one.close()
+    for one in listen(host, port):
+        one.close()
 
 
 def _reason(exc: OSError) -> str:
-    if exc.errno == errno.EADDRINUSE:  # Python's own words name the address a second time
+    if exc.errno == errno.EADDRINUSE:
         return "another program listens there; ML_PORT chooses another port"
-    return str(exc.strerror)
+    if isinstance(exc, socket.gaierror) or exc.errno is None:
+        return str(exc.strerror or exc)
+    return os.strerror(exc.errno)  # Python's own words name the address a second time
 
 
 def _listen_anywhere(port: int) -> socket.socket:
