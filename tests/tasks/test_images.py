@@ -319,6 +319,25 @@ def test_a_box_is_resized_with_all_the_rows_that_its_filter_sees(
     assert resize(image, (20, height), resample, box=box).tobytes() == whole.tobytes()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    threads=st.integers(2, 4),
+    resample=st.sampled_from([Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]),
+    box=st.sampled_from([None, (0, 3.25, 30, 81.5)]),
+)
+def test_any_number_of_threads_makes_the_same_pixels(
+    size: tuple[int, int],
+    threads: int,
+    resample: Image.Resampling,
+    box: tuple[float, float, float, float] | None,
+) -> None:
+    image = Image.fromarray(noise(90, 30))
+    alone = resize(image, size, resample, box=box)
+    shared = resize(image, size, resample, box=box, threads=threads)
+    assert shared.tobytes() == alone.tobytes()
+
+
 def test_pixels_are_those_of_the_pillow_that_the_official_service_runs() -> None:
     resized = resize(Image.fromarray(noise(67, 33)), (32, 64), Image.Resampling.BICUBIC)
     assert zlib.crc32(resized.tobytes()) == 3382276884  # of Pillow 12.3.0

@@ -9,8 +9,11 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -181,6 +184,7 @@ def resize(
     resample: Image.Resampling,
     *,
     box: tuple[float, float, float, float] | None = None,
+    threads: int = 1,
 ) -> Image.Image:
     """Resize an RGB picture, or `box` of it: across, then down.
 
@@ -193,11 +197,69 @@ def resize(
         size: (width, height) of the result in pixels.
         resample: Pillow's filter.
         box: left, top, right, bottom in the picture's pixels; all of it by default.
+        threads: share the work. Rows are resized across, and columns down, each without the
+            others, so any number of threads makes the same pixels.
     """
     left, top, right, bottom = box or (0, 0, *image.size)
     width, height = size
     reach = _WIDEST_FILTER_PX * max(1.0, (bottom - top) / height) + 1  # rows seen beyond the box
     first, last = max(0, int(top - reach)), min(image.height, math.ceil(bottom + reach))
-    rows = image if last - first == image.height else image.crop((0, first, image.width, last))
-    across = rows.resize((width, rows.height), resample, box=(left, 0, right, rows.height))
-    return across.resize(size, resample, box=(0, top - first, width, bottom - first))
+    rows = _cut(image, (0, first, image.width, last))
+    across = _resize_rows(rows, width, (left, right), resample, threads)
+    return _resize_columns(across, height, (top - first, bottom - first), resample, threads)
+
+
+def _resize_rows(
+    image: Image.Image,
+    width: int,
+    span: tuple[float, float],
+    resample: Image.Resampling,
+    threads: int,
+) -> Image.Image:
+    """Resize what lies between two x to `width`; the height stays."""
+
+    def strip(start: int, end: int) -> Image.Image:
+        rows = _cut(image, (0, start, image.width, end))
+        return rows.resize((width, end - start), resample, box=(span[0], 0, span[1], end - start))
+
+    return _in_strips(strip, (width, image.height), threads, axis=1)
+
+
+def _resize_columns(
+    image: Image.Image,
+    height: int,
+    span: tuple[float, float],
+    resample: Image.Resampling,
+    threads: int,
+) -> Image.Image:
+    """Resize what lies between two y to `height`; the width stays."""
+
+    def strip(start: int, end: int) -> Image.Image:
+        columns = _cut(image, (start, 0, end, image.height))
+        bounds = (0, span[0], end - start, span[1])
+        return columns.resize((end - start, height), resample, box=bounds)
+
+    return _in_strips(strip, (image.width, height), threads, axis=0)
+
+
+def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return image if box == (0, 0, *image.size) else image.crop(box)
+
+
+def _in_strips(
+    make: Callable[[int, int], Image.Image], size: tuple[int, int], threads: int, *, axis: int
+) -> Image.Image:
+    """Make a picture of `size` in strips along an axis (0: x), one strip per thread.
+
+    The threads start with the caller's priority.
+    """
+    if threads == 1 or size[axis] < threads:
+        return make(0, size[axis])
+    edges = [size[axis] * number // threads for number in range(threads + 1)]
+    whole = Image.new("RGB", size)
+    with ThreadPoolExecutor(threads - 1) as helpers:
+        others = [(start, helpers.submit(make, start, end)) for start, end in pairwise(edges[1:])]
+        whole.paste(make(*edges[:2]))
+        for start, strip in others:
+            whole.paste(strip.result(), (0, start) if axis else (start, 0))
+    return whole

@@ -16,6 +16,8 @@ from immich_ml_metal.tasks.images import Picture, resize
 from immich_ml_metal.tasks.vectors import bgr_planes, check_finite
 from immich_ml_metal.types import Floats, Graph, Tensor, TextRegions
 
+# Half of what comes before the network is Lanczos, and Immich asks for one text at a time.
+RESIZING_THREADS = 2
 MIN_SIDE_PX = 32  # smaller pictures hold no text, and the network halves its input five times
 MULTIPLE_PX = 32
 # The official service bounds the short side only. This bounds the area, so that a panorama cannot
@@ -94,7 +96,10 @@ class TextDetector:
         if min(item.picture.size) < MIN_SIDE_PX:
             return None
         size = detection_size(item.picture.size, item.max_resolution)
-        pixels = np.asarray(resize(item.picture.image, size, Image.Resampling.LANCZOS))
+        resized = resize(
+            item.picture.image, size, Image.Resampling.LANCZOS, threads=RESIZING_THREADS
+        )
+        pixels = np.asarray(resized)
         if self._graph.fixed_shapes:
             width, height = canvas_size(size)
             canvas = np.zeros((height, width, 3), dtype=np.uint8)
