@@ -5,14 +5,54 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from immich_ml_metal.cli.output import Exit
+from immich_ml_metal.cli.output import Exit, print_error
 from immich_ml_metal.errors import ConfigError, ServiceError
 from immich_ml_metal.system.listen import CannotListen
 from immich_ml_metal.system.network_settings import network_troubles
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Output(io.FileIO):
+    """Standard output. A reader that has seen enough ends the command, without a word.
+
+    What is written after a failure goes nowhere, so that it is told once.
+    """
+
+    _has_failed = False
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Write some of it."""
+        if self._has_failed:
+            return memoryview(data).nbytes
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            self._has_failed = True
+            sys.exit(Exit.READER_GONE)
+        except OSError as exc:
+            self._has_failed = True
+            exc.filename = "standard output"
+            raise
+
+
+class _Complaints(io.FileIO):
+    """Standard error. What it cannot take is lost: there is nobody left to tell."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Write some of it."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+_RAW = {"stdout": _Output, "stderr": _Complaints}
 
 
 def open_streams() -> None:
@@ -23,7 +63,14 @@ def open_streams() -> None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
-            stream.reconfigure(errors="backslashreplace")
+            raw = _RAW[name](stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw),
+                stream.encoding,
+                "backslashreplace",
+                line_buffering=stream.line_buffering,
+            )
+            setattr(sys, name, text)
 
 
 def ensure_home() -> None:
@@ -44,25 +91,17 @@ def close_streams(code: Any) -> int:
         code: what `sys.exit` was given: a number, None, or words.
     """
     failed = 0
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:  # the reader has seen enough
-            _silence(stream)
-        except OSError as exc:
-            failed = 1
-            _silence(stream)
-            if stream is sys.stdout:
-                sys.stderr.write(f"immich-ml-metal: cannot write the output: {exc.strerror}\n")
+    try:
+        sys.stdout.flush()
+    except SystemExit:  # the reader has seen enough, and the command is done
+        pass
+    except OSError as exc:
+        failed = Exit.FINDING
+        print_error(explain(exc))
     if isinstance(code, str):
         sys.stderr.write(f"{code}\n")
         return 1
     return int(code or failed)
-
-
-def _silence(stream: Any) -> None:
-    """Let the interpreter's own flush at the end go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def explain(exc: Exception) -> str:

@@ -267,7 +267,10 @@ def _delete(shelf: Shelf, found: list[waste.Waste], *, yes: bool, as_json: bool)
     if not as_json:
         show.print_waste(found)
         if found and not yes:
-            typer.confirm(f"Delete these, {total}?", abort=True)
+            # not Typer's question, for which Ctrl-C is a "no"
+            answer = input(f"Delete these, {total}? [y/N]: ")
+            if answer.strip().lower() not in ("y", "yes"):
+                raise typer.Abort
     is_agreed = yes or not as_json
     for one in found if is_agreed else ():
         waste.remove(shelf, one)

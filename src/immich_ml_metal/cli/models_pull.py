@@ -89,4 +89,5 @@ def _bars(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,  # it would leave an empty line
     )

@@ -23,6 +23,8 @@ class Exit(IntEnum):
     USAGE = 2  # a wrong option or setting
     UNREACHABLE = 3  # the other side could not be asked
     UNSAFE = 4  # parity: do not mix
+    INTERRUPTED = 130  # Ctrl-C
+    READER_GONE = 141  # whoever reads the output (`| head`) went before its end; as for SIGPIPE
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
