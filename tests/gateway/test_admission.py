@@ -1,15 +1,19 @@
 """Room for uploads, and taking them in."""
 
 import asyncio
+import errno
+import os
+import tempfile
 import time
 import tracemalloc
 from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
-from doubles.timing import PATIENCE_S
+from doubles.timing import PATIENCE_S, until
 
 from immich_ml_metal.errors import ImageTooLarge, UploadStalled
+from immich_ml_metal.gateway import admission
 from immich_ml_metal.gateway.admission import (
     FORM_BYTES,
     ClientGone,
@@ -76,6 +80,50 @@ async def test_memory_is_used_first_and_then_the_disk() -> None:
         places.append((lease.place, body.spooled))
         body.close()
     assert places == [("memory", False), ("spool", True)]
+
+
+class Disk:
+    """Takes the place of `os.pwrite`: full until it is told otherwise, after a few bytes more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = True
+        self._write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", self.pwrite)
+        monkeypatch.setattr(admission, "DISK_RETRY_S", 0.01)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        if self.is_full and len(data) <= 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._write(fd, data[:5] if self.is_full else data, offset)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 30], ids=["into a file", "on the way to one"])
+async def test_an_upload_waits_for_a_full_disk_and_loses_nothing(
+    memory_bytes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, told = Disk(monkeypatch), list[str]()
+    here = reception(memory_bytes=memory_bytes)
+    pieces = [bytes(range(20)), bytes(range(20, 40))]
+    taking = asyncio.create_task(here.take(client(*pieces), 40, told.append))
+    await until(lambda: bool(told), "a wait for the disk")
+    await asyncio.sleep(0.05)
+    assert (taking.done(), len(told), len(caplog.records)) == (False, 1, 1)
+    assert f"cannot write to {tempfile.gettempdir()}: No space left" in told[0]
+    disk.is_full = False
+    body, lease = await asyncio.wait_for(taking, PATIENCE_S)
+    assert (await content(body), body.head) == (bytes(range(40)), bytes(range(40)))
+    assert (lease.place, lease.size_bytes) == ("spool", 40)
+    body.close()
+
+
+async def test_an_upload_that_waits_for_the_disk_can_be_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Disk(monkeypatch)
+    here = reception(memory_bytes=0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(here.take(client(b"x" * 40), 40), 0.1)
+    assert here.room.held("spool") == 0
 
 
 async def test_a_spooled_body_reads_the_same_as_often_as_asked() -> None:

@@ -14,6 +14,11 @@ from immich_ml_metal.gateway.remedies import remedy_of
         ("the disk is full while writing /m; free some space", remedies.DISK),
         ("answered 422: unknown model 'ViT'; near names: ViT-B-32__openai", remedies.NAME),
         ("no list of files for x: the server answered 503", remedies.NETWORK),
+        (
+            "an upload waits for the disk: cannot write to /t: No space left on device",
+            remedies.SPOOL,
+        ),
+        ("an upload waits for the disk: cannot write to /t: Too many open files", remedies.FILES),
         (f"worker ended: {describe(-9)}", remedies.MEMORY),
         (f"worker ended: {describe(-6)}", remedies.REPORT),
         ("worker ended: no progress for 120 s", remedies.ENGINE),

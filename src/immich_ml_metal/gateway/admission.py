@@ -5,13 +5,17 @@ is not read from until there is some: its bytes wait in its own socket.
 """
 
 import asyncio
+import logging
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.errors import ImageTooLarge, Overloaded, UploadStalled
+from immich_ml_metal.errors import ImageTooLarge, UploadStalled
 from immich_ml_metal.gateway.body import Body
+
+log = logging.getLogger(__name__)
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -26,6 +30,8 @@ CLIENT_TIMEOUT_S = 30.0  # in mid-upload; Immich reads its pictures from a disk 
 # clients are not read from; nothing is refused.
 _MEMORY_BYTES = 64 * 2**20
 _SPOOL_BYTES = 1024 * 2**20
+DISK_RETRY_S = 1.0  # between two tries to write while the disk is full
+_QUIET_S = 60.0  # between two log lines about it
 
 
 class ClientGone(Exception):
@@ -154,6 +160,7 @@ class Reception:
         room.keep(max_body_bytes)
         self._max_body_bytes = max_body_bytes
         self._client_timeout_s = client_timeout_s
+        self._told_s = float("-inf")
 
     def check_declared(self, declared_bytes: int | None) -> None:
         """Refuse by the Content-Length, before a byte is read.
@@ -164,29 +171,34 @@ class Reception:
         if declared_bytes is not None and declared_bytes > self._max_body_bytes:
             raise self._too_large(declared_bytes)
 
-    async def take(self, receive: Receive, declared_bytes: int | None) -> tuple[Body, Lease]:
+    async def take(
+        self,
+        receive: Receive,
+        declared_bytes: int | None,
+        on_wait: Callable[[str], None] = lambda reason: None,
+    ) -> tuple[Body, Lease]:
         """Read one upload; the caller closes the body and releases the lease.
+
+        While the spool's disk is full the upload waits and `on_wait` is told why, once.
 
         Raises:
             ImageTooLarge: the client sends more than the limit.
             UploadStalled: the client stopped sending, or sends too slowly.
             ClientGone: the client hung up.
-            Overloaded: the spool's disk is full.
         """
         self.check_declared(declared_bytes)
         lease, body = self.room.open(), Body()
         try:
-            await self._read(receive, body, lease)
-        except OSError as exc:
-            self._give_back(body, lease)
-            raise Overloaded(f"cannot keep an upload: {exc.strerror}") from exc
+            await self._read(receive, body, lease, on_wait)
         except BaseException:
             self._give_back(body, lease)
             raise
         self.room.finish(lease)
         return body, lease
 
-    async def _read(self, receive: Receive, body: Body, lease: Lease) -> None:
+    async def _read(
+        self, receive: Receive, body: Body, lease: Lease, on_wait: Callable[[str], None]
+    ) -> None:
         more, patience_s = True, self._client_timeout_s
         while more:
             started_s = time.monotonic()
@@ -203,10 +215,34 @@ class Reception:
             if body.size_bytes + len(piece) > self._max_body_bytes:
                 raise self._too_large(body.size_bytes + len(piece))
             await self.room.grow(lease, len(piece))
-            if lease.place == "spool" and not body.spooled:
-                await body.spill()
-            await body.append(piece)
+            await self._keep(body, lease, piece, on_wait)
             more = message.get("more_body", False)
+
+    async def _keep(
+        self, body: Body, lease: Lease, piece: bytes, on_wait: Callable[[str], None]
+    ) -> None:
+        """Add a piece. A disk that is full passes: the client is not read from until then."""
+        reason = ""
+        while True:
+            try:
+                if lease.place == "spool" and not body.spooled:
+                    await body.spill()
+                await body.append(piece)
+            except OSError as exc:
+                if not reason:
+                    reason = self._explain(exc)
+                    on_wait(reason)
+                await asyncio.sleep(DISK_RETRY_S)
+            else:
+                return
+
+    def _explain(self, exc: OSError) -> str:
+        folder = tempfile.tempdir or "a temporary folder"
+        reason = f"an upload waits for the disk: cannot write to {folder}: {exc.strerror}"
+        if time.monotonic() - self._told_s >= _QUIET_S:
+            self._told_s = time.monotonic()
+            log.warning("%s; free some space there, or set TMPDIR", reason)
+        return reason
 
     def _too_slow(self, body: Body, patience_s: float) -> str:
         if patience_s >= self._client_timeout_s:

@@ -32,29 +32,35 @@ class Body:
         """Add what the client sent next.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full. Nothing was added; the piece can be tried again.
         """
-        self.size_bytes += len(piece)
-        self.head += piece[: _HEAD_BYTES - len(self.head)]
         if self._file is not None:
-            await asyncio.to_thread(self._write_all, self._file.fileno(), piece)
+            await asyncio.to_thread(_write_all, self._file.fileno(), piece, self.size_bytes)
         elif len(piece) >= _SMALL_BYTES:
             self._pieces.append(piece)
         elif self._pieces and isinstance(last := self._pieces[-1], bytearray) and _has_room(last):
             last += piece
         else:  # an object of its own for each byte would take fifty times its size
             self._pieces.append(bytearray(piece))
+        self.size_bytes += len(piece)
+        self.head += piece[: _HEAD_BYTES - len(self.head)]
 
     async def spill(self) -> None:
         """Move to a file.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, or no file can be opened. The bytes stay where they were.
         """
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        pieces, self._pieces = self._pieces, []
-        for piece in pieces:
-            await asyncio.to_thread(self._write_all, self._file.fileno(), piece)
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        try:
+            written = 0
+            for piece in self._pieces:
+                await asyncio.to_thread(_write_all, file.fileno(), piece, written)
+                written += len(piece)
+        except BaseException:
+            file.close()
+            raise
+        self._file, self._pieces = file, []
 
     async def pieces(self) -> AsyncIterator[Sequence[bytes | bytearray]]:
         """Yield the bytes from the beginning, as often as asked."""
@@ -78,11 +84,12 @@ class Body:
         if self._file is not None:
             self._file.close()
 
-    @staticmethod
-    def _write_all(fd: int, piece: bytes | bytearray) -> None:
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(fd, view) :]
+
+def _write_all(fd: int, piece: bytes | bytearray, offset: int) -> None:
+    view = memoryview(piece)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _has_room(piece: bytearray) -> bool:

@@ -6,10 +6,11 @@ Knows nothing about status codes: every way to fail is an exception.
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from immich_ml_metal.errors import Condemned, Overloaded
-from immich_ml_metal.gateway.admission import ClientGone, Receive, Reception
+from immich_ml_metal.gateway.admission import ClientGone, Lease, Receive, Reception
 from immich_ml_metal.gateway.asked import Asked, Upload
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer
@@ -19,6 +20,14 @@ from immich_ml_metal.gateway.troubles import Troubles
 
 _UNAVAILABLE = 503
 _MIN_PAUSE_S = 0.1
+
+
+@dataclass(slots=True)
+class _PutOff:
+    """Why a request waits: the worker's last answer, or what its upload waits for."""
+
+    answer: WorkerAnswer | None = None
+    reason: str = ""
 
 
 class Holding:
@@ -51,15 +60,15 @@ class Holding:
             Condemned: the request ended every worker that worked on it.
             Overloaded: it was held as long as it could be.
         """
-        put_off: list[WorkerAnswer] = []
+        put_off = _PutOff()
         try:
             async with asyncio.timeout(self._hold_limit_s):
                 return await self._answer(headers, upload, request_id, put_off)
         except TimeoutError as exc:
-            if put_off:
-                return put_off[-1]  # it says why
-            state = self._dispatcher.supervisor.state
-            reason = f"held for {self._hold_limit_s:g} s, the worker's state is {state}"
+            if put_off.answer is not None:
+                return put_off.answer  # it says why
+            why = put_off.reason or f"the worker's state is {self._dispatcher.supervisor.state}"
+            reason = f"held for {self._hold_limit_s:g} s, {why}"
             self._troubles.note_failure(upload.asked, reason, is_lasting=False)
             raise Overloaded(reason) from exc
 
@@ -68,16 +77,17 @@ class Holding:
         headers: Mapping[bytes, bytes],
         upload: Upload,
         request_id: str,
-        put_off: list[WorkerAnswer],
+        put_off: _PutOff,
     ) -> WorkerAnswer:
         self._dispatcher.expect()
-        body, lease = await self.reception.take(upload, _declared_bytes(headers))
+        body, lease = await self._take_in(headers, upload, put_off)
         try:
             asked, content_type = upload.asked, headers.get(b"content-type", b"")
             await self._refuse_known(body, content_type)
             while True:
                 if await self._is_hopeless(asked, body, upload, put_off):
-                    return put_off[-1]
+                    assert put_off.answer is not None, "it is why"
+                    return put_off.answer
                 answer = await self._dispatch(body, content_type, upload, request_id)
                 self._troubles.note_answer(asked, answer)
                 if self._troubles.find_holding(asked, body.size_bytes) is not None:
@@ -85,21 +95,32 @@ class Holding:
                 pause_s = _pause_s(answer)
                 if pause_s is None:
                     return answer
-                put_off[:] = [answer]
+                put_off.answer = answer
                 if await self._ends_within(pause_s, upload):
                     return answer
         finally:
             body.close()
             self.reception.room.release(lease)
 
+    async def _take_in(
+        self, headers: Mapping[bytes, bytes], upload: Upload, put_off: _PutOff
+    ) -> tuple[Body, Lease]:
+        def wait(reason: str) -> None:
+            put_off.reason = reason
+            self._troubles.note_failure(upload.asked, reason, is_lasting=False)
+
+        taken = await self.reception.take(upload, _declared_bytes(headers), wait)
+        put_off.reason = ""
+        return taken
+
     async def _is_hopeless(
-        self, asked: Asked, body: Body, upload: Upload, put_off: list[WorkerAnswer]
+        self, asked: Asked, body: Body, upload: Upload, put_off: _PutOff
     ) -> bool:
         """Wait while its task cannot be answered; whether there is to be no further try."""
         trouble = self._troubles.find_holding(asked, body.size_bytes)
         if trouble is None or trouble.answer is None:
             return False
-        put_off[:] = [trouble.answer]
+        put_off.answer = trouble.answer
         with self._troubles.held(trouble, body.size_bytes):
             return await self._ends_within(self._hold_limit_s, upload, trouble.mended)
 

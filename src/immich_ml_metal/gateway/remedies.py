@@ -3,6 +3,8 @@
 import re
 
 DISK = "free some space, or point models_dir (ML_MODELS_DIR) at another disk"
+SPOOL = "free some space there, or point TMPDIR at another disk"
+FILES = "allow more open files (ulimit -n), and look for who keeps connections open"
 OFFLINE = "unset offline (ML_OFFLINE, HF_HUB_OFFLINE), or copy a model folder here"
 NETWORK = "check the network, or name a mirror or proxy (HF_ENDPOINT, HTTPS_PROXY)"
 NAME = "choose another model in Immich's settings; immich-ml-metal models list has them all"
@@ -15,6 +17,8 @@ REPORT = "immich-ml-metal doctor --share, and attach the bundle to an issue"
 # By words of our own errors; the first that fits.
 _BY_CAUSE = (
     (r"downloads are switched off", OFFLINE),
+    (r"Too many open files", FILES),
+    (r"an upload waits for the disk", SPOOL),
     (r"disk is full|not enough disk space|No space left", DISK),
     (r"unknown model|is a (search|face|text) model", NAME),
     (r"cannot connect|no list of files|the line was cut|no data for too long|web page", NETWORK),
