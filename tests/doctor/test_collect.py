@@ -87,6 +87,7 @@ def test_offline_without_models_is_the_first_cause(tmp_path: Path) -> None:
     report = doctor(tmp_path, ML_PORT="1")
     assert report["cause"] == "hub"
     assert found(report, "models")["follows"] == "hub"
+    assert [c["name"] for c in report["checks"] if c["level"] == "fail"] == ["hub"]
 
 
 def test_a_foreign_program_on_the_port_is_named(tmp_path: Path, held_port: int) -> None:
@@ -375,6 +376,57 @@ def test_planted_secrets_are_not_shared_and_a_version_is(secret: str) -> None:
     assert secret in text
     assert secret not in shared
     assert shared.endswith("opencv-python-headless 5.0.0.93")
+
+
+SECRETS_IN_LOGS = (
+    'settings {"api_key": "KEPTjson", "password": "KEPTpass", "token":"KEPTtoken"}',
+    "environment HF_TOKEN=KEPTvalue MY_PASSWORD=KEPTword apikey: KEPTkey&x=1",
+    "encoded http%3A%2F%2Fjane%3AKEPTlogin%40nas%3A2283%2Fapi",
+    "no scheme jane:KEPTcolon@nas:2283",
+    "box KEPTname.fritz.box and KEPTname.home.arpa",
+    "card 4b:45:50:54:00:01",
+    "blanks /Volumes/Fotos KEPT/a.jpg and '/Users/Jane KEPT/b KEPT'",
+)
+
+
+@pytest.mark.parametrize("text", SECRETS_IN_LOGS)
+def test_a_secret_is_hidden_however_a_log_spells_it(text: str) -> None:
+    shared = anonymise(text, known_private(Settings()))
+    assert "KEPT" not in shared
+    assert "4b:45" not in shared
+    assert shared.split()[0] == text.split()[0]
+
+
+def test_the_login_in_an_address_of_the_settings_is_hidden_in_every_spelling() -> None:
+    settings = Settings(immich_url="http://jan%65:open%53esame@[fd00::7]:2283")
+    text = "jane and jan%65 said openSesame or open%53esame at fd00::7"
+    shared = anonymise(text, known_private(settings))
+    assert shared == "USER and USER said *** or *** at ADDRESS"
+
+
+def test_a_setting_that_is_set_is_said_to_be_so() -> None:
+    text = '"immich_api_key": "set", "hub_token": null'
+    assert anonymise(text, known_private(Settings())) == text
+
+
+def test_a_user_without_a_name_has_none_to_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert "USER" not in known_private(Settings()).values()
+
+
+def test_a_start_at_boot_that_may_not_be_looked_at_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def closed(self: Path, **_: bool) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", closed)
+    told = collect.read_service(nothing)
+    assert told["service"] == "none"
+    assert told["service_error"].endswith("Permission denied")
 
 
 def test_what_helps_is_kept() -> None:

@@ -76,25 +76,28 @@ CHECKS = (
 
 
 def examine(checks: Sequence[Check], facts: Facts) -> list[Finding]:
-    """Ask every check in order; a failure that an earlier one explains points to it."""
+    """Ask every check in order; a failure that an earlier one explains points to it.
+
+    It is a warning then: what is to be mended is the cause alone.
+    """
     findings: dict[str, Finding] = {}
     for check in checks:
         level, text, fix = check.ask(facts)
         finding = Finding(check.name, level, text, fix)
-        if level is Outcome.FAIL:
-            finding = replace(finding, follows=_cause(check, findings))
+        if level is Outcome.FAIL and (cause := _cause(check, findings)):
+            finding = replace(finding, level=Outcome.WARN, follows=cause)
         findings[check.name] = finding
     return list(findings.values())
 
 
 def first_cause(findings: Sequence[Finding]) -> Finding | None:
-    """The failure to fix first: the first that no other explains."""
-    return next((f for f in findings if f.level is Outcome.FAIL and not f.follows), None)
+    """The failure to fix first: the first one, as what another explains is none."""
+    return next((f for f in findings if f.level is Outcome.FAIL), None)
 
 
 def _cause(check: Check, findings: dict[str, Finding]) -> str:
     for name in check.after:
         earlier = findings.get(name)
-        if earlier is not None and earlier.level is Outcome.FAIL:
+        if earlier is not None and (earlier.level is Outcome.FAIL or earlier.follows):
             return earlier.follows or name
     return ""

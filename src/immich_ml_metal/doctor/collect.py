@@ -11,7 +11,7 @@ from contextlib import closing
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import httpx
 import psutil
@@ -67,7 +67,7 @@ def collect_facts(run: RunProgram, *, env_file: Path | None, digests: bool) -> F
         models=read_models(settings, (names.clip, names.faces, names.ocr), digests=digests),
         hub=hub,
         addresses=tuple(lan_addresses()),
-        service=read_service(run),
+        **read_service(run),
         immich=immich,
         immich_error=immich_error,
         clock_skew_s=skew_s,
@@ -122,12 +122,21 @@ def _names(settings: Settings, server: ServerSettings | None) -> ModelNames:
     )
 
 
-def read_service(run: RunProgram) -> Literal["running", "stopped", "none"]:
-    """Whether the service is installed to start at boot, and runs."""
+class AtBoot(TypedDict):
+    """The facts about the installed service, by their names."""
+
+    service: Literal["running", "stopped", "none"]
+    service_error: str
+
+
+def read_service(run: RunProgram) -> AtBoot:
+    """Whether the service is installed to start at boot, and runs; why that is not known."""
     try:
-        return choose_manager(run).status().state
-    except (ServiceFailed, OSError):  # the latter where HOME may not be entered
-        return "none"
+        return AtBoot(service=choose_manager(run).status().state, service_error="")
+    except ServiceFailed:
+        return AtBoot(service="none", service_error="")
+    except OSError as exc:  # where HOME may not be entered
+        return AtBoot(service="none", service_error=f"{exc.filename}: {exc.strerror}")
 
 
 def read_machine(run: RunProgram) -> Machine:

@@ -99,6 +99,7 @@ class Facts:
         hub: "" reachable, "offline" switched off, else why it is not reachable.
         addresses: of this machine, as others see it.
         service: what is installed to start at boot: `running`, `stopped` or `none`.
+        service_error: why that cannot be known.
         immich: advice from the Immich server; None when no server is configured.
         immich_error: why the server could not be asked.
         clock_skew_s: our clock minus a server's; None unknown.
@@ -124,6 +125,7 @@ class Facts:
     tests: tuple[EngineTest, ...] = ()
     addresses: tuple[str, ...] = ()
     service: Literal["running", "stopped", "none"] = "none"
+    service_error: str = ""
     immich: tuple[Advice, ...] | None = None
     immich_error: str = ""
     clock_skew_s: float | None = None

@@ -44,6 +44,9 @@ def check_version(facts: Facts) -> Answer:
 
 def check_service(facts: Facts) -> Answer:
     """It comes back after a restart of the machine."""
+    if facts.service_error:
+        fix = "chown or chmod it for the user that runs this"
+        return Outcome.WARN, f"not known: {facts.service_error}", fix
     if facts.service == "none":
         return Outcome.WARN, "does not start at boot", "immich-ml-metal service install"
     if facts.service == "stopped":

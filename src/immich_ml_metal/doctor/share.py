@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from immich_ml_metal.doctor.checks import Finding
 from immich_ml_metal.doctor.facts import Facts
@@ -29,11 +29,25 @@ _URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(\[[0-9a-f:.]+\]|[^\s/:\"']+)(:\
 _IPV4 = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b")
 _COLONS = re.compile(r"(?i)(?<![\w.:])[0-9a-f]*:[0-9a-f:.]*:[0-9a-f.]*(?![\w:])")
 _LOCAL_NAME = re.compile(
-    r"(?i)\b[\w-]+(?:\.[\w-]+)*\.(?:lan|local|home|internal|localdomain|ts\.net)\b"
+    r"(?i)\b[\w-]+(?:\.[\w-]+)*\.(?:lan|local|home(?:\.arpa)?|internal|localdomain|ts\.net|fritz\.box)\b"
 )
+# The same, as part of another address; and one without a scheme.
+_ENCODED_URL = re.compile(r"(?i)\b[a-z][a-z0-9+.-]*%3a%2f%2f[^\s\"']*")
+_LOGIN = re.compile(r"[^\s/:@\"']+:[^\s/@\"']+@[\w.-]+")
+# What is called a secret is one, whatever it looks like; `set` tells that a setting has a value.
+_NAMED_SECRET = re.compile(
+    r"(?i)((?:api[_-]?key|token|secret|password|passwd|pwd)[\"']?\s*[=:]\s*[\"']?)"
+    r"(?!set\b|null\b)[^\s\"',;&}]+"
+)
+_MAC = re.compile(r"(?i)\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b")
 _MAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.]+\b")
+_FOLDERS = (
+    r"/(?:Users|home|Volumes|mnt|media|private|root|srv|data|storage|nas|tank|volume\d+|opt/photos)"
+)
+# One that is quoted ends at its quote, else a name with blanks in it ends at its slash.
 _PATH = re.compile(
-    r"(/(?:Users|home|Volumes|mnt|media|private|root|srv|data|storage|nas|tank|volume\d+|opt/photos)(?:/[^\s\"',:;)]+)+)"
+    rf"(?<=[\"']){_FOLDERS}/[^\"':\n]+"
+    rf"|{_FOLDERS}(?:/[^\s\"',:;)/]+(?:(?: [^\s\"',:;)/]+)+(?=/))?)+/?"
 )
 _PUBLIC = frozenset({"127.0.0.1", "0.0.0.0", "::1", "::", "localhost", "host.docker.internal"})
 
@@ -75,11 +89,19 @@ def known_private(settings: Settings) -> dict[str, str]:
         str(settings.state_folder): "STATE",
     }
     for url in (settings.immich_url, settings.hub_endpoint):
-        if url is not None and (name := urlsplit(url).hostname):
-            words[name] = "ADDRESS"
+        if url is not None:
+            words |= _words_of(url)
     if settings.immich_api_key is not None:
         words[settings.immich_api_key.get_secret_value()] = "***"
     return {word: stand_in for word, stand_in in words.items() if len(word) > 1}
+
+
+def _words_of(url: str) -> dict[str, str]:
+    """What an address tells of its owner, as it is written and as it is meant."""
+    parts = urlsplit(url)
+    told = {parts.hostname: "ADDRESS", parts.username: "USER", parts.password: "***"}
+    words = {word: stand_in for word, stand_in in told.items() if word}
+    return words | {unquote(word): stand_in for word, stand_in in words.items()}
 
 
 def _user() -> str:
@@ -101,9 +123,11 @@ def anonymise(text: str, known: Mapping[str, str], keep: frozenset[str] = frozen
     keep = keep | _PUBLIC
     for word in sorted(known, key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", known[word], text)
-    text = redact(text, [])
-    text = _URL.sub(_hide_host, text)
+    text = _NAMED_SECRET.sub(r"\1***", redact(text, []))
+    text = _ENCODED_URL.sub("ADDRESS", _URL.sub(_hide_host, text))
+    text = _LOGIN.sub("ADDRESS", text)
     text = _MAIL.sub("MAIL", text)
+    text = _MAC.sub("MAC", text)
     text = _IPV4.sub(lambda found: found[0] if found[0] in keep else "IP", text)
     text = _COLONS.sub(_hide_ipv6, text)
     text = _LOCAL_NAME.sub(lambda found: found[0] if found[0] in _PUBLIC else "HOST", text)
