@@ -1,10 +1,19 @@
 """The calls that our commands make are those of Immich's server (contract §1.4)."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from immich_ml_metal.client.calls import Call, configured_names, encode, find_photos, immich_calls
+from immich_ml_metal.client.calls import (
+    Call,
+    configured_names,
+    encode,
+    find_photos,
+    immich_calls,
+    passed_over,
+)
 from immich_ml_metal.settings import Settings
 from immich_ml_metal.types import Part, TaskRequest
 from immich_ml_metal.worker.wire import parse_entries
@@ -68,3 +77,22 @@ def test_folders_give_their_pictures_once_in_order(tmp_path: Path) -> None:
     found = find_photos([tmp_path / "x", folder, folder / "b.jpg"])
     assert [path.name for path in found] == ["x", "a.JPG", "b.jpg", "c.png"]
     assert find_photos([]) == []
+
+
+@pytest.mark.parametrize(("failure", "told"), [(FileNotFoundError, 0), (PermissionError, 1)])
+def test_a_folder_below_may_go_during_the_walk_and_a_closed_one_is_named(
+    failure: type[OSError], told: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    (tmp_path / "a.jpg").write_bytes(b"")
+    scan = os.scandir
+
+    def scandir(place: Any) -> Any:
+        if Path(place) == below:
+            raise failure(1, "refused", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find_photos([tmp_path]) == [tmp_path / "a.jpg"]
+    assert passed_over([tmp_path]) == [below] * told

@@ -24,7 +24,9 @@ from immich_ml_metal.parity.compare import (
     line_agreement,
     match_faces,
 )
+from immich_ml_metal.parity.explain import find_cause
 from immich_ml_metal.parity.judge import Difference, judge, summarise
+from immich_ml_metal.parity.run import questions
 
 Serve = Callable[[MiniService], str]
 
@@ -238,6 +240,22 @@ def test_nothing_is_called_safe_that_was_not_compared() -> None:
     assert "safe to switch" not in verdict.words
     assert "clip image" in verdict.words
     assert judge(summaries[:1]).level is Difference.SAFE
+
+
+def test_a_picture_that_has_gone_is_named_and_the_others_are_asked(tmp_path: Path) -> None:
+    (tmp_path / "b.jpg").write_bytes(b"picture")
+    told: list[OSError] = []
+    photos = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    asked = list(questions(photos, (), ("faces",), told.append))
+    assert [question.payload for question in asked] == [b"picture"]
+    assert [exc.filename for exc in told] == [str(photos[0])]
+
+
+def test_a_picture_that_has_gone_since_explains_nothing(tmp_path: Path) -> None:
+    gone = Comparison("clip image", str(tmp_path / "a.jpg"), 0.1, 0, 0)
+    summary = summarise("clip image", [gone])
+    nobody: Any = None
+    assert "a.jpg: No such file" in find_cause([gone], [summary], nobody, nobody)
 
 
 def test_files_that_are_no_pictures_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from immich_ml_metal.cli.config import write_private
 from immich_ml_metal.immich.records import claim
 from immich_ml_metal.state import StateFolder
+from immich_ml_metal.system.owner import write_whole
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 USER = 1234
@@ -49,4 +50,10 @@ def test_state_that_root_writes_belongs_to_the_owner_of_the_folder(home: Path) -
 
 def test_the_lock_of_the_records_of_queues_too(home: Path) -> None:
     claim(StateFolder(home / "state")).close()
+    assert owners(home) == {(USER, USER + 1)}
+
+
+def test_a_file_for_a_person_makes_its_folder_and_theirs(home: Path) -> None:
+    write_whole(home / "new" / "newer" / "report.html", b"words")
+    assert (home / "new" / "newer" / "report.html").read_bytes() == b"words"
     assert owners(home) == {(USER, USER + 1)}

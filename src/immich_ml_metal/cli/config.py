@@ -14,7 +14,7 @@ from immich_ml_metal.settings_sources import DEFAULT_FILE, resolve
 from immich_ml_metal.settings_text import render
 from immich_ml_metal.system.listen import CannotListen, check_address
 from immich_ml_metal.system.network_settings import network_troubles
-from immich_ml_metal.system.owner import make_folder, write_whole
+from immich_ml_metal.system.owner import write_whole
 from immich_ml_metal.system.paths import at_home
 
 app = typer.Typer(help="Write, show and check the settings.", no_args_is_help=True)
@@ -90,7 +90,6 @@ def _check_address(settings: Settings) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read: it may hold the Immich key."""
-    make_folder(path.parent)
     write_whole(path, text.encode(), is_private=True)
 
 

@@ -88,7 +88,6 @@ def show_demo(
                 boxes.append(show())
             console.print()
     if sum(boxes):
-        output.parent.mkdir(parents=True, exist_ok=True)
         drawn = io.BytesIO()
         canvas.save(drawn, Image.registered_extensions().get(output.suffix.lower(), "PNG"))
         write_whole(output, drawn.getvalue())

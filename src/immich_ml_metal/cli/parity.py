@@ -99,6 +99,10 @@ def _tell_first(settings: Settings, photos: Sequence[Path]) -> None:
             typer.echo(f"index: {finding.text}", err=True)
 
 
+def _tell_passed_over(exc: OSError) -> None:
+    print_error(f"not compared: {exc.filename}: {exc.strerror}")
+
+
 def _known_tasks(wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in CALL_NAMES:
@@ -122,8 +126,8 @@ def _examine(
     console = Console(stderr=True)
     total = len(files) * len({*tasks} - {CLIP_TEXT}) + len(texts) * (CLIP_TEXT in tasks)
     with console.status("Loading the models of both services"):
-        warm_up(questions(files, texts, tasks), services)
-    asked = questions(files, texts, tasks)
+        warm_up(questions(files, texts, tasks, lambda _: None), services)
+    asked = questions(files, texts, tasks, _tell_passed_over)
     watched = track(asked, "Comparing", total=total, console=console, transient=True)
     return conclude([compare(question, *services) for question in watched], tasks, *services)
 

@@ -4,6 +4,7 @@ The one place that spells Immich's request and reads its answer from the other s
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -258,7 +259,7 @@ def find_photos(paths: Iterable[Path]) -> list[Path]:
     """The given files, and the pictures in the given folders, in order and each once."""
     found: dict[Path, None] = {}
     for path in paths:
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        inside = _inside(path) if path.is_dir() else [path]
         for file in inside:
             if file == path or (file.is_file() and file.suffix.lower() in PICTURE_SUFFIXES):
                 found[file] = None
@@ -266,8 +267,20 @@ def find_photos(paths: Iterable[Path]) -> list[Path]:
 
 
 def passed_over(paths: Iterable[Path]) -> list[Path]:
-    """The files of the given folders that `find_photos` does not take."""
+    """What `find_photos` does not take of the given folders: files, and folders it cannot read."""
     paths = list(paths)
     taken = set(find_photos(paths))
-    inside = (file for path in paths if path.is_dir() for file in sorted(path.rglob("*")))
-    return [file for file in inside if file.is_file() and file not in taken]
+    inside = (file for path in paths if path.is_dir() for file in _inside(path))
+    return [file for file in inside if file not in taken and (file.is_file() or file.is_dir())]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files in a folder and those below, and folders that cannot be read; gone ones are not."""
+    closed: list[Path] = []
+
+    def keep(exc: OSError) -> None:
+        if not isinstance(exc, FileNotFoundError):
+            closed.append(Path(exc.filename))
+
+    walk = os.walk(folder, onerror=keep)
+    return sorted([*(Path(place, name) for place, _, names in walk for name in names), *closed])

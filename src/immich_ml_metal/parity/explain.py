@@ -30,7 +30,11 @@ def find_cause(
     if CLIP_IMAGE in bad:
         answered = [c for c in comparisons if c.task == CLIP_IMAGE and c.value is not None]
         worst = min(answered, key=lambda c: c.value or 0.0)
-        return explain_images(Path(worst.subject).read_bytes(), ours, theirs)
+        try:
+            image = Path(worst.subject).read_bytes()
+        except OSError as exc:  # it has gone since it was sent
+            return f"not looked for: {exc.filename}: {exc.strerror}"
+        return explain_images(image, ours, theirs)
     if CLIP_TEXT in bad:
         return explain_texts(any(s.task == CLIP_IMAGE for s in summaries))
     return ""

@@ -1,6 +1,6 @@
 """Put the same pictures and texts to two services, one after the other, and compare."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,14 +48,28 @@ class Question:
 
 
 def questions(
-    photos: Iterable[Path], texts: Sequence[str], tasks: Sequence[str]
+    photos: Iterable[Path],
+    texts: Sequence[str],
+    tasks: Sequence[str],
+    passed_over: Callable[[OSError], None],
 ) -> Iterator[Question]:
-    """Everything to ask, one picture at a time."""
+    """Everything to ask, one picture at a time; one that has gone does not end an hour's work.
+
+    Args:
+        photos: the pictures.
+        texts: for the search.
+        tasks: names of calls.
+        passed_over: is told of each picture that cannot be read.
+    """
     if CLIP_TEXT in tasks:
         for text in texts:
             yield Question(CLIP_TEXT, text, text)
     for photo in photos:
-        image = photo.read_bytes()
+        try:
+            image = photo.read_bytes()
+        except OSError as exc:
+            passed_over(exc)
+            continue
         for task in tasks:
             if task != CLIP_TEXT:
                 yield Question(task, str(photo), image)

@@ -30,6 +30,8 @@ def hand_over(made: Path | int, folder: Path) -> None:
 def write_whole(path: Path, content: bytes, *, is_private: bool = False) -> None:
     """Write a file for a person, all of it or nothing; with `is_private` only its owner may read.
 
+    A folder that is not there is made.
+
     Raises:
         OSError: with the file's name, which a full disk does not tell.
     """
@@ -37,6 +39,7 @@ def write_whole(path: Path, content: bytes, *, is_private: bool = False) -> None
     if path.exists() and not path.is_file():
         path.write_bytes(content)  # a pipe or a terminal
         return
+    make_folder(path.parent)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if is_private else 0o666
     try:
