@@ -97,12 +97,18 @@ class Disk:
         return self._write(fd, data[:5] if self.is_full else data, offset)
 
 
-@pytest.mark.parametrize("memory_bytes", [0, 30], ids=["into a file", "on the way to one"])
-async def test_an_upload_waits_for_a_full_disk_and_loses_nothing(
+async def oldest(here: Reception, piece: bytes) -> tuple[Body, Lease]:
+    """An upload that finds the disk full first: it is kept in memory."""
+    return await asyncio.wait_for(here.take(client(piece), len(piece)), PATIENCE_S)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 20], ids=["into a file", "on the way to one"])
+async def test_uploads_wait_for_a_full_disk_and_lose_nothing(
     memory_bytes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, told = Disk(monkeypatch), list[str]()
     here = reception(memory_bytes=memory_bytes)
+    first, _ = await oldest(here, b"x" * 40)
     pieces = [bytes(range(20)), bytes(range(20, 40))]
     taking = asyncio.create_task(here.take(client(*pieces), 40, told.append))
     await until(lambda: bool(told), "a wait for the disk")
@@ -112,7 +118,47 @@ async def test_an_upload_waits_for_a_full_disk_and_loses_nothing(
     disk.is_full = False
     body, lease = await asyncio.wait_for(taking, PATIENCE_S)
     assert (await content(body), body.head) == (bytes(range(40)), bytes(range(40)))
+    assert (await content(first), body.spooled) == (b"x" * 40, True)
     assert (lease.place, lease.size_bytes) == ("spool", 40)
+    body.close()
+
+
+async def test_on_a_full_disk_one_upload_after_the_other_is_kept_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Disk(monkeypatch)
+    here = reception(memory_bytes=0)
+    first, lease = await oldest(here, b"x" * 40)
+    pieces = [bytes(range(20)), bytes(range(20, 40))]
+    told = list[str]()
+    taking = asyncio.create_task(here.take(client(*pieces), 40, told.append))
+    await until(lambda: bool(told), "a wait for the disk")
+    first.close()
+    here.room.release(lease)
+    body, lease = await asyncio.wait_for(taking, PATIENCE_S)
+    assert (await content(body), body.head, body.spooled) == (bytes(range(40)), body.head, False)
+    here.room.release(lease)
+    assert here.room.held("spool") == 0
+
+
+@pytest.mark.parametrize("recalled", [False, True])
+async def test_what_a_failed_write_left_behind_is_no_part_of_an_upload(
+    recalled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    body = Body()
+    await body.spill()
+    disk.is_full = False
+    await body.append(b"begin ")
+    disk.is_full = True
+    with pytest.raises(OSError, match="No space left"):
+        await body.append(b"the rest that does not fit")
+    assert await content(body) == b"begin "
+    if recalled:
+        await body.recall()
+    disk.is_full = False
+    await body.append(b"and end")
+    assert (await content(body), body.size_bytes) == (b"begin and end", 13)
     body.close()
 
 
@@ -121,8 +167,10 @@ async def test_an_upload_that_waits_for_the_disk_can_be_given_up(
 ) -> None:
     Disk(monkeypatch)
     here = reception(memory_bytes=0)
+    _, lease = await oldest(here, b"x" * 40)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(here.take(client(b"x" * 40), 40), 0.1)
+    here.room.release(lease)
     assert here.room.held("spool") == 0
 
 

@@ -380,22 +380,26 @@ async def test_both_families_of_addresses_are_served(tmp_path: Path) -> None:
 
 async def test_a_full_disk_for_uploads_holds_them_and_is_named(tmp_path: Path) -> None:
     body = b"large" * 20_000
-    room = Room(memory_bytes=1000, spool_bytes=10**6, largest_bytes=len(body))
-    reception = Reception(room, max_body_bytes=len(body))
+    room = Room(memory_bytes=1000, spool_bytes=10**6, largest_bytes=len(body) + 10)
+    reception = Reception(room, max_body_bytes=len(body) + 10)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     async with running_gateway(tmp_path, reception=reception, hold_limit_s=2) as service:
         await service.ready()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(body) // 2, hard))  # as a full disk does
         try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(body) // 2, hard))  # as a full disk does
-            given_up = await service.predict(body)
-            held = asyncio.create_task(service.predict(body))
-            await asyncio.sleep(0.2)
-            small = await service.predict(b"small")
-            assert not held.done()
+            with service.busy():
+                first = asyncio.create_task(service.predict(b"[busy]" + body))
+                await service.started(1)
+                given_up = await service.predict(body)
+                small = await service.predict(b"small")
+                await first
+            one_at_a_time = await asyncio.gather(*(service.predict(body) for _ in range(2)))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        answer = await held
-    assert (answer.status_code, answer.json()) == (200, right_answer(body))
+    assert [(each.status_code, each.json()) for each in one_at_a_time] == [
+        (200, right_answer(body)),
+        (200, right_answer(body)),
+    ]
     assert (small.status_code, small.json()) == (200, right_answer(b"small"))
     assert (given_up.status_code, given_up.headers["retry-after"]) == (503, "30")
     assert "cannot write to" in given_up.json()["detail"]

@@ -44,6 +44,7 @@ class Lease:
 
     place: Place = "memory"
     size_bytes: int = 0
+    is_without_disk: bool = False  # kept in memory though its place is the spool
 
 
 class Room:
@@ -59,6 +60,7 @@ class Room:
         self._kept: dict[Place, int] = {"memory": 0, "spool": 0}
         self.keep(largest_bytes)
         self._unfinished: dict[Lease, None] = {}  # the oldest first
+        self._without_disk: Lease | None = None
         self._waiters: dict[Lease, tuple[int, asyncio.Future[None]]] = {}
 
     def __repr__(self) -> str:
@@ -91,6 +93,16 @@ class Room:
         self._unfinished[lease] = None
         return lease
 
+    def may_do_without_disk(self, lease: Lease) -> bool:
+        """Whether a spooled upload may be in memory after all, for the length of its lease.
+
+        One at a time, the oldest unfinished one: half-read uploads would wait for each other on a
+        disk that is smaller than the spool.
+        """
+        if self._without_disk is None and next(iter(self._unfinished), None) is lease:
+            self._without_disk = lease
+        return self._without_disk is lease
+
     async def grow(self, lease: Lease, size_bytes: int) -> None:
         """Wait for room for `size_bytes` more; all of the lease may move to the spool."""
         is_first = next(iter(self._unfinished), None) is lease
@@ -112,6 +124,8 @@ class Room:
         """Give a lease back, and let in whoever fits now."""
         self._free[lease.place] += lease.size_bytes
         lease.size_bytes = 0
+        if self._without_disk is lease:
+            self._without_disk = None
         self.finish(lease)
 
     def _take(self, lease: Lease, more_bytes: int) -> bool:
@@ -225,10 +239,14 @@ class Reception:
         reason = ""
         while True:
             try:
-                if lease.place == "spool" and not body.spooled:
+                if lease.place == "spool" and not (body.spooled or lease.is_without_disk):
                     await body.spill()
                 await body.append(piece)
             except OSError as exc:
+                if self.room.may_do_without_disk(lease):
+                    lease.is_without_disk = True
+                    await body.recall()
+                    continue
                 if not reason:
                     reason = self._explain(exc)
                     on_wait(reason)

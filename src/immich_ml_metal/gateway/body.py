@@ -62,6 +62,17 @@ class Body:
             raise
         self._file, self._pieces = file, []
 
+    async def recall(self) -> None:
+        """Move back to memory; the file gives its space back.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self._file is not None:
+            pieces = [bytearray(piece) async for some in self.pieces() for piece in some]
+            self._file.close()
+            self._file, self._pieces = None, [*pieces]
+
     async def pieces(self) -> AsyncIterator[Sequence[bytes | bytearray]]:
         """Yield the bytes from the beginning, as often as asked."""
         if self._file is None:
@@ -69,7 +80,9 @@ class Body:
             return
         offset = 0
         while offset < self.size_bytes:  # pread: a cancelled reader does not move the next one
-            piece = await asyncio.to_thread(os.pread, self._file.fileno(), _PIECE_BYTES, offset)
+            # behind the last byte may lie what an append that failed has left
+            count = min(_PIECE_BYTES, self.size_bytes - offset)
+            piece = await asyncio.to_thread(os.pread, self._file.fileno(), count, offset)
             offset += len(piece)
             yield [piece]
 
