@@ -21,7 +21,8 @@ Gateway = Annotated[
     bool,
     typer.Option(
         "--gateway/--no-gateway",
-        help="Hold requests in a small process before the worker, or run it alone.",
+        help="Hold requests in a small process before the worker, or run it alone: to debug, as "
+        "nothing is held or sent again then, and heads, slow senders and connections have no limit.",
     ),
 ]
 
