@@ -22,7 +22,7 @@ Gateway = Annotated[
     typer.Option(
         "--gateway/--no-gateway",
         help="Hold requests in a small process before the worker, or run it alone: to debug, as "
-        "nothing is held or sent again then, and heads, slow senders and connections have no limit.",
+        "nothing is held or sent again then, and heads, slow senders, connections have no limit.",
     ),
 ]
 
