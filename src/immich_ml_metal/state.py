@@ -5,15 +5,14 @@ never overwritten. Knows nothing of what is kept.
 """
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from immich_ml_metal.errors import ServiceError
-from immich_ml_metal.system.owner import hand_over, make_folder
+from immich_ml_metal.system.disk import explain_write
+from immich_ml_metal.system.owner import hand_over, make_folder, write_whole
 
 _NAME = "immich-ml-metal"
 
@@ -83,10 +82,9 @@ class StateFolder:
             pass
         text = json.dumps({"version": version, **document}, indent=1, sort_keys=True)
         try:
-            make_folder(path.parent)
-            _replace(path, text.encode())
+            write_whole(path, text.encode(), is_private=True)
         except OSError as exc:
-            raise StateUnusable(f"cannot write {path}: {exc.strerror}") from exc
+            raise StateUnusable(explain_write(exc, path, "ML_STATE_DIR")) from exc
 
     def change(
         self, name: str, version: int, change: Callable[[dict[str, Any]], dict[str, Any]]
@@ -98,6 +96,23 @@ class StateFolder:
         """
         self.write(name, version, change(self.read(name, version) or {}))
 
+    def open_lock(self, name: str) -> IO[bytes]:
+        """The file `name`.lock, to be locked by whoever opens it; it stays.
+
+        Raises:
+            StateUnusable: the folder cannot be written.
+        """
+        path = self.path / f"{name}.lock"
+        try:
+            make_folder(self.path)
+            is_new = not path.exists()
+            lock = path.open("ab")
+            if is_new:
+                hand_over(lock.fileno(), self.path)
+        except OSError as exc:
+            raise StateUnusable(explain_write(exc, path, "ML_STATE_DIR")) from exc
+        return lock
+
     def set_aside(self, name: str) -> None:
         """Rename a damaged document, so that a new one can be begun and somebody may look at it.
 
@@ -108,21 +123,7 @@ class StateFolder:
         try:
             path.replace(path.with_suffix(".damaged"))
         except OSError as exc:
-            raise StateUnusable(f"cannot write {path}: {exc.strerror}") from exc
+            raise StateUnusable(explain_write(exc, path, "ML_STATE_DIR")) from exc
 
     def _path(self, name: str) -> Path:
         return self.path / f"{name}.json"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            hand_over(handle, path.parent)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(staged).replace(path)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise

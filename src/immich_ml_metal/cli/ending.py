@@ -1,6 +1,5 @@
 """How the process ends: its streams, whatever became of them, and a failure in one line."""
 
-import errno
 import io
 import os
 import sys
@@ -9,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from immich_ml_metal.cli.output import Exit, print_error
 from immich_ml_metal.errors import ConfigError, ServiceError
+from immich_ml_metal.system.disk import reason_of
 from immich_ml_metal.system.listen import CannotListen
 from immich_ml_metal.system.network_settings import network_troubles
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Output(io.FileIO):
@@ -111,9 +109,8 @@ def explain(exc: Exception) -> str:
     if isinstance(exc, MemoryError):
         return "out of memory; close other programs, or use smaller models"
     if isinstance(exc, OSError):
-        reason = "the disk is full" if exc.errno in _FULL else (exc.strerror or str(exc))
         where = f"{exc.filename}: " if exc.filename is not None else ""
-        return f"{where}{reason}{_blame(exc)}"
+        return f"{where}{reason_of(exc)}{_blame(exc)}"
     words = " ".join(f"{type(exc).__name__}: {exc}".splitlines())
     return f"{words}{_blame(exc)} (ML_LOG_LEVEL=debug shows where)"
 

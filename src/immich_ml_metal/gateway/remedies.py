@@ -19,7 +19,7 @@ _BY_CAUSE = (
     (r"downloads are switched off", OFFLINE),
     (r"Too many open files", FILES),
     (r"an upload waits for the disk", SPOOL),
-    (r"disk is full|not enough disk space|No space left", DISK),
+    (r"disk (is (full|read-only)|quota)|not enough disk space|No space left", DISK),
     (r"unknown model|is a (search|face|text) model", NAME),
     (r"cannot connect|no list of files|the line was cut|no data for too long|web page", NETWORK),
     (r"SIGKILL|bad_alloc|MemoryError|[Ii]nsufficient [Mm]emory", MEMORY),

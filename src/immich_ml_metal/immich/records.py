@@ -11,7 +11,6 @@ from typing import IO, Any
 
 from immich_ml_metal.immich.repairs import Repair
 from immich_ml_metal.state import StateFolder, StateUnusable
-from immich_ml_metal.system.owner import hand_over, make_folder
 from immich_ml_metal.types import QUEUES
 
 DOCUMENT = "guard"
@@ -84,20 +83,12 @@ def claim(folder: StateFolder) -> IO[bytes]:
     Raises:
         StateUnusable: another process owns it, or the folder cannot be written.
     """
-    path = folder.path / f"{DOCUMENT}.lock"
-    try:
-        make_folder(folder.path)
-        is_new = not path.exists()
-        lock = path.open("ab")
-        if is_new:
-            hand_over(lock.fileno(), folder.path)
-    except OSError as exc:
-        raise StateUnusable(f"cannot write {path}: {exc.strerror}") from exc
+    lock = folder.open_lock(DOCUMENT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         lock.close()
-        raise StateUnusable(f"another process of this service holds {path}") from exc
+        raise StateUnusable(f"another process of this service holds {lock.name}") from exc
     return lock
 
 

@@ -22,13 +22,13 @@ from immich_ml_metal.models.remote import (
     Listing,
     RemoteFile,
     Retry,
-    explain_os_error,
     require_space,
 )
 from immich_ml_metal.models.shelf import GRAPH, FileState, Shelf, check_part
 from immich_ml_metal.models.transfer import Transfer, Transient, network, partial_path, pause
 from immich_ml_metal.setting_kinds import format_bytes
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.disk import explain_write
 from immich_ml_metal.system.network_settings import network_troubles
 from immich_ml_metal.types import ModelKey
 
@@ -72,7 +72,7 @@ class Download:
             self._fetch_all(wanted, staging)
             self._install(listing, wanted, staging)
         except OSError as exc:
-            raise DownloadFailed(explain_os_error(exc, staging)) from exc
+            raise DownloadFailed(explain_write(exc, staging, "ML_MODELS_DIR")) from exc
         logger.info("downloaded model=%s seconds=%.1f", self.key, time.monotonic() - started)
 
     def list_files(self) -> Listing:

@@ -23,8 +23,9 @@ from immich_ml_metal.models.manifest import (
     save_manifest,
     sha256_of,
 )
-from immich_ml_metal.models.remote import explain_os_error, require_space
+from immich_ml_metal.models.remote import require_space
 from immich_ml_metal.models.shelf import GRAPH, STAGING, Shelf, check_part, is_for_us, is_usable
+from immich_ml_metal.system.disk import explain_write
 from immich_ml_metal.types import ModelKey, Part, Task
 
 # The files of InsightFace's own packs: which half of which packs each is (public pack contents).
@@ -129,7 +130,7 @@ def import_model(shelf: Shelf, found: Found) -> Imported:
     except Held as exc:
         raise DownloadFailed(f"{key} is being downloaded by another process") from exc
     except OSError as exc:
-        raise DownloadFailed(explain_os_error(exc, here.root(key))) from exc
+        raise DownloadFailed(explain_write(exc, here.root(key), "ML_MODELS_DIR")) from exc
 
 
 def export_models(shelf: Shelf, names: list[str], target: Path) -> list[Path]:
@@ -152,7 +153,7 @@ def export_models(shelf: Shelf, names: list[str], target: Path) -> list[Path]:
             for path, source in files.items():
                 _copy(_on_disk(source), target / path)
     except OSError as exc:
-        raise DownloadFailed(explain_os_error(exc, target)) from exc
+        raise DownloadFailed(explain_write(exc, target)) from exc
     return list(files)
 
 

@@ -7,12 +7,13 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+from immich_ml_metal.system.owner import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def save_manifest(root: Path, manifest: Manifest) -> None:
         "version": VERSION,
         "files": {path: asdict(manifest.files[path]) for path in sorted(manifest.files)},
     }
-    write_atomically(root / NAME, json.dumps(data, indent=1).encode())
+    write_whole(root / NAME, json.dumps(data, indent=1).encode())
 
 
 def describe_file(
@@ -108,20 +109,6 @@ def describe_file(
         fetched_at=found.st_mtime,
         verified_at=time.time(),
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-    try:
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from immich_ml_metal.catalog import ModelSpec, all_models
 from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.file_lock import Held, hold
-from immich_ml_metal.models.remote import explain_os_error
 from immich_ml_metal.models.shelf import STAGING, Shelf
+from immich_ml_metal.system.disk import reason_of
 
 # Builds of the official service for hardware that this one does not use.
 _FOREIGN = ("*.armnn", "*.rknn")
@@ -62,7 +62,7 @@ def remove(shelf: Shelf, waste: Waste) -> None:
     except Held as exc:
         raise DownloadFailed(f"{waste.path} is being downloaded to; try again later") from exc
     except OSError as exc:
-        raise DownloadFailed(explain_os_error(exc, waste.path)) from exc
+        raise DownloadFailed(f"cannot delete {waste.path}: {reason_of(exc)}") from exc
 
 
 def folder_of(shelf: Shelf, spec: ModelSpec) -> Waste | None:

@@ -3,7 +3,6 @@
 Apart from `transfer`, whose HTTP library costs a worker that downloads nothing 3 MB.
 """
 
-import errno
 import random
 import shutil
 from collections.abc import Mapping
@@ -13,8 +12,6 @@ from pathlib import Path
 from immich_ml_metal.errors import DownloadFailed
 from immich_ml_metal.models.manifest import git_sha1_of, sha256_of
 from immich_ml_metal.setting_kinds import format_bytes
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +68,6 @@ class Listing:
     source: str
     revision: str
     files: tuple[RemoteFile, ...]
-
-
-def explain_os_error(exc: OSError, path: Path) -> str:
-    """A disk failure in plain words."""
-    if exc.errno in FULL:
-        return f"the disk is full while writing {path}; free some space or set ML_MODELS_DIR"
-    return f"cannot write {path}: {exc.strerror or exc}"
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

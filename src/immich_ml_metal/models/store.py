@@ -17,9 +17,10 @@ from immich_ml_metal.models.file_lock import hold, patiently
 from immich_ml_metal.models.manifest import FileRecord, describe_file, load_manifest, save_manifest
 from immich_ml_metal.models.paddle import find_in_wheel
 from immich_ml_metal.models.progress import DownloadProgress, Downloads, Listener, Tracker
-from immich_ml_metal.models.remote import Retry, explain_os_error
+from immich_ml_metal.models.remote import Retry
 from immich_ml_metal.models.shelf import FileState, PartStatus, Shelf
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.disk import explain_write
 from immich_ml_metal.types import ModelFiles, ModelKey, Part, Task
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class ModelStore:
                 known = load_manifest(root).touched(dict.fromkeys(intact, time.time()))
                 save_manifest(root, known.with_files(records))
         except OSError as exc:  # a read-only folder can be checked all the same
-            logger.info("not remembered: %s", explain_os_error(exc, root))
+            logger.info("not remembered: %s", explain_write(exc, root, "ML_MODELS_DIR"))
 
     @contextmanager
     def _alone(self, key: ModelKey, tracker: Tracker) -> Iterator[None]:
@@ -199,7 +200,7 @@ class ModelStore:
             try:
                 stack.enter_context(hold(path, wait=tracker.wait))
             except OSError as exc:
-                raise DownloadFailed(explain_os_error(exc, path)) from exc
+                raise DownloadFailed(explain_write(exc, path, "ML_MODELS_DIR")) from exc
             yield
 
     def _how_to_place(self, spec: ModelSpec, key: ModelKey, state: FileState) -> str:

@@ -14,7 +14,8 @@ import httpx2
 
 from immich_ml_metal.errors import DownloadFailed, ModelUnavailable
 from immich_ml_metal.models.progress import Tracker
-from immich_ml_metal.models.remote import FULL, RemoteFile, Retry, explain_os_error
+from immich_ml_metal.models.remote import RemoteFile, Retry
+from immich_ml_metal.system.disk import FULL, explain_write
 from immich_ml_metal.system.network_settings import explain, proxy_for
 
 PARTIAL = ".partial"
@@ -70,7 +71,7 @@ class Transfer:
                 pause(exc, failures, self._retry, self._tracker)
             except OSError as exc:
                 self.met_full_disk |= exc.errno in FULL
-                raise DownloadFailed(explain_os_error(exc, staged)) from exc
+                raise DownloadFailed(explain_write(exc, staged, "ML_MODELS_DIR")) from exc
             else:
                 return
 

@@ -94,10 +94,9 @@ class Record:
     def _locked(self) -> Iterator[None]:
         """One change at a time, of the service and of `qualify` beside it."""
         with ExitStack() as stack:
-            with suppress(OSError):  # `write` will say why
-                self._folder.path.mkdir(parents=True, exist_ok=True)
-                path = self._folder.path / f".{DOCUMENT}.lock"
-                fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+            with suppress(OSError, StateUnusable):  # `write` will say why
+                lock = stack.enter_context(self._folder.open_lock(f".{DOCUMENT}"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 

@@ -1,10 +1,14 @@
-"""Files for a person: whole, and theirs when root makes them in their folder.
+"""Files written whole, and their user's when root makes them in a folder of that user.
 
 Under sudo, the service itself could not read them otherwise.
 """
 
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 def make_folder(folder: Path) -> None:
@@ -28,26 +32,35 @@ def hand_over(made: Path | int, folder: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes, *, is_private: bool = False) -> None:
-    """Write a file for a person, all of it or nothing; with `is_private` only its owner may read.
+    """Replace a file as a whole: a full disk or a power cut leaves the old one or the new one.
 
-    A folder that is not there is made.
+    With `is_private` only its owner may read it. A folder that is not there is made.
 
     Raises:
         OSError: with the file's name, which a full disk does not tell.
     """
     path = path.resolve()  # a link to it stays one
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)  # a pipe or a terminal
-        return
-    make_folder(path.parent)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if is_private else 0o666
     try:
-        with os.fdopen(os.open(staged, flags, mode), "wb") as file:
-            file.write(content)
-        hand_over(staged, path if path.exists() else path.parent)
-        staged.replace(path)
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)  # a pipe or a terminal
+        else:
+            make_folder(path.parent)
+            _replace(path, content, 0o600 if is_private else 0o666)
     except OSError as exc:
         exc.filename = str(path)
-        staged.unlink(missing_ok=True)
+        raise
+
+
+def _replace(path: Path, content: bytes, mode: int) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        with os.fdopen(os.open(staged, _NEW, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        hand_over(staged, path if path.exists() else path.parent)
+        staged.replace(path)
+    except BaseException:
+        with suppress(OSError):  # a read-only disk, which says so of a file that is not there too
+            staged.unlink(missing_ok=True)
         raise
