@@ -93,10 +93,7 @@ def _undone_on_failure(manager: "Manager", file: Path | None) -> Iterator[None]:
             if before[manager.definition] is None:
                 manager.uninstall()
         for path, content in before.items():
-            if content is not None:
-                path.write_bytes(content)
-            else:
-                path.unlink(missing_ok=True)
+            _put_back(path, content, is_private=path == file)
         with suppress(ServiceError, OSError):
             if before[manager.definition] is not None:
                 manager.reload()
@@ -104,6 +101,22 @@ def _undone_on_failure(manager: "Manager", file: Path | None) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _put_back(path: Path, content: bytes | None, *, is_private: bool) -> None:
+    """Make a file what it was, None for not there; what cannot be undone is told."""
+    from immich_ml_metal.system.disk import explain_write
+    from immich_ml_metal.system.owner import write_whole
+
+    try:
+        if content == (path.read_bytes() if path.exists() else None):
+            return
+        if content is None:
+            path.unlink()
+        else:
+            write_whole(path, content, is_private=is_private)
+    except OSError as exc:
+        print_error(f"{path} is not as it was: {explain_write(exc, path)}")
 
 
 def _warn_of_privacy(settings: "Settings", file: Path | None) -> None:

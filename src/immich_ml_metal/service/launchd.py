@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from immich_ml_metal.service.plan import JOB, THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
+from immich_ml_metal.system.owner import make_folder, write_whole
 from immich_ml_metal.system.programs import RunProgram
 
 DAEMONS = Path("/Library/LaunchDaemons")
@@ -79,7 +80,7 @@ class Launchd:
 
     def install(self, plan: ServicePlan) -> None:
         """Write the definition and load it in place of the old one."""
-        plan.log_file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(plan.log_file.parent)
         if self._is_daemon:  # made by root, written by the user
             shutil.chown(plan.log_file.parent, self._user)
         self._write(self.render(plan))
@@ -87,8 +88,7 @@ class Launchd:
 
     def _write(self, text: str) -> None:
         try:
-            self._definition.parent.mkdir(parents=True, exist_ok=True)
-            self._definition.write_text(text, encoding="utf-8")
+            write_whole(self._definition, text.encode())
             self._definition.chmod(0o644)  # launchd refuses what others may write
         except PermissionError as exc:
             hint = "; run it with sudo" if self._is_daemon else ""

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from immich_ml_metal.service.plan import JOB, THROTTLE_S, ServiceFailed, ServicePlan, ServiceStatus
+from immich_ml_metal.system.owner import make_folder, write_whole
 from immich_ml_metal.system.programs import Completed, RunProgram
 
 _NOT_FOUND = 127
@@ -62,21 +63,23 @@ WantedBy=default.target
         return tuple(word.replace("%%", "%").replace("$$", "$") for word in words)
 
     def validate(self, text: str) -> str:
-        """What `systemd-analyze verify` says; empty where there is no such program."""
-        with tempfile.TemporaryDirectory() as folder:
-            unit = Path(folder) / JOB
-            unit.write_text(text, encoding="utf-8")
-            # Not --user: that needs a session's run-time folder, and nothing in the unit differs.
-            done = self._run("systemd-analyze", "verify", str(unit))
+        """What `systemd-analyze verify` says; empty where it cannot be asked."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                unit = Path(folder) / JOB
+                unit.write_text(text, encoding="utf-8")
+                # Not --user: that needs a session's run-time folder; nothing in the unit differs.
+                done = self._run("systemd-analyze", "verify", str(unit))
+        except OSError:  # no room for a temporary file: the unit is ours, and most likely right
+            return ""
         if done.code == _NOT_FOUND:
             return ""
         return "\n".join(line for line in done.err.splitlines() if JOB in line)
 
     def install(self, plan: ServicePlan) -> None:
         """Write the unit, enable it and start it afresh."""
-        plan.log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._definition.parent.mkdir(parents=True, exist_ok=True)
-        self._definition.write_text(self.render(plan), encoding="utf-8")
+        make_folder(plan.log_file.parent)
+        write_whole(self._definition, self.render(plan).encode())
         self.reload()
 
     def reload(self) -> None:
