@@ -1,7 +1,11 @@
 """The error tree, its drawing and its HTTP statuses must say the same."""
 
+import errno
 import inspect
+import os
 import re
+
+import pytest
 
 from immich_ml_metal import errors
 
@@ -75,3 +79,53 @@ def test_every_class_says_what_happened() -> None:
             or member.__subclasses__()
             or (member in (errors.InferenceError, errors.ConfigError))
         )
+
+
+def caused_by(cause: BaseException) -> Exception:
+    """What a layer between makes of a failure."""
+    failure = errors.LoadFailed("the file is damaged")
+    failure.__cause__ = cause
+    return failure
+
+
+@pytest.mark.parametrize(
+    ("exc", "kind"),
+    [
+        (MemoryError(), errors.OutOfMemory),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), errors.OutOfMemory),
+        (OSError("out of memory error when reading image file"), errors.OutOfMemory),
+        (
+            RuntimeError(
+                "Non-zero status code returned while running Conv node. Name:'288_nchwc' Status "
+                "Message: std::bad_alloc"
+            ),
+            errors.OutOfMemory,
+        ),
+        (RuntimeError("Load model from m.onnx failed:std::bad_alloc"), errors.OutOfMemory),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), errors.Busy),
+        (OSError(errno.ENFILE, os.strerror(errno.ENFILE)), errors.Busy),
+        (RuntimeError("Load model from m.onnx failed:system error number 24"), errors.Busy),
+    ],
+)
+def test_what_the_machine_had_no_more_of_is_told_from_what_it_led_to(
+    exc: Exception, kind: type[Exception]
+) -> None:
+    for told in (exc, caused_by(exc), caused_by(caused_by(exc))):
+        assert type(errors.what_ran_out(told)) is kind
+        with pytest.raises(kind), errors.naming_what_ran_out():
+            raise told
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        ValueError("torn"),
+        OSError(errno.ENOENT, os.strerror(errno.ENOENT)),
+        RuntimeError("Load model from m.onnx failed:system error number 2"),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"),
+    ],
+)
+def test_another_failure_stays_what_it_is(exc: Exception) -> None:
+    assert errors.what_ran_out(caused_by(exc)) is None
+    with pytest.raises(type(exc)), errors.naming_what_ran_out():
+        raise exc

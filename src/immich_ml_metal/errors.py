@@ -16,6 +16,7 @@ ServiceError
 ├── InferenceError          500  an engine failed on an accepted input
 ├── InvalidOutput           500  an output is not finite or of a wrong dimension
 ├── Condemned               500  it ended every worker that worked on it
+├── OutOfMemory             503  no memory is left; the gateway asks another worker
 ├── TimedOut                503  no answer within the limit
 ├── Busy                    503  a place is taken for a moment; the gateway asks again
 ├── Overloaded              503  held as long as it could be held; try again later
@@ -25,7 +26,10 @@ Both processes answer by `status_of`; nothing else decides a status of `/predict
 is looked at, a foreign `Origin` gets 403 and a wrong method 405.
 """
 
-from collections.abc import Mapping
+import errno
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 
@@ -93,12 +97,16 @@ class Condemned(ServiceError):
     """The request was in flight at as many worker deaths as a request may be."""
 
 
+class OutOfMemory(ServiceError):
+    """The worker got no more memory. A new worker may have enough for the same request."""
+
+
 class TimedOut(ServiceError):
     """The request made no progress within the limit."""
 
 
 class Busy(ServiceError):
-    """A place that one request takes at a time is taken; it is free again soon."""
+    """A place that one request takes at a time is taken, or no file can be opened; it passes."""
 
 
 class Overloaded(ServiceError):
@@ -124,18 +132,59 @@ STATUS: Mapping[type[ServiceError], int] = MappingProxyType(
         InferenceError: 500,
         InvalidOutput: 500,
         Condemned: 500,
+        OutOfMemory: 503,
         TimedOut: 503,
         Busy: 503,
         Overloaded: 503,
     }
 )
+EXIT_NO_MEMORY = 70  # of a worker that has no memory left even to say so
 CLIENT_GONE = 499  # nobody reads it; it keeps such requests apart in logs and metrics
 # What may pass by itself. A network comes back: the gateway asks again for as long as it may hold.
 RETRY_AFTER_S: Mapping[type[ServiceError], int] = MappingProxyType(
-    {DownloadFailed: 5, Busy: 1, Overloaded: 30}
+    {DownloadFailed: 5, OutOfMemory: 5, Busy: 1, Overloaded: 30}
 )
 
 
 def status_of(exc: Exception) -> int:
     """The status that a failure is answered with; 500 for what nobody raised on purpose."""
     return STATUS.get(type(exc), 500) if isinstance(exc, ServiceError) else 500
+
+
+_NO_FILES = frozenset({errno.EMFILE, errno.ENFILE})
+# In the words of ONNX Runtime, which keeps no number, and of Pillow, whose OSError has none.
+_NO_FILES_TOLD = re.compile(
+    rf"system error number ({errno.EMFILE}|{errno.ENFILE})\b|Too many open files"
+)
+_NO_MEMORY_TOLD = re.compile(r"bad_alloc|bad allocation|out of memory error")
+
+
+def what_ran_out(exc: BaseException) -> OutOfMemory | Busy | None:
+    """The failure that says what the machine had no more of, if that is why `exc` was raised.
+
+    No picture, model or engine is to blame then, whatever `exc` or what it was made from says.
+    """
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, OutOfMemory | Busy):
+            return cause
+        number = cause.errno if isinstance(cause, OSError) else None
+        words = str(cause)
+        if number in _NO_FILES or _NO_FILES_TOLD.search(words):
+            return Busy(f"Too many open files: {words}")
+        is_short = isinstance(cause, MemoryError) or number == errno.ENOMEM
+        if is_short or _NO_MEMORY_TOLD.search(words):
+            return OutOfMemory(f"out of memory: {words or type(cause).__name__}")
+        cause = cause.__cause__
+    return None
+
+
+@contextmanager
+def naming_what_ran_out() -> Iterator[None]:
+    """Raise what the machine had no more of in place of whatever that led to."""
+    try:
+        yield
+    except Exception as exc:
+        if (named := what_ran_out(exc)) is None or named is exc:
+            raise
+        raise named from exc

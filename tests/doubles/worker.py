@@ -4,6 +4,7 @@ It answers a `/predict` with the SHA-256 of the body it got. Words in the body m
 `[abort]`, `[bye]`, `[hang]`, `[block 2]`, `[burn 2]`, `[sleep 0.5]`, `[leak 50]`, `[status 500]`;
 `[busy]` is worked on for as long as there is a file `busy` in the folder;
 `[later]` is put off (503 with Retry-After) for as long as there is a file `offline` in the folder.
+`[starve]` is told to get no memory for as long as there is a file `full` in the folder.
 Files in the folder that is its first argument make it misbehave at start: `refuse`, `bad-settings`,
 `held` (until it is gone), `stubborn`; what `health.json` holds is told on `/health`; `broken-clip`
 (or another task) holds the name of the failure that every request of that task gets. It writes what
@@ -25,8 +26,11 @@ from typing import Any
 
 from immich_ml_metal.worker.process import EXIT_BAD_SETTINGS, read_settings, serve
 
-_WORD = re.compile(rb"\[(abort|hang|busy|block|burn|sleep|leak|status|bye|later) ?([\d.]*)\]")
+_WORD = re.compile(
+    rb"\[(abort|hang|busy|block|burn|sleep|leak|status|bye|later|starve) ?([\d.]*)\]"
+)
 
+PASSING = {b"later": "offline", b"starve": "full"}
 _AGAIN = (b"retry-after", b"0")
 BROKEN: dict[str, tuple[int, list[tuple[bytes, bytes]]]] = {
     "ModelUnavailable": (503, []),
@@ -90,6 +94,9 @@ class FakeWorker:
             text = json.dumps({"detail": f"{broken}: as the test wants it"})
             await reply(send, status, text, (b"x-ml-error", broken.encode()), *headers)
             return
+        if b"[starve]" in body and status == 503:
+            await reply(send, 503, '{"detail": "no memory"}', (b"x-ml-error", b"OutOfMemory"))
+            return
         later = [(b"retry-after", b"0")] if b"[later]" in body and status == 503 else []
         await reply(send, status, json.dumps({"digest": hashlib.sha256(body).hexdigest()}), *later)
 
@@ -110,8 +117,8 @@ class FakeWorker:
                 self.leaked.append(b"x" * int(value) * 2**20)
             elif word == b"status":
                 status = int(value)
-            elif word == b"later":
-                status = 503 if (self.folder / "offline").exists() else 200
+            elif word in PASSING:
+                status = 503 if (self.folder / PASSING[word]).exists() else 200
             else:
                 fail(word, value)
         return status

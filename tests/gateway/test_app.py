@@ -14,6 +14,7 @@ import pytest
 from doubles.gateway import is_alive, right_answer, running_gateway
 from doubles.timing import until
 
+from immich_ml_metal.gateway import remedies
 from immich_ml_metal.gateway.admission import Reception, Room
 from immich_ml_metal.gateway.crashes import CrashRecord
 from immich_ml_metal.system.footprint import memory_bytes
@@ -68,6 +69,45 @@ async def test_requests_of_a_killed_worker_are_sent_again_in_order_one_at_a_time
     assert sent_again == [right_answer(body)["digest"] for body in bodies]
     assert health["requests"]["replayed"] == 4
     assert health["failures"]["by_cause"] == {"worker ended: SIGKILL": 1}
+
+
+async def test_a_worker_without_memory_is_replaced_after_its_others_and_the_job_is_sent_again(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "full").touch()
+    async with running_gateway(tmp_path) as service:
+        await service.ready()
+        with service.busy():
+            other = asyncio.create_task(service.predict(b"[busy]"))
+            await service.started(1)
+            hungry = asyncio.create_task(service.predict(b"[starve]"))
+            await until(lambda: service.gateway.dispatcher.counts.replayed == 1, "a second try")
+            late = asyncio.create_task(service.predict(b"late"))
+            await until(lambda: service.gateway.dispatcher.queue.waiting == 2)
+            (tmp_path / "full").unlink()
+            assert (service.state, other.done(), hungry.done()) == ("ready", False, False)
+        answers = [await task for task in (other, hungry, late)]
+        health = (await service.client.get("/health")).json()
+        digest = right_answer(b"[busy]")["digest"]
+        assert sum(line.endswith(digest) for line in service.journal("start")) == 1
+        assert len(service.journal("born")) == 2
+    bodies = (b"[busy]", b"[starve]", b"late")
+    assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
+    (failure,) = health["failures"]["recent"]
+    assert failure["cause"] == "worker ended: out of memory"
+    assert failure["advice"] == remedies.MEMORY
+
+
+async def test_a_job_that_takes_all_memory_of_two_workers_is_condemned(tmp_path: Path) -> None:
+    (tmp_path / "full").touch()
+    async with running_gateway(tmp_path) as service:
+        bad, good = await asyncio.gather(service.predict(b"[starve]"), service.predict(b"good"))
+        again = await service.predict(b"[starve]")
+        await service.ready()
+        assert len(service.journal("born")) == 3
+    assert (bad.status_code, good.status_code, again.status_code) == (500, 200, 500)
+    assert "(out of memory, out of memory)" in bad.json()["detail"]
+    assert "not tried again" in again.json()["detail"]
 
 
 async def test_two_kills_from_outside_do_not_condemn_a_request(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from immich_ml_metal.gateway.remedies import remedy_of
         ),
         ("an upload waits for the disk: cannot write to /t: Too many open files", remedies.FILES),
         (f"worker ended: {describe(-9)}", remedies.MEMORY),
+        ("worker ended: out of memory", remedies.MEMORY),
         (f"worker ended: {describe(-6)}", remedies.REPORT),
         ("worker ended: no progress for 120 s", remedies.ENGINE),
         ("something that nobody has met yet", ""),

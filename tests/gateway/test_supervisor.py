@@ -153,7 +153,13 @@ async def test_a_child_that_ignores_sigterm_is_killed_with_its_helpers(tmp_path:
 
 @pytest.mark.parametrize(
     ("status", "text"),
-    [(0, "exit status 0"), (7, "exit status 7"), (-6, "SIGABRT"), (-99, "signal 99")],
+    [
+        (0, "exit status 0"),
+        (7, "exit status 7"),
+        (-6, "SIGABRT"),
+        (70, "out of memory"),
+        (-99, "signal 99"),
+    ],
 )
 def test_an_exit_status_has_a_name(status: int, text: str) -> None:
     assert describe(status) == text

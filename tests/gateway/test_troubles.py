@@ -8,8 +8,8 @@ import pytest
 from immich_ml_metal import errors
 from immich_ml_metal.gateway import troubles as module
 from immich_ml_metal.gateway.asked import Asked, read_asked
-from immich_ml_metal.gateway.client import WorkerAnswer
-from immich_ml_metal.gateway.troubles import ERROR_HEADER, FEW, LASTING, Refused, Troubles
+from immich_ml_metal.gateway.client import ERROR_HEADER, WorkerAnswer
+from immich_ml_metal.gateway.troubles import FEW, LASTING, Refused, Troubles
 from immich_ml_metal.worker.server import ERROR_HEADER as SENT_HEADER
 
 CLIP = Asked(("clip",), "ViT-B-32__openai")
@@ -24,7 +24,7 @@ def answer(status: int, error: str = "", *, again: bool = False) -> WorkerAnswer
 
 def test_the_worker_names_its_failures_as_the_gateway_reads_them() -> None:
     assert SENT_HEADER.lower().encode() == ERROR_HEADER
-    assert all(issubclass(getattr(errors, name.decode()), errors.ServiceError) for name in LASTING)
+    assert all(issubclass(getattr(errors, name), errors.ServiceError) for name in LASTING)
 
 
 MISSING = answer(503, "ModelUnavailable")

@@ -14,12 +14,13 @@ import httpx
 import numpy as np
 import onnx
 import pytest
+from doubles.files import no_more_files
 from doubles.live import VISUAL as VISUAL_ENTRY
 from doubles.live import numbers, predict, serve
 from doubles.tiny_models import CLIP, FACES, draw_faces, make_models
 from onnx import TensorProto, helper, numpy_helper
 
-from immich_ml_metal.errors import ModelUnavailable
+from immich_ml_metal.errors import Busy, ModelUnavailable
 from immich_ml_metal.index_guard.guard import IndexFinding, IndexGuard
 from immich_ml_metal.index_guard.history import History
 from immich_ml_metal.models.store import ModelStore
@@ -100,6 +101,15 @@ def test_without_a_history_it_is_unknown_and_never_the_same(shelf: Path) -> None
     start = Start(shelf)
     assert (start.finding().state, start.finding().served) == ("unknown", "as set")
     assert [one.state for one in start.guard.findings([NAME])] == ["unknown"]
+
+
+def test_what_the_index_has_is_not_given_up_when_no_file_can_be_opened(shelf: Path) -> None:
+    (before,) = Start(shelf).load(VISUAL)
+    now = Start(shelf, model_revision="v2")
+    with pytest.raises((OSError, Busy), match="Too many open files"), no_more_files():
+        now.load(VISUAL)
+    (after,) = now.load(VISUAL)
+    assert (after.graph, now.finding().served) == (before.graph, "as before")
 
 
 def test_the_same_again_is_quiet_and_says_since_when(

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from doubles.files import no_more_files
 from doubles.hub import ANY, FakeHub, Fault, add_faces
 from doubles.tiny_models import CLIP, FACES, make_models
 
@@ -51,6 +52,13 @@ def test_a_folder_that_cannot_be_read_costs_only_its_models(loop: Path) -> None:
         store.ensure(key)
     (told,) = store.shelf.unreadable()
     assert told.startswith(f"{loop}/facial-recognition: ")
+
+
+def test_a_model_is_not_called_missing_when_no_file_can_be_opened(models: Path) -> None:
+    store, key = ModelStore(Settings(models_dir=models, offline=True)), DETECTOR
+    with pytest.raises(OSError, match="Too many open files"), no_more_files():
+        store.ensure(key)
+    assert store.ensure(key).graph.is_file()
 
 
 def test_a_folder_of_another_user_is_told_with_permission_denied(

@@ -17,7 +17,7 @@ from doubles.engines import (
 )
 from doubles.timing import Clock, until
 
-from immich_ml_metal.errors import DownloadFailed, InferenceError, LoadFailed
+from immich_ml_metal.errors import DownloadFailed, InferenceError, LoadFailed, OutOfMemory
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.threads import CpuThreads
 from immich_ml_metal.types import ModelKey, Part, Task
@@ -105,7 +105,7 @@ async def test_a_load_whose_only_caller_left_is_ready_for_the_next(world: World)
     assert len(world.store.asked) == 1
 
 
-@pytest.mark.parametrize("error", [LoadFailed("bad file"), MemoryError("full")])
+@pytest.mark.parametrize("error", [LoadFailed("bad file"), OutOfMemory("full")])
 async def test_a_failed_load_is_tried_again_by_the_next_caller(
     world: World, error: Exception
 ) -> None:

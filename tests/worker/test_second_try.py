@@ -1,6 +1,7 @@
 """An engine that fails now and then, keeps failing or hangs: the answer comes all the same."""
 
 import asyncio
+import errno
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,11 +13,13 @@ from doubles.timing import until
 
 from immich_ml_metal.backends.base import AnyModel
 from immich_ml_metal.errors import (
+    Busy,
     DownloadFailed,
     InferenceError,
     InvalidOutput,
     LoadFailed,
     ModelUnavailable,
+    OutOfMemory,
 )
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.threads import CpuThreads
@@ -228,6 +231,32 @@ async def test_a_half_without_an_engine_is_read_by_the_spare(world: World) -> No
     models = world.models(FlakyEngine("vision"))
     assert not models.serves(READER)
     assert await soon(models.run(READER, "line")) == "by cpu: line"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(MemoryError("full"), OutOfMemory), (Busy("Too many open files"), Busy)]
+)
+async def test_what_the_machine_lacks_is_no_failure_of_the_engine(
+    world: World, error: Exception, kind: type[Exception]
+) -> None:
+    models = world.models(FlakyEngine("mlx", always(error)))
+    with pytest.raises(kind):
+        await soon(models.run(VISUAL, "a"))
+    assert (world.failures("error"), models.describe(), world.by_spare) == (0, [], 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(MemoryError("full"), OutOfMemory), (OSError(errno.EMFILE, "Too many open files"), Busy)],
+)
+async def test_a_load_for_which_the_machine_lacks_something_sets_no_engine_aside(
+    world: World, error: Exception, kind: type[Exception]
+) -> None:
+    models = world.models(FlakyEngine("mlx", failures=[error]))
+    with pytest.raises(kind):
+        await soon(models.get(VISUAL))
+    assert (world.failures("load"), models.describe()) == (0, [])
+    assert await soon(models.run(VISUAL, "a")) == "by mlx: a"
 
 
 # -- loading ---------------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
-from immich_ml_metal.errors import InferenceError, InvalidOutput, ModelError, ServiceError
+from immich_ml_metal.errors import (
+    Busy,
+    InferenceError,
+    InvalidOutput,
+    ModelError,
+    OutOfMemory,
+    ServiceError,
+    what_ran_out,
+)
 from immich_ml_metal.urgency import Urgency
 
 ItemT = TypeVar("ItemT")
@@ -144,7 +152,10 @@ class Batcher(Generic[ItemT, ResultT]):
 
     def _fail(self, batch: list[Waiting[ItemT, ResultT]], exc: Exception) -> None:
         # A file that is not here is no failure of the engine's; a wrong output is counted by item.
-        if self._watch is not None and not isinstance(exc, (ModelError, InvalidOutput)):
+        # Nor is what the machine had no more of.
+        exc = what_ran_out(exc) or exc
+        blameless = (ModelError, InvalidOutput, OutOfMemory, Busy)
+        if self._watch is not None and not isinstance(exc, blameless):
             self._watch.failed()
         if len(batch) > 1:  # one bad item must not fail its neighbours
             self._queue.extendleft(replace(entry, alone=True) for entry in reversed(batch))

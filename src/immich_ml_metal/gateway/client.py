@@ -15,6 +15,7 @@ import httptools
 
 Headers = list[tuple[bytes, bytes]]
 
+ERROR_HEADER = b"x-ml-error"  # the worker names the class of its failure in it
 _READ_BYTES = 64 * 1024
 # Per connection, not about the answer (RFC 9110 §7.6.1); the gateway's own server sets the date.
 _HOP_HEADERS = frozenset(
@@ -37,6 +38,11 @@ class WorkerAnswer:
     status: int = 0
     headers: Headers = field(default_factory=list)
     body: bytes = b""
+
+    @property
+    def error(self) -> str:
+        """The class of its failure, as the worker names it; empty for a good answer."""
+        return dict(self.headers).get(ERROR_HEADER, b"").decode("latin-1")
 
 
 class _AnswerParser:

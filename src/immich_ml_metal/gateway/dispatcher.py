@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from immich_ml_metal.errors import Condemned, InferenceError, Overloaded
+from immich_ml_metal.errors import Condemned, InferenceError, OutOfMemory, Overloaded
 from immich_ml_metal.gateway.body import Body
 from immich_ml_metal.gateway.client import WorkerAnswer, WorkerLost, exchange
 from immich_ml_metal.gateway.crashes import CrashRecord
-from immich_ml_metal.gateway.process import WorkerProcess
+from immich_ml_metal.gateway.process import OUT_OF_MEMORY, WorkerProcess
 from immich_ml_metal.gateway.replay import Job, JobQueue
 from immich_ml_metal.gateway.supervisor import LAST_WORDS_S, End, Order, Supervisor, WorkerState
 from immich_ml_metal.logs import REQUEST_ID_HEADER
@@ -152,8 +152,21 @@ class Dispatcher:
             return
         self._sending.pop(job, None)
         self.served_by_worker += 1
+        if answer.error == OutOfMemory.__name__:
+            self._replace_for_memory(job)
+            return
         self.crashes.note_answer()
         job.answer.set_result(answer)
+
+    def _replace_for_memory(self, job: Job) -> None:
+        """Keep a request for the next worker: this one got no memory for it.
+
+        It ends after its other requests. As for any death, one request that takes all the memory
+        there is would end every worker.
+        """
+        logger.error("worker is out of memory request_id=%s", job.request_id)
+        self._settle(1, [job] if self.queue.blame(job, OUT_OF_MEMORY) else [])
+        self.recycle(Order(OUT_OF_MEMORY, fault=True))
 
     def _worker_ready(self) -> None:
         self.served_by_worker = 0
@@ -175,6 +188,10 @@ class Dispatcher:
             self.queue.return_running()
             return
         condemned = self.queue.blame_running(end.cause, from_outside=end.from_outside)
+        self._settle(in_flight, condemned)
+
+    def _settle(self, in_flight: int, condemned: Sequence[Job]) -> None:
+        """Of so many requests that a worker left, these are not sent again."""
         self.counts.replayed += in_flight - len(condemned)
         self._metrics.replays.inc(in_flight - len(condemned))
         for job in condemned:

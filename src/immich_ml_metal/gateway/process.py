@@ -9,10 +9,12 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from pathlib import Path
 
+from immich_ml_metal.errors import EXIT_NO_MEMORY
 from immich_ml_metal.gateway import client as worker_client
 from immich_ml_metal.gateway.client import WorkerLost
 from immich_ml_metal.system.switches import worker_environment
 
+OUT_OF_MEMORY = "out of memory"  # why a worker ended, in the log and on `/health`
 _READY_POLL_S = 0.05
 
 
@@ -81,7 +83,9 @@ class WorkerProcess:
 
 
 def describe(status: int) -> str:
-    """Name an exit status: `SIGABRT` or `exit status 2`."""
+    """Name an exit status: `SIGABRT`, `exit status 2`, or what ours stand for."""
+    if status == EXIT_NO_MEMORY:
+        return OUT_OF_MEMORY
     if status >= 0:
         return f"exit status {status}"
     with contextlib.suppress(ValueError):

@@ -22,7 +22,7 @@ _BY_CAUSE = (
     (r"disk (is (full|read-only)|quota)|not enough disk space|No space left", DISK),
     (r"unknown model|is a (search|face|text) model", NAME),
     (r"cannot connect|no list of files|the line was cut|no data for too long|web page", NETWORK),
-    (r"SIGKILL|bad_alloc|MemoryError|[Ii]nsufficient [Mm]emory", MEMORY),
+    (r"SIGKILL|out of memory|bad_alloc|MemoryError|[Ii]nsufficient [Mm]emory", MEMORY),
     (r"no progress for", ENGINE),
     (r"SIG(ABRT|SEGV|BUS|ILL|TRAP)", REPORT),
 )

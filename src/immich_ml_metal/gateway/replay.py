@@ -125,25 +125,26 @@ class JobQueue:
         if job in self._waiting:
             self._waiting.remove(job)
 
-    def return_running(self) -> list[Job]:
-        """Queue the running requests again, through no fault of theirs; return them."""
-        returned = sorted(self._running, key=lambda running: running.number)
-        for job in returned:
+    def return_running(self) -> None:
+        """Queue the running requests again, through no fault of theirs."""
+        for job in self._running:
             self.add(job)
         self._running.clear()
-        return returned
 
     def blame_running(self, cause: str, *, from_outside: bool) -> list[Job]:
         """Queue the running requests again as suspects; return those that had their last chance."""
-        limit = MAX_KILLS if from_outside else MAX_DEATHS
-        suspects = self.return_running()
-        for job in suspects:
-            job.deaths += 1
-            job.causes.append(cause)
-        condemned = [job for job in suspects if job.deaths >= limit]
-        for job in condemned:
-            self.remove(job)
-        return condemned
+        suspects = sorted(self._running, key=lambda running: running.number)
+        return [job for job in suspects if self.blame(job, cause, from_outside=from_outside)]
+
+    def blame(self, job: Job, cause: str, *, from_outside: bool = False) -> bool:
+        """Queue one running request again as a suspect; whether it had its last chance instead."""
+        job.deaths += 1
+        job.causes.append(cause)
+        self._running.discard(job)
+        if job.deaths >= (MAX_KILLS if from_outside else MAX_DEATHS):
+            return True
+        self.add(job)
+        return False
 
 
 class Quarantine:

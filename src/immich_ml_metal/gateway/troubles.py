@@ -21,9 +21,8 @@ from immich_ml_metal.gateway.remedies import remedy_of
 
 log = logging.getLogger(__name__)
 
-ERROR_HEADER = b"x-ml-error"  # the worker names the class of its failure in it
 # Failures that the same request would get again until a person has done something.
-LASTING = frozenset({b"ModelUnavailable", b"UnknownModel", b"LoadFailed"})
+LASTING = frozenset({"ModelUnavailable", "UnknownModel", "LoadFailed"})
 FEW = 3  # answered at once, for whoever tries something by hand
 FORGOTTEN_S = 600.0  # without another failure: nobody asks for it any more
 PASSING_S = 60.0  # what passes by itself (a download) is a trouble after this long
@@ -95,7 +94,7 @@ class Troubles:
     def note_answer(self, asked: Asked, answer: WorkerAnswer) -> None:
         """Learn from one answer of the worker."""
         if is_failure(answer):
-            is_lasting = _error(answer) in LASTING
+            is_lasting = answer.error in LASTING
             self.note_failure(asked, reason_of(answer), is_lasting=is_lasting, answer=answer)
         elif answer.status == _GOOD:
             self.note_good(asked)
@@ -178,7 +177,7 @@ def _is_long(trouble: Trouble) -> bool:
 
 def is_failure(answer: WorkerAnswer) -> bool:
     """Whether an answer is our fault: a good picture has no result now."""
-    return answer.status >= _FAILED or _error(answer) in LASTING
+    return answer.status >= _FAILED or answer.error in LASTING
 
 
 def reason_of(answer: WorkerAnswer) -> str:
@@ -189,10 +188,6 @@ def reason_of(answer: WorkerAnswer) -> str:
     except (ValueError, KeyError, TypeError):
         return status
     return f"{status}: {str(found)[:300]}"
-
-
-def _error(answer: WorkerAnswer) -> bytes:
-    return dict(answer.headers).get(ERROR_HEADER, b"")
 
 
 @dataclass(slots=True)

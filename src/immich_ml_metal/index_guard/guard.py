@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from immich_ml_metal.catalog import clean_name, get_model
-from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.errors import LoadFailed, what_ran_out
 from immich_ml_metal.index_guard.history import History
 from immich_ml_metal.index_guard.recipe import Half, Recipe, differences, read_half, way_out
 from immich_ml_metal.models.shelf import Shelf
@@ -171,7 +171,9 @@ class IndexGuard:
     def _read(self, key: ModelKey, files: ModelFiles, compat: str) -> Half | None:
         try:
             return read_half(key, files, self.history.digest(files.graph), compat)
-        except (OSError, ValueError, LoadFailed):
+        except (OSError, ValueError, LoadFailed) as exc:
+            if what_ran_out(exc):  # it may be here, and its index must not get other vectors
+                raise
             return None  # not here, or torn: whoever loads it says so
 
     def _take_down(self, key: ModelKey, files: ModelFiles) -> None:

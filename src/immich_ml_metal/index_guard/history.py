@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from immich_ml_metal.errors import what_ran_out
 from immich_ml_metal.index_guard.recipe import Recipe
 from immich_ml_metal.onnx_files.derived import digest_files, stamp_files
 from immich_ml_metal.onnx_files.references import weight_files
@@ -109,6 +110,8 @@ class History:
         try:
             return self._state.read(name, _VERSION) or {}
         except StateUnusable as exc:
+            if (short := what_ran_out(exc)) is not None:  # it is known, and can be read later
+                raise short from exc
             if str(exc) != self._told:
                 log.warning("what made the index is not known: %s", exc)
             self._told = str(exc)

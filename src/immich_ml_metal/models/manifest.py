@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from immich_ml_metal.errors import what_ran_out
 from immich_ml_metal.system.owner import write_whole
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,9 @@ def load_manifest(root: Path) -> Manifest:
             _tell_newer(root / NAME, version)
             return Manifest()
         return Manifest({path: FileRecord(**row) for path, row in data["files"].items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        if what_ran_out(exc):
+            raise
         return Manifest()  # its files then count as unverified, which is what we know
 
 

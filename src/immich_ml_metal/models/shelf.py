@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from immich_ml_metal.catalog import Family, ModelSpec
+from immich_ml_metal.errors import what_ran_out
 from immich_ml_metal.models.manifest import FileRecord, load_manifest, sha256_of
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.onnx_files.references import external_files
@@ -176,7 +177,9 @@ def _side_files(graph: Path) -> dict[str, int]:
     """External-data files by name, with the least size each must have."""
     try:
         return {side.location: side.min_bytes for side in external_files(graph)}
-    except (OSError, NotOnnx, RecursionError):
+    except (OSError, NotOnnx, RecursionError) as exc:
+        if what_ran_out(exc):  # the file may be right
+            raise
         return {}  # absent or torn: `_state` says so of the graph itself
 
 
@@ -203,7 +206,9 @@ def _state(
         return _state_of_file(path, found.st_size, record, min_bytes, digests)
     except (FileNotFoundError, NotADirectoryError):
         return FileState.MISSING
-    except OSError:  # its folder, or itself, belongs to somebody else; or the disk is failing
+    except OSError as exc:  # it, or its folder, is somebody else's; or the disk is failing
+        if what_ran_out(exc):
+            raise
         return FileState.UNREADABLE
 
 

@@ -26,7 +26,7 @@ class _RusageInfo(ctypes.Structure):
 
 
 def memory_bytes(pid: int) -> int | None:
-    """Memory of a process, None when it is gone.
+    """Memory of a process, None when it is gone or no file can be opened to ask.
 
     On macOS the physical footprint, as Activity Monitor shows it: resident memory leaves out what
     Metal holds and what was compressed. Elsewhere the resident memory.
@@ -35,7 +35,7 @@ def memory_bytes(pid: int) -> int | None:
         return _footprint(pid)
     try:
         return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None
 
 

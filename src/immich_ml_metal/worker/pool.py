@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from immich_ml_metal.backends.base import AnyModel, Engine, EngineTable
 from immich_ml_metal.backends.batcher import Batcher
 from immich_ml_metal.backends.device import Device
-from immich_ml_metal.errors import DownloadFailed, LoadFailed
+from immich_ml_metal.errors import DownloadFailed, LoadFailed, naming_what_ran_out
 from immich_ml_metal.metrics import Metrics
 from immich_ml_metal.models.progress import DownloadProgress
 from immich_ml_metal.onnx_files.references import weight_bytes
@@ -172,7 +172,8 @@ class Pool:
         place, outcome = (key, engine.name), "failed"
         try:
             await asyncio.sleep(self._backoff.wait_s(place, self._clock()))
-            files = await self._fetch(place) if engine.needs_files else None
+            with naming_what_ran_out():
+                files = await self._fetch(place) if engine.needs_files else None
             start = self._clock()
             model = await self._open(engine, key, files)
             outcome = "ok"
@@ -280,9 +281,11 @@ def _load_with(engine: Engine, key: ModelKey, files: ModelFiles | None) -> AnyMo
 
     Raises:
         LoadFailed: with the model's name.
+        OutOfMemory, Busy: the machine is short of memory or files; the model may be right.
     """
     try:
-        return engine.load(key, files)
+        with naming_what_ran_out():
+            return engine.load(key, files)
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as exc:
         where = f" in {files.folder}" if files is not None else ""
         reason = "nested too deeply" if isinstance(exc, RecursionError) else exc

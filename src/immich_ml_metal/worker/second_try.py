@@ -13,11 +13,13 @@ from typing import Any
 
 from immich_ml_metal.backends.base import Engine
 from immich_ml_metal.errors import (
+    Busy,
     DownloadFailed,
     InferenceError,
     InvalidOutput,
     LoadFailed,
     ModelUnavailable,
+    OutOfMemory,
     ServiceError,
     UnknownModel,
 )
@@ -117,8 +119,8 @@ class SecondTry:
             return
         try:
             await self._pool.get(key, engine)
-        except (DownloadFailed, ModelUnavailable, UnknownModel):
-            raise  # another engine would lack the same file
+        except (DownloadFailed, ModelUnavailable, UnknownModel, OutOfMemory, Busy):
+            raise  # another engine would lack the same file, or the same memory
         except Exception as exc:
             self._metrics.engine_failures.labels(engine.name, "load").inc()
             if spare is None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 from starlette.applications import Starlette
@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from immich_ml_metal import __version__, errors
 from immich_ml_metal.backends.base import Engine, EngineTable
+from immich_ml_metal.errors import EXIT_NO_MEMORY, what_ran_out
 from immich_ml_metal.logs import REQUEST_ID_HEADER, request_scope
 from immich_ml_metal.metrics import CONTENT_TYPE, Metrics, own_stages
 from immich_ml_metal.settings import Settings
@@ -41,9 +42,8 @@ log = logging.getLogger(__name__)
 _RENDERED_AT_ONCE = 16  # faces and lines: a millisecond
 _HOUSEKEEPING_S = 10.0
 ERROR_HEADER = "X-ML-Error"
-EXIT_NO_MEMORY = 70
 # Their words say everything; a traceback would only repeat with every held request.
-_TOLD_IN_WORDS = (errors.ModelError, errors.TimedOut, errors.Overloaded)
+_TOLD_IN_WORDS = (errors.ModelError, errors.TimedOut, errors.Overloaded, errors.OutOfMemory)
 TIMING_HEADER = "Server-Timing"
 _TRIES = 3  # within a request's time: an engine that hangs, and the spare one on a slow machine
 
@@ -206,10 +206,8 @@ class WorkerRoutes:
                 response = await _unless_gone(request, answer)
             except ClientDisconnect:
                 return Response(status_code=errors.CLIENT_GONE)
-            except MemoryError:
-                _end_without_memory()
             except Exception as exc:  # noqa: BLE001 - told here, where the log knows the request
-                return _render_error(exc)
+                return _refuse(what_ran_out(exc) or exc)
         response.headers[TIMING_HEADER] = _render_timing(stages)
         return response
 
@@ -224,7 +222,7 @@ class WorkerRoutes:
             status = 200
             return Response(body, media_type="application/json")
         except Exception as exc:
-            status = errors.status_of(exc)
+            status = errors.status_of(what_ran_out(exc) or exc)
             raise
         finally:
             self._in_flight -= 1
@@ -275,12 +273,6 @@ async def _wait_for_hang_up(request: Request) -> None:
         pass
 
 
-def _end_without_memory() -> NoReturn:
-    """What Python could not get here it will not get for the next request: be replaced."""
-    log.critical("memory is exhausted: this worker ends and another one is started")
-    os._exit(EXIT_NO_MEMORY)
-
-
 def _render_timing(stages: Mapping[str, float]) -> str:
     """The stages of one request as `Server-Timing` (W3C): what ran side by side is added up."""
     return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in stages.items())
@@ -293,6 +285,14 @@ async def _render_refusal(_: Request, exc: Exception) -> JSONResponse:
     """A path or method that is not there, in the words that the official service uses."""
     assert isinstance(exc, HTTPException), "registered for nothing else"
     return JSONResponse({"detail": exc.detail}, exc.status_code, headers=exc.headers)
+
+
+def _refuse(exc: Exception) -> JSONResponse:
+    """Answer with a failure. Without memory even for that, be replaced: the gateway asks again."""
+    try:
+        return _render_error(exc)
+    except MemoryError:
+        os._exit(EXIT_NO_MEMORY)
 
 
 def _render_error(exc: Exception) -> JSONResponse:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.errors import Busy, LoadFailed, OutOfMemory
 from immich_ml_metal.types import Graph, Tensor
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class AdaptiveGraph:
         threads = 1 if self._is_wide else self._cores
         try:
             graph = self._open_graph(threads)
-        except LoadFailed as exc:  # the old session is as right, only slower
+        except (LoadFailed, OutOfMemory, Busy) as exc:  # the old session is as right, only slower
             log.warning("session not changed: threads=%d reason=%s", threads, exc)
             graph = self._graph
         with self._lock:

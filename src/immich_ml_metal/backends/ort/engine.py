@@ -23,7 +23,7 @@ from immich_ml_metal.backends.ort.prepared import (
     worth_preparing,
 )
 from immich_ml_metal.backends.ort.session import OrtGraph, session_options
-from immich_ml_metal.errors import LoadFailed
+from immich_ml_metal.errors import LoadFailed, what_ran_out
 from immich_ml_metal.onnx_files.protobuf import NotOnnx
 from immich_ml_metal.onnx_graph.rewriting import chosen_rewritings
 from immich_ml_metal.settings import Settings
@@ -85,6 +85,7 @@ def _find_or_prepare(model: Path, rewritings: Collection[str]) -> Path | None:
 
     Raises:
         LoadFailed: the model is torn, or names weights outside its folder.
+        OutOfMemory, Busy: the machine is short of memory or files, so that nothing is known.
     """
     try:
         if not worth_preparing(model):
@@ -94,6 +95,8 @@ def _find_or_prepare(model: Path, rewritings: Collection[str]) -> Path | None:
     except (NotOnnx, FileNotFoundError) as exc:
         raise LoadFailed(f"ONNX Runtime rejects {model}: {exc}") from exc
     except (OSError, subprocess.SubprocessError) as exc:
+        if (short := what_ran_out(exc)) is not None:
+            raise short from exc
         reason = _last_words(exc)
         log.warning("weights not prepared, loaded as they are model=%s reason=%s", model, reason)
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from immich_ml_metal.errors import InferenceError, LoadFailed
+from immich_ml_metal.errors import InferenceError, LoadFailed, what_ran_out
 from immich_ml_metal.onnx_files.references import weight_bytes
 from immich_ml_metal.types import Tensor, TensorSpec
 
@@ -70,14 +70,9 @@ class OrtGraph:
 
         Raises:
             LoadFailed: ONNX Runtime rejects the file.
+            OutOfMemory, Busy: it got no memory, or could open no file.
         """
-        try:
-            session = ort.InferenceSession(
-                path, options, providers=list(providers), disabled_optimizers=disabled_optimizers()
-            )
-        except Exception as exc:  # its exceptions derive from Exception directly
-            raise LoadFailed(f"ONNX Runtime rejects {path}: {exc}") from exc
-        self.session = session
+        self.session = session = _open(path, options, providers)
         self.inputs = tuple(_spec(value) for value in session.get_inputs())
         self.outputs = tuple(_spec(value) for value in session.get_outputs())
         self.metadata: Mapping[str, str] = dict(session.get_modelmeta().custom_metadata_map)
@@ -89,11 +84,24 @@ class OrtGraph:
             outputs: Any = self.session.run(None, dict(feeds))  # arrays: no graph gives sequences
             return list(outputs)
         except Exception as exc:  # as above
-            raise InferenceError(f"ONNX Runtime: {exc}") from exc
+            raise what_ran_out(exc) or InferenceError(f"ONNX Runtime: {exc}") from exc
 
     def close(self) -> None:
         """Free the session."""
         del self.session
+
+
+def _open(
+    path: Path,
+    options: ort.SessionOptions,
+    providers: Sequence[str | tuple[str, dict[str, str]]],
+) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(
+            path, options, providers=list(providers), disabled_optimizers=disabled_optimizers()
+        )
+    except Exception as exc:  # its exceptions derive from Exception directly
+        raise what_ran_out(exc) or LoadFailed(f"ONNX Runtime rejects {path}: {exc}") from exc
 
 
 def _spec(value: Any) -> TensorSpec:
