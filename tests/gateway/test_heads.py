@@ -12,7 +12,7 @@ from doubles.gateway import Service, gateway_process, right_answer
 from doubles.timing import PATIENCE_S, until
 
 from immich_ml_metal.gateway import patient
-from immich_ml_metal.gateway.patient import MAX_HEAD_BYTES, MAX_PIPELINED, MAX_URL_BYTES
+from immich_ml_metal.gateway.patient import MAX_HEAD_BYTES, MAX_PIPELINED, MAX_URL_BYTES, SILENT_S
 from immich_ml_metal.system.footprint import memory_bytes
 
 
@@ -163,6 +163,32 @@ async def test_more_connections_than_files_leave_the_gateway_and_its_answers_alo
             answer = await gateway.client.post("/predict", content=b"good", timeout=PATIENCE_S)
             assert answer.json() == right_answer(b"good")
         assert gateway.process.returncode is None
+
+
+async def test_many_more_clients_at_once_than_files_are_all_answered(tmp_path: Path) -> None:
+    bodies = [b"%d" % number * 1000 for number in range(500)]
+    async with gateway_process(tmp_path, open_files=128, hard_files=128) as gateway:
+        posts = (gateway.client.post("/predict", content=body) for body in bodies)
+        answers = await asyncio.wait_for(asyncio.gather(*posts), 2 * PATIENCE_S)
+    assert [answer.json() for answer in answers] == [right_answer(body) for body in bodies]
+
+
+async def test_an_upload_that_comes_slowly_is_not_closed_for_another_client(
+    tmp_path: Path,
+) -> None:
+    async with (
+        gateway_process(tmp_path, open_files=64, hard_files=64) as gateway,
+        AsyncExitStack() as held,
+    ):
+        port = gateway.client.base_url.port
+        reader, writer = await held.enter_async_context(connection(port))
+        writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 30\r\n\r\n")
+        for _ in range(30):
+            writer.write(b"a")
+            await asyncio.sleep(SILENT_S / 5)
+            _, other = await held.enter_async_context(connection(port))
+            other.write(b"P")
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), PATIENCE_S)
 
 
 async def test_headers_without_end_cost_the_gateway_no_memory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The real service at its limits, memory above all: jobs wait, none is lost."""
+"""The real service at its limits, memory and open files: jobs wait, none is lost."""
 
 import concurrent.futures
 import resource
@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from doubles.files import limit_of
-from doubles.live import TEXTUAL, VISUAL, predict
+from doubles.files import let_open, limit_of
+from doubles.live import TEXTUAL, VISUAL, face_entries, predict
 from doubles.tiny_models import draw_faces
 
 from immich_ml_metal.client.own_service import OwnService, running_service
@@ -76,3 +76,44 @@ def test_a_picture_for_which_no_worker_has_memory_is_condemned_alone(service: Ow
     assert [one.result().status_code for one in good] == [200] * 4
     assert bad.result().status_code == 500, bad.result().text
     assert "(out of memory, out of memory)" in bad.result().json()["detail"]
+
+
+@pytest.mark.parametrize("more", range(3))
+def test_a_worker_that_can_open_no_more_files_puts_jobs_off_and_loses_none(
+    service: OwnService, more: int
+) -> None:
+    worker = worker_of(service)
+    was = limit_of(worker, resource.RLIMIT_NOFILE)
+    let_open(worker, more)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        waiting = [
+            threads.submit(predict, service.url, TEXTUAL, text="red sea"),
+            threads.submit(predict, service.url, face_entries(), image=PHOTO),
+        ]
+        time.sleep(3)
+        assert [one.result() for one in waiting if one.done()] == []
+        limit_of(worker, resource.RLIMIT_NOFILE, was)
+        answers = [one.result() for one in waiting]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+    assert worker_of(service) == worker
+    assert health(service)["requests"]["failed"] == 0
+
+
+def test_a_gateway_that_can_open_no_more_files_lives_and_new_connections_wait(
+    service: OwnService,
+) -> None:
+    was = limit_of(service.pid, resource.RLIMIT_NOFILE)
+    with (
+        httpx.Client(base_url=service.url, timeout=PATIENCE_S) as kept,
+        concurrent.futures.ThreadPoolExecutor(20) as threads,
+    ):
+        assert kept.get("/ping").text == "pong"
+        let_open(service.pid, 0)
+        new = [threads.submit(predict, service.url, TEXTUAL, text=f"{n}") for n in range(20)]
+        for _ in range(10):
+            assert kept.get("/ping").text == "pong"
+            assert kept.get("/health").status_code == 200
+            time.sleep(0.3)
+        assert not any(one.done() for one in new)
+        limit_of(service.pid, resource.RLIMIT_NOFILE, was)
+        assert [one.result().status_code for one in new] == [200] * 20

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import cast
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 HEADER_LIMIT_S = 30.0
 MAX_HEAD_BYTES = 32 * 1024  # request line and headers; proxies allow 8 to 32 KB
 MAX_URL_BYTES = 8 * 1024
+SILENT_S = 0.5  # without a byte, when room is sought for another client
 MAX_PIPELINED = 64  # requests that wait behind another one on one connection
 _LINGER_S = 1.0  # a refused client may read why; closed with bytes unread, TCP resets it
 _LOG_EVERY_S = 60.0
@@ -58,12 +60,19 @@ class PatientProtocol(HttpToolsProtocol):
     _head_bytes = 0  # since the last piece of a body, the last complete head or request
     _is_refused = False
     _running: RequestResponseCycle | None = None
-    _opened_s = 0.0
+    _opened_s = _heard_s = 0.0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its client could have sent something, and has not."""
+        now_s = self.loop.time()
+        is_slow = now_s - self._heard_s >= SILENT_S or now_s - self._opened_s >= self.header_limit_s
+        return is_slow and not self.flow.read_paused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
-        self._opened_s = self.loop.time()
+        self._opened_s = self._heard_s = self.loop.time()
         self._begin_wait()
         if len(self.connections) > self.max_connections:
             self._make_room()
@@ -72,6 +81,7 @@ class PatientProtocol(HttpToolsProtocol):
         """Parse what came; refuse what is no request, or too long for one."""
         self._unset_keepalive_if_required()
         if not (self._is_refused or self.transport.is_closing()):
+            self._heard_s = self.loop.time()
             self._head_bytes += len(data)
             self._feed(data)
             self._check_lengths()
@@ -206,16 +216,13 @@ class PatientProtocol(HttpToolsProtocol):
         Then the oldest uploads, then those between two requests; a request that is complete is
         never broken off. Some at once, as looking through thousands takes a millisecond.
         """
-        everyone = cast("set[PatientProtocol]", self.connections)
-        others = [one for one in everyone - {self} if not one.transport.is_closing()]
-        for chosen in (_never_asked, _is_uploading, _is_idle):
-            found = [one for one in others if chosen(one)]
+        for chosen in _DISPENSABLE:
+            found = [one for one in _open(self.connections) - {self} if chosen(one)]
             if found:
                 found.sort(key=lambda one: one._opened_s)
                 for one in found[: 1 + self.max_connections // 32]:
                     one.transport.abort()
                 return
-        self.transport.abort()
 
     def _begin_wait(self) -> None:
         self._end_wait()
@@ -242,13 +249,42 @@ def _is_being_answered(cycle: RequestResponseCycle) -> bool:
     return not cycle.response_complete and (cycle.response_started or not cycle.more_body)
 
 
-def _never_asked(connection: HttpToolsProtocol) -> bool:
-    return connection.cycle is None
+def has_room(connections: Iterable[object], limit: int, coming: int) -> bool:
+    """Whether a new connection fits into `limit` beside those that are coming, or another may go.
+
+    Nobody is closed for it who only just came: of many clients at once, each would cost the one
+    before it its answer. They wait outside.
+    """
+    here = _open(connections)
+    if len(here) + coming < limit:
+        return True
+    return not coming and any(chosen(one) for one in here for chosen in _DISPENSABLE)
 
 
-def _is_uploading(connection: HttpToolsProtocol) -> bool:
-    return connection.cycle.more_body and not connection.cycle.response_complete
+def _open(connections: Iterable[object]) -> set[PatientProtocol]:
+    everyone = cast("Iterable[PatientProtocol]", connections)  # this server makes no others
+    return {one for one in everyone if not one.transport.is_closing()}
 
 
-def _is_idle(connection: HttpToolsProtocol) -> bool:
-    return connection.cycle.response_complete
+def _never_asked(connection: PatientProtocol) -> bool:
+    return _last_request(connection) is None and connection.is_silent
+
+
+def _is_uploading(connection: PatientProtocol) -> bool:
+    request = _last_request(connection)
+    if request is None or not request.more_body or request.response_complete:
+        return False
+    return connection.is_silent
+
+
+def _is_idle(connection: PatientProtocol) -> bool:
+    request = _last_request(connection)
+    return request is not None and request.response_complete
+
+
+def _last_request(connection: PatientProtocol) -> RequestResponseCycle | None:
+    """None before the first one, which uvicorn's own types leave out."""
+    return cast("RequestResponseCycle | None", connection.cycle)
+
+
+_DISPENSABLE = (_never_asked, _is_uploading, _is_idle)

@@ -12,10 +12,11 @@ from types import FrameType
 import uvicorn
 
 from immich_ml_metal.gateway.app import WORKER_COMMAND, Gateway
-from immich_ml_metal.gateway.patient import limited
+from immich_ml_metal.gateway.patient import has_room, limited
 from immich_ml_metal.gateway.qualifier import COMMAND as CHECK_COMMAND
 from immich_ml_metal.gateway.supervisor import Order
 from immich_ml_metal.settings import Settings
+from immich_ml_metal.system.accepting import AcceptingServer
 from immich_ml_metal.system.listen import KEEPALIVE_S, SERVER_OPTIONS, listen
 
 logger = logging.getLogger(__name__)
@@ -32,22 +33,24 @@ _OPEN_FILES = 8192
 _OWN_FILES = 64  # listeners, pipes, logs, probes
 
 
-class GatewayServer(uvicorn.Server):
+class GatewayServer(AcceptingServer):
     """uvicorn with the gateway's signals.
 
     SIGTERM and SIGINT drain, a second one ends at once; SIGHUP restarts the worker when clear.
     """
 
     def __init__(self, gateway: Gateway) -> None:
+        most = _connections(gateway.settings.concurrency)
         super().__init__(
             uvicorn.Config(
                 gateway,
                 **SERVER_OPTIONS,
-                http=limited(_connections(gateway.settings.concurrency)),
+                http=limited(most),
                 timeout_keep_alive=KEEPALIVE_S,
                 timeout_graceful_shutdown=1,
             )
         )
+        self.has_room = partial(has_room, self.server_state.connections, most)
         self._gateway = gateway
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None

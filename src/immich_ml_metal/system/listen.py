@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +50,22 @@ def listen(host: str, port: int) -> list[socket.socket]:
         raise ConfigError(f"cannot listen on {host} port {port}: not a name of a machine") from exc
     except OSError as exc:
         raise CannotListen(f"cannot listen on {host} port {port}: {_reason(exc)}") from exc
+
+
+def listen_on_path(path: Path) -> socket.socket:
+    """Listen on a unix socket.
+
+    Raises:
+        OSError: the folder cannot be written, or something lies at `path`.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def check_address(host: str, port: int) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import uvicorn
 
-from immich_ml_metal.system.listen import KEEPALIVE_S, SERVER_OPTIONS, listen
+from immich_ml_metal.system.accepting import AcceptingServer
+from immich_ml_metal.system.listen import KEEPALIVE_S, SERVER_OPTIONS, listen, listen_on_path
 
 if TYPE_CHECKING:
     from immich_ml_metal.settings import Settings
@@ -36,7 +37,7 @@ def read_settings(fd: int = STDIN) -> bytes:
     return bytes(line)
 
 
-class _Server(uvicorn.Server):
+class _Server(AcceptingServer):
     """uvicorn that lets the process end with status 0 when it was asked to end.
 
     uvicorn would repeat the signal after its tidy end: that kills the process before the libraries
@@ -53,13 +54,8 @@ class _Server(uvicorn.Server):
 def serve(app: Any, socket: Path, *, parent_fd: int = STDIN) -> None:
     """Serve the ASGI `app` on `socket` until SIGTERM or until `parent_fd` reaches its end."""
     threading.Thread(target=_end_with_parent, args=(parent_fd, socket), daemon=True).start()
-    config = uvicorn.Config(
-        app,
-        uds=str(socket),
-        **SERVER_OPTIONS,
-        timeout_keep_alive=_KEEPALIVE_S,
-    )
-    _Server(config).run()
+    config = uvicorn.Config(app, **SERVER_OPTIONS, timeout_keep_alive=_KEEPALIVE_S)
+    _Server(config).run(sockets=[listen_on_path(socket)])
 
 
 def run(settings: "Settings") -> None:
