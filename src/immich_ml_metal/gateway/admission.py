@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from immich_ml_metal.errors import ImageTooLarge, UploadStalled
+from immich_ml_metal.errors import ImageTooLarge, Overloaded, UploadStalled
 from immich_ml_metal.gateway.body import Body
+from immich_ml_metal.gateway.remedies import remedy_of
 
 log = logging.getLogger(__name__)
 
@@ -199,11 +200,15 @@ class Reception:
             ImageTooLarge: the client sends more than the limit.
             UploadStalled: the client stopped sending, or sends too slowly.
             ClientGone: the client hung up.
+            Overloaded: what lies on the disk cannot be read back.
         """
         self.check_declared(declared_bytes)
         lease, body = self.room.open(), Body()
         try:
             await self._read(receive, body, lease, on_wait)
+        except OSError as exc:
+            self._give_back(body, lease)
+            raise Overloaded(f"cannot keep an upload: {exc.strerror}") from exc
         except BaseException:
             self._give_back(body, lease)
             raise
@@ -259,7 +264,7 @@ class Reception:
         reason = f"an upload waits for the disk: cannot write to {folder}: {exc.strerror}"
         if time.monotonic() - self._told_s >= _QUIET_S:
             self._told_s = time.monotonic()
-            log.warning("%s; free some space there, or set TMPDIR", reason)
+            log.warning("%s; %s", reason, remedy_of(reason))
         return reason
 
     def _too_slow(self, body: Body, patience_s: float) -> str:

@@ -69,9 +69,9 @@ class Body:
             OSError: the file cannot be read.
         """
         if self._file is not None:
-            pieces = [bytearray(piece) async for some in self.pieces() for piece in some]
+            pieces = [piece async for some in self.pieces() for piece in some]
             self._file.close()
-            self._file, self._pieces = None, [*pieces]
+            self._file, self._pieces = None, pieces
 
     async def pieces(self) -> AsyncIterator[Sequence[bytes | bytearray]]:
         """Yield the bytes from the beginning, as often as asked."""
